@@ -1,0 +1,108 @@
+"""psie: runs Python code that nobody has to trust.
+
+The public names, imported when they are first used (PEP 562), so that `import sandbox` costs next to nothing. This
+module must hold no code of its own beyond that.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandbox.config import (
+        ConfigError,
+        IsolationConfig,
+        IsolationLevel,
+        PluginLimitsV2,
+        PluginPermissionsV2,
+        SecurityLevel,
+        load_config,
+        log_level_from_env,
+    )
+    from sandbox.errors import (
+        PluginExecutionError,
+        ResourceError,
+        ResourceLimitExceededError,
+        SandboxException,
+        SandboxInitializationError,
+        SecurityViolationError,
+    )
+    from sandbox.monitor import EnhancedResourceMonitor, FilesystemWatchdog, NetworkIsolationManager
+    from sandbox.plugins import EnhancedPluginFramework
+    from sandbox.recovery import SandboxRecoveryManager
+    from sandbox.sandbox import EnhancedPluginSandbox
+    from sandbox.telemetry import SandboxTelemetry
+    from sandbox.text import TerminalEscaper, escape_text
+    from sandbox.version import __version__ as __version__
+    from sandbox.violations import SandboxViolation, SandboxViolationType
+
+__all__ = [
+    "ConfigError",
+    "EnhancedPluginFramework",
+    "EnhancedPluginSandbox",
+    "EnhancedResourceMonitor",
+    "FilesystemWatchdog",
+    "IsolationConfig",
+    "IsolationLevel",
+    "NetworkIsolationManager",
+    "PluginExecutionError",
+    "PluginLimitsV2",
+    "PluginPermissionsV2",
+    "ResourceError",
+    "ResourceLimitExceededError",
+    "SandboxException",
+    "SandboxInitializationError",
+    "SandboxRecoveryManager",
+    "SandboxTelemetry",
+    "SandboxViolation",
+    "SandboxViolationType",
+    "SecurityLevel",
+    "SecurityViolationError",
+    "TerminalEscaper",
+    "escape_text",
+    "load_config",
+    "log_level_from_env",
+]
+
+_MODULES = {
+    "__version__": "sandbox.version",
+    "ConfigError": "sandbox.config",
+    "EnhancedPluginFramework": "sandbox.plugins",
+    "EnhancedPluginSandbox": "sandbox.sandbox",
+    "EnhancedResourceMonitor": "sandbox.monitor",
+    "FilesystemWatchdog": "sandbox.monitor",
+    "IsolationConfig": "sandbox.config",
+    "IsolationLevel": "sandbox.config",
+    "NetworkIsolationManager": "sandbox.monitor",
+    "PluginExecutionError": "sandbox.errors",
+    "PluginLimitsV2": "sandbox.config",
+    "PluginPermissionsV2": "sandbox.config",
+    "ResourceError": "sandbox.errors",
+    "ResourceLimitExceededError": "sandbox.errors",
+    "SandboxException": "sandbox.errors",
+    "SandboxInitializationError": "sandbox.errors",
+    "SandboxRecoveryManager": "sandbox.recovery",
+    "SandboxTelemetry": "sandbox.telemetry",
+    "SandboxViolation": "sandbox.violations",
+    "SandboxViolationType": "sandbox.violations",
+    "SecurityLevel": "sandbox.config",
+    "SecurityViolationError": "sandbox.errors",
+    "TerminalEscaper": "sandbox.text",
+    "escape_text": "sandbox.text",
+    "load_config": "sandbox.config",
+    "log_level_from_env": "sandbox.config",
+}
+
+
+if not TYPE_CHECKING:  # or a type checker would take any name for good
+
+    def __getattr__(name: str) -> object:
+        module = _MODULES.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: object = getattr(__import__(module, fromlist=[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,0 +1,133 @@
+"""What the processes of psie say to each other, over SOCK_SEQPACKET with file descriptors by SCM_RIGHTS.
+
+Two forms, one per direction of trust:
+
+* *Instructions* travel towards a sandbox (host -> zygote -> warden -> init -> worker). The receiver has to trust the
+  sender anyway, so they are marshal: fast, and nothing has to be imported for it.
+* *Messages* travel away from it. They are flat text, `kind, name, value, name, value ...` joined by NUL, which cannot
+  execute, nest or blow up; the receiver bounds the size. Every kind and its fields are listed here:
+
+  ============ ================== ==========================================================================
+  kind         who -> whom        fields
+  ============ ================== ==========================================================================
+  ready        zygote -> host     notes (of the template, joined by ;)
+  failed       any -> host        line, errno, path, text; sandbox or call, where it belongs to one
+  opened       warden -> host     (with the workspace's fd, if it is a mount)
+  sealed       worker -> warden   probe, notes (with the listener's fd and the worker's credentials)
+  sealed       warden -> host     call, and what was read back from /proc: see warden.read_back
+  ended        init -> warden     status (a wait status), maxrss_kb, utime, stime
+  ended        warden -> host     call, cause (exit, timeout, killed, supervisor), and the fields above
+  closed       zygote -> host     sandbox
+  violation    supervisor -> host call, nr, arg0 .. arg2, pid, count
+  ============ ================== ==========================================================================
+
+* *Frames* carry a reply from the worker: one byte of kind and at most FRAME bytes of data. See the REPLY_ constants.
+
+Both `_socket` and `marshal` are used bare: `socket` would cost every sandbox 9 ms of imports. Must not import anything
+else of psie.
+"""
+
+from __future__ import annotations
+
+import _socket
+import marshal
+import os
+
+FRAME = 65536  # bytes of data per frame
+MESSAGE = 65536  # bytes per message that the host accepts
+INSTRUCTION = 1 << 20  # bytes per instruction
+
+REPLY_VALUE = b"v"  # a piece of an encoded value
+REPLY_ERROR = b"e"  # a flat message "error": type, message, traceback, errno
+REPLY_UNFIT = b"u"  # a flat message "unfit": text, allowed, used; the value cannot travel
+REPLY_END = b"."  # nothing follows
+
+SO_PASSCRED = 16
+SCM_RIGHTS = 1
+SCM_CREDENTIALS = 2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class Malformed(ValueError):
+    """Bytes that are no message of psie's."""
+
+
+def pair(*, blocking: bool = True) -> tuple[_socket.socket, _socket.socket]:
+    a, b = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+    for end in (a, b):
+        os.set_inheritable(end.fileno(), False)
+        end.setblocking(blocking)
+    return a, b
+
+
+def from_fd(fd: int) -> _socket.socket:
+    return _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
+
+
+def pack(kind: str, fields: Mapping[str, object]) -> bytes:
+    parts = [kind]
+    for name, value in fields.items():
+        parts += name, str(value).replace("\0", "\\0")
+    return "\0".join(parts).encode("utf-8", "backslashreplace")
+
+
+def unpack(data: bytes) -> tuple[str, dict[str, str]]:
+    """(kind, fields) of a message; raises Malformed."""
+    try:
+        kind, *rest = data.decode("utf-8").split("\0")
+    except UnicodeDecodeError:
+        raise Malformed("not UTF-8") from None
+    if len(rest) % 2:
+        raise Malformed("a field without a value")
+    return kind, dict(zip(rest[::2], rest[1::2], strict=True))
+
+
+def send_bytes(sock: _socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+    ancillary = []
+    if fds:
+        ancillary.append((_socket.SOL_SOCKET, SCM_RIGHTS, b"".join(fd.to_bytes(4, "little") for fd in fds)))
+    sock.sendmsg([data], ancillary)
+
+
+def receive_bytes(sock: _socket.socket, limit: int, max_fds: int = 0) -> tuple[bytes, list[int], int]:
+    """(data, fds, pid of the sender or 0); data is b"" when the other end is closed. Raises Malformed."""
+    space = _socket.CMSG_SPACE(4 * max_fds) + _socket.CMSG_SPACE(12)
+    data, ancillary, flags, _ = sock.recvmsg(limit, space, _socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    pid = 0
+    for level, kind, payload in ancillary:
+        if level == _socket.SOL_SOCKET and kind == SCM_RIGHTS:
+            fds += [int.from_bytes(payload[i : i + 4], "little") for i in range(0, len(payload) - len(payload) % 4, 4)]
+        elif level == _socket.SOL_SOCKET and kind == SCM_CREDENTIALS:
+            pid = int.from_bytes(payload[:4], "little")
+    if flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC) or len(fds) > max_fds:
+        for fd in fds:
+            os.close(fd)
+        raise Malformed("a message that is too large")
+    return data, fds, pid
+
+
+def send(sock: _socket.socket, kind: str, fields: Mapping[str, object], fds: Sequence[int] = ()) -> None:
+    send_bytes(sock, pack(kind, fields), fds)
+
+
+def instruct(sock: _socket.socket, instruction: dict[str, object], fds: Sequence[int] = ()) -> None:
+    send_bytes(sock, marshal.dumps(instruction), fds)
+
+
+def receive_instruction(sock: _socket.socket, max_fds: int = 16) -> tuple[dict[str, object] | None, list[int]]:
+    """(instruction, fds); None when the sender has gone."""
+    data, fds, _ = receive_bytes(sock, INSTRUCTION, max_fds)
+    return (marshal.loads(data) if data else None), fds
+
+
+def keep_only(fds: Sequence[int]) -> None:
+    """Close every file descriptor of this process but the standard ones and `fds`."""
+    last = 2
+    for fd in sorted({fd for fd in fds if fd > 2}):
+        os.closerange(last + 1, fd)
+        last = fd
+    os.closerange(last + 1, 1 << 20)

@@ -1,0 +1,685 @@
+"""The host's side of the engine: starts zygotes, opens sandboxes, runs calls. One thread, callbacks, no coroutines.
+
+Both doors stand on it: `sandbox.sandbox` with an asyncio loop, the command with a PollLoop. What comes from a sandbox is
+read here as flat messages and frames, bounded, and never interpreted (decoding a value is the caller's, by the codec).
+Must not know levels, and must not import anything of the sandbox's side but the channel.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+
+from sandbox import host, state
+from sandbox.engine import channel
+from sandbox.errors import ResourceError, SandboxException, SandboxInitializationError
+from sandbox.ns import userids
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from sandbox.engine.loop import Loop, Timer
+    from sandbox.recipe import Protection, Recipe
+
+# Seconds that a killed sandbox may take to vanish, and that the caller's own clock waits longer than the warden's.
+GRACE = 5.0
+SPAWN_FD = 10  # fds of ours that posix_spawn shall copy lie above those it copies to
+
+MENDS = {
+    errno.ENOSPC: "raise user.max_user_namespaces and its neighbours (sysctl -a | grep '^user.max_'), or close other sandboxes",
+    errno.EAGAIN: "raise the process limit (ulimit -u), or close other sandboxes",
+    errno.ENOMEM: "free memory, or lower max_memory_mb",
+    errno.EPERM: "allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), "
+    "or look at what confines this process (a container's seccomp profile, for instance)",
+    errno.ENOENT: "check that the path exists",
+    errno.EACCES: "make the path readable for the caller",
+    errno.EINVAL: "run on Linux 6.1 or later",
+    errno.ENOSYS: "run on Linux 6.1 or later",
+}
+
+
+def failed_line(fields: dict[str, str]) -> SandboxInitializationError:
+    """The error for a "failed" message: it names the recipe's line, errno, path and mend."""
+    number = int(fields.get("errno", "0") or "0")
+    if number in (errno.EPERM, errno.ENOSPC, errno.ENOSYS):
+        host.forget()
+    return SandboxInitializationError(
+        f"a sandbox could not be set up: {fields.get('text', '')}",
+        line=fields.get("line", ""),
+        errno=number or None,
+        path=fields.get("path") or None,
+        mend=MENDS.get(number, "run psie explain to see what this host can do"),
+    )
+
+
+def close_fds(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+class Zygote:
+    """A zygote process of ours. `recipe` decides its interpreter, template and outer user namespace."""
+
+    def __init__(self, loop: Loop, *, outer_user_namespace: bool, interpreter: Sequence[str]) -> None:
+        self.loop = loop
+        self.sandboxes: dict[str, Sandbox] = {}
+        self.error: SandboxException | None = None
+        self.on_closed: Callable[[], None] | None = None
+        self.control, inside = channel.pair()
+        self.control.setblocking(False)
+        self.pid = self._spawn(inside, outer_user_namespace, interpreter)
+        inside.close()
+        self.pidfd = os.pidfd_open(self.pid)
+        loop.add_reader(self.control.fileno(), self._readable)
+        self.closed = False
+
+    def _spawn(self, inside: _socket.socket, outer_user_namespace: bool, interpreter: Sequence[str]) -> int:
+        """Execute it with nothing but its two fds and /dev/null; see sandbox.engine.zygote.main."""
+        own = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        code = f"import sys; sys.path[:0] = {[own, *sys.path]!r}; from sandbox.engine.zygote import main; main()"
+        arguments = [interpreter[0], "-I", "-S", "-c", code]
+        if outer_user_namespace:
+            arguments = ["/usr/bin/unshare", "--user", "--map-root-user", *arguments]
+        environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+        environment.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+        caller = os.pidfd_open(os.getpid())
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, SPAWN_FD) for fd in (inside.fileno(), caller)]
+        actions: list[tuple[Any, ...]] = [
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
+            (os.POSIX_SPAWN_DUP2, 0, 1),
+            (os.POSIX_SPAWN_DUP2, high[0], 3),
+            (os.POSIX_SPAWN_DUP2, high[1], 4),
+        ]
+        if not os.environ.get("PSIE_DEBUG"):
+            actions.append((os.POSIX_SPAWN_DUP2, 0, 2))
+        try:
+            return os.posix_spawn(arguments[0], arguments, environment, file_actions=actions)
+        except FileNotFoundError:
+            raise ResourceError(f"{arguments[0]} is missing: install util-linux") from None
+        finally:
+            close_fds([caller, *high])
+
+    def set_up(self, recipe: Recipe, modules: Sequence[str]) -> None:
+        """Send it what it prepares once. Sandboxes may be opened at once: they wait in the socket."""
+        instruction = {
+            "path": recipe.interpreter["path"],
+            "prefix": recipe.interpreter["prefix"],
+            "modules": [*modules, *recipe.preload],
+            "link": recipe.network["mode"] == "veth",
+            "template": recipe.template,
+        }
+        self._instruct(instruction, [])
+
+    def open(self, sandbox: Sandbox, instruction: dict[str, object], fds: Sequence[int]) -> None:
+        self.sandboxes[sandbox.name] = sandbox
+        self._instruct(instruction, fds)
+
+    def _instruct(self, instruction: dict[str, object], fds: Sequence[int]) -> None:
+        try:
+            channel.instruct(self.control, instruction, fds)
+        except OSError:
+            self._died()
+
+    def _readable(self) -> None:
+        try:
+            data, fds, _ = channel.receive_bytes(self.control, channel.MESSAGE)
+        except BlockingIOError:
+            return
+        except (ConnectionResetError, channel.Malformed):
+            data, fds = b"", []
+        close_fds(fds)
+        if not data:
+            self._died()
+            return
+        kind, fields = channel.unpack(data)
+        sandbox = self.sandboxes.get(fields.get("sandbox", ""))
+        if kind == "failed" and sandbox is not None:
+            sandbox.fail(failed_line(fields))
+        elif kind == "failed":
+            self.error = failed_line(fields)
+        elif kind == "closed" and sandbox is not None:
+            del self.sandboxes[sandbox.name]
+            sandbox.gone()
+
+    def _died(self) -> None:
+        if self.closed:
+            return
+        error = self.error or ResourceError("the zygote has died: its sandboxes are gone; open new ones")
+        self.error = error
+        self.close()
+        for sandbox in list(self.sandboxes.values()):
+            sandbox.fail(error)
+            sandbox.clean_up()
+            sandbox.gone()
+        self.sandboxes.clear()
+
+    def close(self) -> None:
+        """Close the control socket, upon which it ends all and leaves; then reap it."""
+        if self.closed:
+            return
+        self.closed = True
+        self.loop.remove_reader(self.control.fileno())
+        self.control.close()
+        self.loop.add_reader(self.pidfd, self._reap)
+
+    def _reap(self) -> None:
+        self.loop.remove_reader(self.pidfd)
+        try:
+            os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            pass  # somebody in this process waits for all children
+        os.close(self.pidfd)
+        self.pidfd = -1
+        if self.on_closed is not None:
+            self.on_closed()
+
+
+class Sandbox:
+    """One open sandbox: its place in the ledger, its leaf, its hub to the warden."""
+
+    def __init__(self, zygote: Zygote, recipe: Recipe, wire: dict[str, Any], name: str) -> None:
+        self.zygote = zygote
+        self.loop = zygote.loop
+        self.recipe = recipe
+        self.name = name
+        self.calls: dict[int, Call] = {}
+        self.next_call = 1
+        self.workspace: int | None = None  # O_PATH fd
+        self.error: SandboxException | None = None
+        self.is_gone = False
+        self.closing = False
+        self.on_opened: Callable[[], None] | None = None
+        self.on_gone: Callable[[], None] | None = None
+        self.slot = userids.claim(int(recipe.limits["memory_bytes"]), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        self.leaf: tuple[int, str] | None = None
+        self.folder: str | None = None
+        try:
+            self._open(wire)
+        except BaseException:
+            self.clean_up()
+            raise
+
+    def _open(self, wire: dict[str, Any]) -> None:
+        hub, hub_inside = channel.pair()
+        violations, violations_inside = channel.pair()
+        fds = {"hub": hub_inside.fileno(), "violations": violations_inside.fileno(), "lock": self.slot.fd}
+        temporary = [hub_inside, violations_inside]
+        opened: list[int] = []
+        ids = self._ids()
+        instruction: dict[str, object] = {
+            "sandbox": self.name,
+            "mount_namespace": "mnt" in self.recipe.namespaces,
+            "binds": self.recipe.sandbox_mounts,
+            "recipe": wire,
+            **ids,
+        }
+        try:
+            if self.recipe.cgroup is not None:
+                parent, leaf = self._make_leaf()
+                opened += [leaf]
+                fds.update(cgroup_parent=parent, cgroup=leaf)
+                instruction["cgroup"] = str(self.slot.number)
+            if self.recipe.workspace["kind"] == "folder":
+                parent = self._make_folder(ids["owner"])
+                opened.append(parent)
+                fds["folder_parent"] = parent
+                instruction["folder"] = str(self.slot.number)
+                instruction["recipe"] = place(wire, self.folder or "")
+            instruction["fds"] = list(fds)
+            hub.setblocking(False)
+            violations.setblocking(False)
+            self.hub, self.violations = hub, violations
+            self.loop.add_reader(hub.fileno(), self._hub_readable)
+            self.loop.add_reader(violations.fileno(), self._violation_readable)
+            self.zygote.open(self, instruction, list(fds.values()))
+        finally:
+            close_fds(opened)
+            for sock in temporary:
+                sock.close()
+
+    def _ids(self) -> dict[str, Any]:
+        """Where the ids of this sandbox lie on the host, and what the plugin's id is inside."""
+        wanted = self.recipe.ids
+        if not wanted["allocated"]:
+            if wanted["user_namespace"]:
+                return {"ids": {"setup": None, "plugin": [1000, 1000]}, "uid_map": "1000 0 1", "gid_map": "1000 0 1", "owner": [0, 0]}
+            own = [os.getuid(), os.getgid()]
+            return {"ids": {"setup": None, "plugin": own}, "owner": own}
+        base = userids.id_region(userids.IDS_PER_SLOT * (userids.MAX_SANDBOXES + 1)) + userids.IDS_PER_SLOT * self.slot.number
+        outside = wanted["outside"] if wanted["outside"] is not None else base + 1
+        if wanted["user_namespace"]:
+            id_map = f"0 {base} 1\n1000 {outside} 1"
+            return {"ids": {"setup": [0, 0], "plugin": [1000, 1000]}, "uid_map": id_map, "gid_map": id_map, "owner": [outside, outside]}
+        return {"ids": {"setup": None, "plugin": [outside, outside]}, "owner": [outside, outside]}
+
+    def _make_leaf(self) -> tuple[int, int]:
+        """(fd of the parent, fd of the leaf). A leaf of the same slot is a dead sandbox's: the ledger says so."""
+        from sandbox.engine.zygote import remove_leaf
+
+        assert self.recipe.cgroup is not None
+        tree = os.path.join(str(self.recipe.cgroup["tree"]), "psie")
+        settings: dict[str, str] = self.recipe.cgroup["settings"]  # type: ignore[assignment]
+        os.makedirs(tree, mode=0o755, exist_ok=True)
+        if settings:
+            controllers: list[str] = self.recipe.cgroup["controllers"]  # type: ignore[assignment]
+            with open(tree + "/cgroup.subtree_control", "w") as file:
+                file.write(" ".join("+" + name for name in controllers))
+        parent = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        name = str(self.slot.number)
+        self.leaf = parent, name
+        remove_leaf(parent, name)
+        os.mkdir(name, 0o755, dir_fd=parent)
+        leaf = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
+        for setting, value in settings.items():
+            fd = os.open(setting, os.O_WRONLY | os.O_CLOEXEC, dir_fd=leaf)
+            try:
+                os.write(fd, value.encode())
+            finally:
+                os.close(fd)
+        return parent, leaf
+
+    def _make_folder(self, owner: list[int]) -> int:
+        """The workspace as a folder on disk; returns an fd of its parent."""
+        from sandbox.engine.warden import remove_folder
+
+        work = os.path.join(state.folder("lib"), "work")
+        os.makedirs(work, mode=0o711, exist_ok=True)
+        parent = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        name = str(self.slot.number)
+        remove_folder(parent, name)
+        self.folder = os.path.join(work, name)
+        for path in (self.folder, self.folder + "/files"):
+            os.mkdir(path, 0o700)
+            if os.getuid() == 0:
+                os.chown(path, *owner)
+        return parent
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def call(self, stdio: Sequence[int], *, tty: bool = False) -> Call:
+        """Start a worker that waits for a job; `stdio` are three fds for its standard streams, which stay the caller's."""
+        call = Call(self, self.next_call)
+        self.next_call += 1
+        self.calls[call.number] = call
+        if self.error is not None:
+            call.fail(self.error)
+        else:
+            self._instruct({"op": "call", "call": call.number, "tty": tty}, [call.inside.fileno(), *stdio])
+        call.inside.close()
+        return call
+
+    def _instruct(self, instruction: dict[str, object], fds: Sequence[int] = ()) -> None:
+        try:
+            channel.instruct(self.hub, instruction, fds)
+        except OSError:
+            self.fail(ResourceError("the sandbox's warden has gone: open a new sandbox"))
+
+    def _hub_readable(self) -> None:
+        try:
+            data, fds, _ = channel.receive_bytes(self.hub, channel.MESSAGE, 1)
+        except BlockingIOError:
+            return
+        except (ConnectionResetError, channel.Malformed):
+            data, fds = b"", []
+        if not data:
+            self.fail(self.error or ResourceError("the sandbox's warden has died, and all of its calls with it: open a new sandbox"))
+            return
+        kind, fields = channel.unpack(data)
+        call = self.calls.get(int(fields.get("call", "0") or "0"))
+        if kind == "opened":
+            self.workspace = fds.pop() if fds else None
+            if self.on_opened is not None:
+                self.on_opened()
+        elif kind == "failed" and call is None:
+            self.fail(failed_line(fields))
+        elif kind == "failed" and call is not None:
+            call.fail(failed_line(fields))
+        elif kind == "sealed" and call is not None:
+            call.sealed(fields)
+        elif kind == "ended" and call is not None:
+            del self.calls[call.number]
+            call.ended(fields)
+        close_fds(fds)
+
+    def _violation_readable(self) -> None:
+        try:
+            data, fds, _ = channel.receive_bytes(self.violations, channel.MESSAGE)
+            close_fds(fds)
+        except BlockingIOError:
+            return
+        except (ConnectionResetError, channel.Malformed):
+            data = b""
+        if not data:
+            self.loop.remove_reader(self.violations.fileno())
+            return
+        _, fields = channel.unpack(data)
+        call = self.calls.get(int(fields["call"]))
+        if call is not None:
+            call.violation(fields)
+
+    def drain_violations(self) -> None:
+        """Read what the supervisor has said so far: it speaks before it answers, so nothing of an ended call is missing."""
+        while self.violations.fileno() >= 0:
+            try:
+                data, fds, _ = channel.receive_bytes(self.violations, channel.MESSAGE)
+            except (OSError, channel.Malformed):
+                return
+            close_fds(fds)
+            if not data:
+                return
+            _, fields = channel.unpack(data)
+            call = self.calls.get(int(fields["call"]))
+            if call is not None:
+                call.violation(fields)
+
+    def fail(self, error: SandboxException) -> None:
+        """Nothing of it works any more; its calls end with `error`."""
+        if self.error is None:
+            self.error = error
+        for call in list(self.calls.values()):
+            call.fail(error)
+        self.calls.clear()
+        if self.on_opened is not None:
+            self.on_opened()
+        self.close()
+
+    def close(self) -> None:
+        """End every call and let the warden leave; `on_gone` tells when all of it has gone."""
+        if self.closing:
+            return
+        self.closing = True
+        for sock in (self.hub, self.violations):
+            if sock.fileno() >= 0:
+                self.loop.remove_reader(sock.fileno())
+                sock.close()
+        if self.workspace is not None:
+            os.close(self.workspace)
+            self.workspace = None
+
+    def gone(self) -> None:
+        """The warden has been reaped, and the zygote has removed leaf and folder."""
+        if self.is_gone:
+            return
+        self.is_gone = True
+        self.close()
+        self.slot.release()
+        if self.leaf is not None:
+            os.close(self.leaf[0])
+            self.leaf = None
+        for call in list(self.calls.values()):
+            call.fail(self.error or ResourceError("the sandbox was closed"))
+        if self.on_gone is not None:
+            self.on_gone()
+
+    def clean_up(self) -> None:
+        """Remove leaf and folder ourselves: there is no zygote to do it."""
+        if self.leaf is not None:
+            from sandbox.engine.zygote import remove_leaf
+
+            remove_leaf(*self.leaf)
+            os.close(self.leaf[0])
+            self.leaf = None
+        if self.folder is not None:
+            from sandbox.engine.warden import remove_folder
+
+            parent = os.open(os.path.dirname(self.folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                remove_folder(parent, os.path.basename(self.folder))
+            finally:
+                os.close(parent)
+        self.slot.release()
+
+
+class Call:
+    """One call: from a worker that waits for a job to its reply and its end.
+
+    `on_sealed(call)` when the worker stands and has been read back; `on_done(call)` when everything of it has gone:
+    then `error` or `outcome`, `reply` and `violations` tell what happened.
+    """
+
+    def __init__(self, sandbox: Sandbox, number: int) -> None:
+        self.sandbox = sandbox
+        self.loop = sandbox.loop
+        self.number = number
+        self.job, self.inside = channel.pair()
+        self.job.setblocking(False)
+        self.read_back: dict[str, str] | None = None
+        self.error: SandboxException | None = None
+        self.outcome: dict[str, str] | None = None
+        self.cause = ""  # why the host itself ended it: output, result, violations, cancelled
+        self.reply_kind = b""
+        self.reply = bytearray()
+        self.reply_complete = False
+        self.reply_limit = int(sandbox.recipe.limits["result_bytes"])
+        self.reply_size = 0
+        self.violations: dict[tuple[str, str], dict[str, str]] = {}
+        self.on_sealed: Callable[[Call], None] | None = None
+        self.on_done: Callable[[Call], None] | None = None
+        self.on_violation: Callable[[Call, dict[str, str]], None] | None = None
+        self.done = False
+        self._outgoing: list[bytes | memoryview] = []
+        self._timer: Timer | None = None
+        self.loop.add_reader(self.job.fileno(), self._job_readable)
+
+    def sealed(self, fields: dict[str, str]) -> None:
+        try:
+            expected = expectations(self.sandbox.recipe.protections)
+            different = host.differences(expected, fields)
+            if different:
+                name, (wanted, seen) = next(iter(different.items()))
+                raise SandboxInitializationError(
+                    f"a protection does not hold in the running sandbox: {name} is {seen!r}, not {wanted!r}",
+                    protection=name,
+                    mend="report this as a bug of psie; nothing has run",
+                )
+        except SandboxInitializationError as error:
+            self.kill("read-back")
+            self.fail(error)
+            return
+        self.read_back = fields
+        if self.on_sealed is not None:
+            self.on_sealed(self)
+
+    def send_job(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
+        """Let the worker begin; from now on the warden's clock runs for `seconds`."""
+        self.sandbox._instruct({"op": "deadline", "call": self.number, "seconds": seconds})
+        self._timer = self.loop.call_later(seconds + GRACE, self._overdue)
+        view = memoryview(payload)
+        header = {**instruction, "size": len(payload)}
+        try:
+            channel.instruct(self.job, header)
+        except OSError:
+            return  # it has ended already; its end is reported
+        self._outgoing = [view[start : start + channel.FRAME] for start in range(0, len(view), channel.FRAME)]
+        self._outgoing.reverse()
+        self._send_more()
+
+    def _send_more(self) -> None:
+        while self._outgoing:
+            try:
+                self.job.send(self._outgoing[-1])
+            except BlockingIOError:
+                self.loop.add_writer(self.job.fileno(), self._send_more)
+                return
+            except OSError:
+                self._outgoing.clear()
+                break
+            self._outgoing.pop()
+        self.loop.remove_writer(self.job.fileno())
+
+    def _overdue(self) -> None:
+        """The warden should have ended it long ago: something is wrong with it, so the whole sandbox goes."""
+        self.sandbox.fail(ResourceError("the sandbox did not end at its deadline and was closed"))
+
+    def _job_readable(self) -> None:
+        try:
+            data = self.job.recv(channel.FRAME + 1)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            self._close_job()
+            return
+        self._frame(data[:1], data[1:])
+
+    def _frame(self, kind: bytes, data: bytes) -> None:
+        """One frame of the reply. After the end of a reply, or of another kind than it began: ignored, it is nobody's."""
+        if self.reply_complete:
+            return
+        if kind == channel.REPLY_END:
+            self.reply_complete = True
+            return
+        if kind not in (channel.REPLY_VALUE, channel.REPLY_ERROR, channel.REPLY_UNFIT) or self.reply_kind not in (b"", kind):
+            return
+        self.reply_kind = kind
+        self.reply_size += len(data)
+        most = self.reply_limit if kind == channel.REPLY_VALUE else channel.FRAME
+        if self.reply_size > most:
+            self.reply = bytearray()
+            if not self.cause:
+                self.kill("result")
+            return
+        self.reply += data
+
+    def _drain_job(self) -> None:
+        while self.job.fileno() >= 0:
+            try:
+                data = self.job.recv(channel.FRAME + 1)
+            except (BlockingIOError, ConnectionResetError):
+                return
+            if not data:
+                return
+            self._frame(data[:1], data[1:])
+
+    def _close_job(self) -> None:
+        if self.job.fileno() >= 0:
+            self.loop.remove_reader(self.job.fileno())
+            self.loop.remove_writer(self.job.fileno())
+            self.job.close()
+
+    def violation(self, fields: dict[str, str]) -> None:
+        key = fields["nr"], fields["arg0"]
+        is_new = key not in self.violations
+        self.violations[key] = fields
+        if is_new and self.on_violation is not None:
+            self.on_violation(self, fields)
+
+    def kill(self, cause: str) -> None:
+        """End everything of the call now; `on_done` tells when it has gone."""
+        if not self.cause:
+            self.cause = cause
+        if not self.done and not self.sandbox.closing:
+            self.sandbox._instruct({"op": "kill", "call": self.number, "cause": cause})
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the worker, through init."""
+        if not self.done and not self.sandbox.closing:
+            self.sandbox._instruct({"op": "signal", "call": self.number, "signal": number})
+
+    def ended(self, fields: dict[str, str]) -> None:
+        self.sandbox.calls[self.number] = self
+        self.sandbox.drain_violations()
+        self.sandbox.calls.pop(self.number, None)
+        self._drain_job()
+        self.outcome = fields
+        self._finish()
+
+    def fail(self, error: SandboxException) -> None:
+        if self.error is None:
+            self.error = error
+        self._finish()
+
+    def _finish(self) -> None:
+        if self.done:
+            return
+        self.done = True
+        self._close_job()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.on_done is not None:
+            self.on_done(self)
+
+
+def expectations(protections: Sequence[Protection]) -> dict[str, str]:
+    merged: dict[str, str] = {}
+    for protection in protections:
+        merged.update(protection.expected)
+    return merged
+
+
+def place(wire: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The wire form with the places of a workspace that is a folder on disk filled in."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace("{workspace}", folder + "/files").replace("{folder}", folder)
+        if isinstance(value, (list, tuple)):
+            return [fill(item) for item in value]
+        if isinstance(value, dict):
+            return {key: fill(item) for key, item in value.items()}
+        return value
+
+    return {key: fill(value) for key, value in wire.items()}
+
+
+def wire_form(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that warden, init and worker carry out, as an instruction, with compiled filter and request."""
+    from sandbox.seccomp import filter as seccomp_filter
+
+    seccomp = recipe.seccomp
+    program = seccomp_filter.cached_profile(
+        str(seccomp["profile"]),
+        allow_subprocess=bool(seccomp["allow_subprocess"]),
+        allow_threads=bool(seccomp["allow_threads"]),
+        allow_network=bool(seccomp["allow_network"]),
+        cache_dir=state.folder("cache"),
+    )
+    network = dict(recipe.network)
+    if network["mode"] == "veth":
+        network["request"] = link_request()
+    wire = {
+        "namespaces": list(recipe.namespaces),
+        "call_mounts": recipe.call_mounts,
+        "workspace": recipe.workspace,
+        "network": network,
+        "hostname": recipe.hostname,
+        "rlimits": recipe.rlimits,
+        "landlock": recipe.landlock,
+        "seccomp": {"profile": seccomp["profile"], "bpf": program},
+    }
+    if recipe.workspace["kind"] == "tmpfs":
+        return {
+            **wire,
+            "landlock": _with_workspace(recipe.landlock, str(recipe.workspace["path"])),
+        }
+    return wire
+
+
+def _with_workspace(landlock: dict[str, object] | None, path: str) -> dict[str, object] | None:
+    if landlock is None:
+        return None
+    rules: list[list[str]] = landlock["rules"]  # type: ignore[assignment]
+    return {**landlock, "rules": [[rule_path.replace("{workspace}", path), rights] for rule_path, rights in rules]}
+
+
+def link_request() -> bytes:
+    """The encoded request for a veth, from the cache or from the net helper."""
+    cache = state.Cache("link")
+    request = cache.read("veth")
+    if request is None:
+        import subprocess
+
+        own = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        code = f"import sys; sys.path[:0] = {[own, *sys.path]!r}; import runpy; runpy.run_module('sandbox.engine.nethelper', run_name='__main__')"
+        helper = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
+        if helper.returncode:
+            raise ResourceError(f"pyroute2 cannot encode a link: {helper.stderr.strip().splitlines()[-1:]}; reinstall pyroute2")
+        request = bytes.fromhex(helper.stdout)
+        cache.write("veth", request)
+    return request

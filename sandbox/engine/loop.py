@@ -1,0 +1,95 @@
+"""The little that the engine's host side asks of an event loop, and the smallest loop that gives it.
+
+asyncio's loops give it as they are; importing asyncio costs 50 ms, which the command line does not have.
+Must not know what is waited for.
+"""
+
+from __future__ import annotations
+
+import select
+from time import monotonic
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Protocol
+
+    class Timer(Protocol):
+        def cancel(self) -> None: ...
+
+    class Loop(Protocol):
+        """The part of asyncio.AbstractEventLoop that the engine uses."""
+
+        def add_reader(self, fd: int, callback: Callable[..., Any], *args: Any) -> None: ...
+        def remove_reader(self, fd: int) -> bool: ...
+        def add_writer(self, fd: int, callback: Callable[..., Any], *args: Any) -> None: ...
+        def remove_writer(self, fd: int) -> bool: ...
+        def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Timer: ...
+
+
+class PollTimer:
+    def __init__(self, when: float, callback: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.when = when
+        self.callback: Callable[..., Any] | None = callback
+        self.args = args
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class PollLoop:
+    """A loop over poll(2) for one thread that has nothing else to do."""
+
+    def __init__(self) -> None:
+        self.poll = select.poll()
+        self.readers: dict[int, Callable[[], Any]] = {}
+        self.writers: dict[int, Callable[[], Any]] = {}
+        self.timers: list[PollTimer] = []
+
+    def _register(self, fd: int) -> None:
+        mask = (select.POLLIN if fd in self.readers else 0) | (select.POLLOUT if fd in self.writers else 0)
+        if mask:
+            self.poll.register(fd, mask)
+        else:
+            self.poll.unregister(fd)
+
+    def add_reader(self, fd: int, callback: Callable[..., Any], *args: Any) -> None:
+        self.readers[fd] = lambda: callback(*args)
+        self._register(fd)
+
+    def remove_reader(self, fd: int) -> bool:
+        if self.readers.pop(fd, None) is None:
+            return False
+        self._register(fd)
+        return True
+
+    def add_writer(self, fd: int, callback: Callable[..., Any], *args: Any) -> None:
+        self.writers[fd] = lambda: callback(*args)
+        self._register(fd)
+
+    def remove_writer(self, fd: int) -> bool:
+        if self.writers.pop(fd, None) is None:
+            return False
+        self._register(fd)
+        return True
+
+    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> PollTimer:
+        timer = PollTimer(monotonic() + delay, callback, args)
+        self.timers.append(timer)
+        return timer
+
+    def run_until(self, finished: Callable[[], bool]) -> None:
+        """Serve until `finished()`; it is asked after every round."""
+        while not finished():
+            self.timers = [timer for timer in self.timers if timer.callback is not None]
+            wait = min((timer.when for timer in self.timers), default=None)
+            for fd, event in self.poll.poll(None if wait is None else max(0.0, wait - monotonic()) * 1000):
+                if event & ~select.POLLOUT and fd in self.readers:
+                    self.readers[fd]()
+                if event & ~select.POLLIN and fd in self.writers:
+                    self.writers[fd]()
+            now = monotonic()
+            for timer in [timer for timer in self.timers if timer.when <= now]:
+                callback, timer.callback = timer.callback, None
+                if callback is not None:
+                    callback(*timer.args)

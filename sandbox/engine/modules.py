@@ -1,0 +1,61 @@
+"""allowed_modules and blocked_modules: a convenience inside the worker, never the boundary (that is the kernel).
+
+Binds the imports that the plugin's own code makes; what the standard library and installed packages import among
+themselves is free, or nothing but the smallest list would work. Imported only where a plugin has such a list.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import FrameType, ModuleType
+
+
+class Finder:
+    """First on sys.meta_path, and asked by `__import__`, which alone sees the import of a module that is loaded already."""
+
+    def __init__(self, allowed: Sequence[str], blocked: Sequence[str]) -> None:
+        self.allowed = frozenset(allowed)
+        self.blocked = frozenset(blocked)
+        self.libraries = tuple(os.path.join(path, "") for path in sys.path[1:]) + ("<frozen",)
+        self.original = builtins.__import__
+
+    def check(self, name: str, filename: str) -> None:
+        """Raise ModuleNotFoundError if code in `filename` may not import `name`."""
+        if filename.startswith(self.libraries):
+            return
+        names = {name[:end] for end in (*(i for i, c in enumerate(name) if c == "."), len(name))}
+        if names & self.blocked:
+            raise ModuleNotFoundError(f"module {name} is blocked by PluginPermissionsV2.blocked_modules", name=name)
+        if self.allowed and not names & self.allowed:
+            raise ModuleNotFoundError(f"module {name} is not in PluginPermissionsV2.allowed_modules", name=name)
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
+            frame = frame.f_back
+        if frame is not None and frame.f_code.co_filename != __file__:
+            self.check(name, frame.f_code.co_filename)
+
+    def import_(
+        self,
+        name: str,
+        globals: Mapping[str, object] | None = None,
+        locals: Mapping[str, object] | None = None,
+        fromlist: Sequence[str] = (),
+        level: int = 0,
+    ) -> ModuleType:
+        if level == 0:
+            self.check(name, sys._getframe(1).f_code.co_filename)
+        return self.original(name, globals, locals, fromlist, level)
+
+
+def bind_imports(allowed: Sequence[str], blocked: Sequence[str]) -> None:
+    finder = Finder(allowed, blocked)
+    sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
+    builtins.__import__ = finder.import_  # type: ignore[assignment]

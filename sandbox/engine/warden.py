@@ -1,0 +1,383 @@
+"""The warden: one process per open sandbox, between the zygote and the calls.
+
+It holds the sandbox's mount namespace with the workspace and the caller's folders attached, clones an init for each
+call, writes its id maps, reads the protections back from outside, keeps the wall clock, and kills. It never runs foreign
+code and never reads foreign memory: that is the supervisor's. Must not import anything heavy.
+"""
+
+from __future__ import annotations
+
+import _signal as signal
+import _socket
+import errno
+import os
+import select
+import sys
+from time import monotonic
+
+from sandbox.engine import channel, init, supervisor
+from sandbox.ns import mounts, network, privileges
+from sandbox.ns import syscalls as sc
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+NAMESPACES = {
+    "user": sc.CLONE_NEWUSER,
+    "mnt": sc.CLONE_NEWNS,
+    "pid": sc.CLONE_NEWPID,
+    "ipc": sc.CLONE_NEWIPC,
+    "uts": sc.CLONE_NEWUTS,
+    "cgroup": sc.CLONE_NEWCGROUP,
+    "net": sc.CLONE_NEWNET,
+}
+STATUS_LINES = (
+    *("Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Seccomp_filters", "NSpid"),
+    *("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"),
+)
+
+
+class Call:
+    """One call: its init, the socket to it, and when it has to be over."""
+
+    def __init__(self, number: int, pid: int, pidfd: int, report: _socket.socket) -> None:
+        self.number = number
+        self.pid = pid
+        self.pidfd = pidfd
+        self.report = report
+        self.worker: int | None = None  # a pidfd, where no PID namespace ends the worker with its init
+        self.deadline: float | None = None
+        self.cause = "exit"
+        self.result: dict[str, str] = {}
+
+
+class Warden:
+    def __init__(
+        self,
+        recipe: dict[str, Any],
+        instruction: dict[str, Any],
+        fds: dict[str, int],
+        link_socket: _socket.socket | None,
+    ) -> None:
+        self.recipe = recipe
+        self.instruction = instruction
+        self.fds = fds
+        self.hub = channel.from_fd(fds["hub"])
+        self.link_socket = link_socket
+        self.calls: dict[int, Call] = {}  # by pidfd
+        self.reports: dict[int, Call] = {}  # by the report socket's fd
+        self.poll = select.poll()
+        self.supervisor: tuple[int, int, _socket.socket] | None = None  # pid, pidfd, socket
+        self.own_namespaces = {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES}
+
+    def report_failure(self, failure: mounts.LineFailed, call: int = 0) -> None:
+        fields = {"line": failure.line, "errno": failure.errno, "path": failure.path, "text": failure.text, "call": call}
+        channel.send(self.hub, "failed", fields)
+
+    def set_up(self, host_namespace: int | None) -> None:
+        """Attach what the whole sandbox shares: the workspace and the caller's folders."""
+        workspace = self.recipe["workspace"]
+        if host_namespace is not None and self.instruction["binds"]:
+            mounts.attach_from(host_namespace, self.instruction["binds"])
+        fds = []
+        if workspace["kind"] == "tmpfs":
+            uid, gid = self.instruction["owner"]
+            options = f"mode=700,uid={uid},gid={gid},size={workspace['bytes']},nr_inodes={workspace['inodes']}"
+            mounts.carry_out("", [["tmpfs", workspace["path"], "nosuid,nodev", options, []]], "sandbox")
+            fds.append(os.open(workspace["path"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        channel.send(self.hub, "opened", {}, fds)
+        for fd in fds:
+            os.close(fd)
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    def call(self, instruction: dict[str, Any], fds: list[int]) -> None:
+        number = int(instruction["call"])
+        flags = sum(NAMESPACES[name] for name in self.recipe["namespaces"])
+        report, inside = channel.pair()
+        try:
+            pid, pidfd = sc.clone3(flags, self.fds.get("cgroup"))
+        except OSError as error:
+            for fd in (*fds, report.detach(), inside.detach()):
+                os.close(fd)
+            self.report_failure(mounts.LineFailed("call: clone3 with " + ", ".join(self.recipe["namespaces"]), error), number)
+            return
+        if pid == 0:
+            init.run(self.recipe, self.instruction["ids"], inside, self.fds["lock"], fds, tty=bool(instruction["tty"]))
+        for fd in (*fds, inside.detach()):
+            os.close(fd)
+        call = Call(number, pid, pidfd, report)
+        self.calls[pidfd] = call
+        self.reports[report.fileno()] = call
+        self.poll.register(pidfd, select.POLLIN)
+        self.poll.register(report.fileno(), select.POLLIN)
+        report.setsockopt(_socket.SOL_SOCKET, channel.SO_PASSCRED, 1)
+        try:
+            self.bless(call)
+        except (OSError, ValueError) as error:
+            line = "call: id maps and link"
+            self.report_failure(mounts.LineFailed(line, error), number)
+            self.kill(call, "failed")
+        # Off the critical path: the first init is busy with its mounts.
+        if self.supervisor is None:
+            self.start_supervisor()
+
+    def bless(self, call: Call) -> None:
+        """What only a parent can do for its child: the id maps, and the link's inner end."""
+        if "user" in self.recipe["namespaces"]:
+            for name in ("uid_map", "gid_map"):
+                with open(f"/proc/{call.pid}/{name}", "wb", 0) as file:
+                    file.write(self.instruction[name].encode())
+        channel.instruct(call.report, {"go": True})
+        if self.link_socket is not None:
+            network.add_link(self.link_socket, self.recipe["network"]["request"], call.pid)
+            channel.instruct(call.report, {"linked": True})
+
+    def start_supervisor(self) -> None:
+        here, there = channel.pair()
+        own_pid = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            supervisor.run(there, self.fds["violations"], own_pid)
+        there.close()
+        pidfd = os.pidfd_open(pid)
+        self.supervisor = pid, pidfd, here
+        self.poll.register(pidfd, select.POLLIN)
+
+    def sealed(self, call: Call, fields: dict[str, str], fds: list[int], pid: int) -> None:
+        """The worker stands: pass its listener on, read back what holds it, and tell the caller."""
+        assert self.supervisor is not None
+        try:
+            channel.instruct(self.supervisor[2], {"call": call.number}, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if "pid" not in self.recipe["namespaces"]:
+            call.worker = os.pidfd_open(pid)
+        try:
+            fields.update(self.read_back(pid))
+        except OSError as error:
+            self.report_failure(mounts.LineFailed("call: read-back of the protections", error), call.number)
+            self.kill(call, "failed")
+            return
+        channel.send(self.hub, "sealed", {"call": call.number, **fields})
+
+    def read_back(self, pid: int) -> dict[str, str]:
+        """What the kernel says about the worker (proc_pid_status(5), proc_pid_ns(5), proc_pid_limits(5))."""
+        fields = {}
+        for line in read(f"/proc/{pid}/status").splitlines():
+            name, _, value = line.partition(":")
+            if name in STATUS_LINES:
+                fields[name] = value.strip()
+        for name in self.recipe["namespaces"]:
+            own = os.readlink(f"/proc/{pid}/ns/{name}") != self.own_namespaces[name]
+            fields["ns/" + name] = "own" if own else "shared"
+        if "user" in self.recipe["namespaces"]:
+            fields["uid_map"] = " ".join(read(f"/proc/{pid}/uid_map").split())
+        fields["cgroup"] = read(f"/proc/{pid}/cgroup").strip().replace("\n", " ")
+        for line in read(f"/proc/{pid}/limits").splitlines()[1:]:
+            fields["limit/" + line[:26].strip()] = line[26:47].strip()
+        return fields
+
+    def kill(self, call: Call, cause: str) -> None:
+        call.cause = cause
+        sc.pidfd_send_signal(call.pidfd, signal.SIGKILL)
+        if call.worker is not None:
+            sc.pidfd_send_signal(call.worker, signal.SIGKILL)
+
+    def ended(self, call: Call) -> None:
+        """Init has gone, and with it everything of the call."""
+        self.drain(call)
+        _, status = os.waitpid(call.pid, 0)
+        self.poll.unregister(call.pidfd)
+        del self.calls[call.pidfd]
+        if self.reports.pop(call.report.fileno(), None):
+            self.poll.unregister(call.report.fileno())
+        os.close(call.pidfd)
+        call.report.close()
+        if call.worker is not None:
+            sc.pidfd_send_signal(call.worker, signal.SIGKILL)
+            os.close(call.worker)
+        if not call.result and call.cause == "exit":
+            call.cause = "killed"
+            call.result = {"status": str(status)}
+        channel.send(self.hub, "ended", {"call": call.number, "cause": call.cause, **call.result})
+
+    def drain(self, call: Call) -> None:
+        call.report.setblocking(False)
+        try:
+            while self.heard(call):
+                pass
+        except BlockingIOError:
+            pass
+
+    def heard(self, call: Call) -> bool:
+        """One message from init or worker; False when there will be no more."""
+        try:
+            data, fds, pid = channel.receive_bytes(call.report, channel.MESSAGE, 1)
+            if not data:
+                return False
+            kind, fields = channel.unpack(data)
+        except ConnectionResetError:
+            return False
+        except channel.Malformed:
+            self.kill(call, "killed")
+            return False
+        if kind == "sealed":
+            self.sealed(call, fields, fds, pid)
+        elif kind == "failed":
+            channel.send(self.hub, "failed", {**fields, "call": call.number})
+            call.cause = "failed"
+        elif kind == "ended":
+            call.result = fields
+        return True
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def find(self, number: int) -> Call | None:
+        return next((call for call in self.calls.values() if call.number == number), None)
+
+    def instructed(self) -> bool:
+        """One instruction of the caller; False when it has gone."""
+        try:
+            instruction, fds = channel.receive_instruction(self.hub, 8)
+        except ConnectionResetError:
+            return False
+        if instruction is None:
+            return False
+        operation = instruction["op"]
+        if operation == "call":
+            self.call(instruction, fds)
+            return True
+        call = self.find(int(instruction["call"]))  # type: ignore[call-overload]
+        if call is None:
+            return True  # it has ended meanwhile
+        if operation == "kill":
+            self.kill(call, str(instruction["cause"]))
+        elif operation == "deadline":
+            call.deadline = monotonic() + float(instruction["seconds"])  # type: ignore[arg-type]
+        elif operation == "signal":
+            channel.instruct(call.report, {"signal": instruction["signal"]})
+        return True
+
+    def wait_ms(self) -> int | None:
+        deadlines = [call.deadline for call in self.calls.values() if call.deadline is not None]
+        return max(0, int((min(deadlines) - monotonic()) * 1000) + 1) if deadlines else None
+
+    def serve(self) -> None:
+        hub = self.hub.fileno()
+        self.poll.register(hub, select.POLLIN)
+        while True:
+            for fd, event in self.poll.poll(self.wait_ms()):
+                if fd == hub:
+                    if not self.instructed():
+                        return
+                elif fd in self.calls:
+                    self.ended(self.calls[fd])
+                elif fd in self.reports:
+                    if not event & select.POLLIN or not self.heard(self.reports[fd]):
+                        self.poll.unregister(fd)  # init is on its way out; its pidfd tells when it has gone
+                        del self.reports[fd]
+                elif self.supervisor and fd == self.supervisor[1]:
+                    self.supervisor_died()
+                    return
+            now = monotonic()
+            for call in list(self.calls.values()):
+                if call.deadline is not None and call.deadline <= now:
+                    call.deadline = None
+                    self.kill(call, "timeout")
+
+    def supervisor_died(self) -> None:
+        """Fail closed: without a supervisor nobody records what is refused, so nothing may run."""
+        for call in list(self.calls.values()):
+            self.kill(call, "supervisor")
+            self.ended(call)
+
+    def finish(self) -> None:
+        """End every call, and see it gone, before the folder and the leaf go."""
+        for call in list(self.calls.values()):
+            self.kill(call, "killed")
+            os.waitpid(call.pid, 0)
+
+
+def read(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 65536).decode()
+    finally:
+        os.close(fd)
+
+
+def remove_folder(parent: int, name: str) -> None:
+    """Remove the folder `name` below the fd `parent`; links in it are removed, never followed.
+
+    Folders inside it are moved up to its top one by one, so that a tree of any depth needs two fds and no recursion.
+    """
+    try:
+        top = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    except FileNotFoundError:
+        return
+    try:
+        os.fchmod(top, 0o700)
+        moved = 0
+        while folders := unlink_files(top):
+            for folder in folders:
+                os.chmod(folder, 0o700, dir_fd=top)
+                inner = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+                try:
+                    for deeper in unlink_files(inner):
+                        moved += 1
+                        os.rename(deeper, f".psie-{moved}", src_dir_fd=inner, dst_dir_fd=top)
+                finally:
+                    os.close(inner)
+                os.rmdir(folder, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(name, dir_fd=parent)
+
+
+def unlink_files(folder: int) -> list[str]:
+    """Unlink all in the open folder that is no folder; returns the names of those."""
+    folders = []
+    with os.scandir(folder) as entries:
+        for entry in list(entries):
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.name)
+            else:
+                os.unlink(entry.name, dir_fd=folder)
+    return folders
+
+
+def run(
+    recipe: dict[str, Any],
+    instruction: dict[str, Any],
+    fds: dict[str, int],
+    host_namespace: int | None,
+    link_socket: _socket.socket | None,
+) -> NoReturn:
+    """The life of a warden, in the child of the zygote's clone3."""
+    try:
+        privileges.die_with_parent()
+        if os.getppid() != instruction["zygote"]:
+            os._exit(1)  # the zygote died before the line above
+        # The zygote's own ends are none of ours: the caller must be seen to go.
+        keep = [fds[name] for name in ("hub", "violations", "lock", "cgroup") if name in fds]
+        keep += [fd for fd in (host_namespace, link_socket.fileno() if link_socket else None) if fd is not None]
+        channel.keep_only(keep)
+        warden = Warden(recipe, instruction, fds, link_socket)
+        try:
+            warden.set_up(host_namespace)
+        except mounts.LineFailed as failure:
+            warden.report_failure(failure)
+            os._exit(1)
+        warden.serve()
+        warden.finish()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    os._exit(0)

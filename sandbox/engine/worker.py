@@ -1,0 +1,303 @@
+"""The worker: the process that runs the plugin, an os.fork() child of init.
+
+It puts the filter on, shows by a self-probe that Landlock holds, reports "sealed", waits for a job, runs it and replies.
+From the moment the plugin runs nothing that this process says is believed beyond being the plugin's reply.
+Must not import anything heavy: what a job needs is imported when the job is there.
+"""
+
+from __future__ import annotations
+
+import _signal as signal
+import _socket
+import errno
+import fcntl
+import gc
+import io
+import os
+import sys
+import termios
+
+from sandbox.engine import channel
+from sandbox.ns import mounts, privileges
+from sandbox.seccomp import load
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import CodeType
+    from typing import Any, NoReturn
+
+MESSAGE_CHARACTERS = 8192
+TRACEBACK_CHARACTERS = 65536 - 2 * MESSAGE_CHARACTERS
+
+
+def run(
+    recipe: dict[str, Any],
+    ids: dict[str, Any],
+    report: _socket.socket,
+    fds: list[int],
+    notes: list[str],
+    *,
+    tty: bool,
+) -> NoReturn:
+    """The life of a worker, after the fork. `fds`: job, stdin, stdout, stderr."""
+    try:
+        job = seal(recipe, report, fds, notes, tty=tty)
+        instruction, _ = channel.receive_instruction(job, 0)
+        if instruction is None:
+            os._exit(0)
+        payload = receive_payload(job, int(instruction["size"]))  # type: ignore[call-overload]
+        prepare_process(recipe, instruction)
+        if instruction["kind"] == "run":
+            status = run_file(job, instruction, payload)
+        else:
+            status = run_call(job, instruction, payload)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    os._exit(status)
+
+
+def seal(recipe: dict[str, Any], report: _socket.socket, fds: list[int], notes: list[str], *, tty: bool) -> _socket.socket:
+    """The last steps of the set-up: standard streams, session, filter, self-probe, "sealed". Returns the job socket."""
+    line = "call: standard streams"
+    try:
+        privileges.die_with_parent()  # a fork does not inherit it
+        job, *streams = fds
+        channel.keep_only([report.fileno(), *fds])
+        os.setsid()
+        for target, source in enumerate(streams):
+            os.dup2(source, target)
+            os.close(source)
+        if tty:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        for number in range(1, signal.NSIG):
+            if number not in (signal.SIGKILL, signal.SIGSTOP) and signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_IGN)  # as CPython does at its start
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        line = "call: seccomp " + recipe["seccomp"]["profile"]
+        listener = load.load_filter(recipe["seccomp"]["bpf"], new_listener=True)
+        line = "call: self-probe of Landlock"
+        probe = self_probe(recipe)
+        channel.send(report, "sealed", {"probe": probe, "notes": "; ".join(notes)}, [listener])
+        os.close(listener)
+        report.close()
+    except (OSError, ValueError) as error:
+        failure = mounts.LineFailed(line, error)
+        fields = {"line": failure.line, "errno": failure.errno, "path": failure.path, "text": failure.text}
+        channel.send(report, "failed", fields)
+        os._exit(1)
+    return channel.from_fd(job)
+
+
+def self_probe(recipe: dict[str, Any]) -> str:
+    """A write that everything but Landlock allows: init has just done it. Raises OSError if it is possible still."""
+    if recipe["landlock"] is None:
+        return "none"
+    path = recipe["landlock"]["probe"]
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+    except PermissionError as error:
+        return errno.errorcode[error.errno or 0]
+    raise OSError(errno.ENOTRECOVERABLE, "Landlock let a forbidden write through", path)
+
+
+def receive_payload(job: _socket.socket, size: int) -> bytearray:
+    payload = bytearray()
+    while len(payload) < size:
+        data = job.recv(channel.FRAME)
+        if not data:
+            os._exit(0)
+        payload += data
+    return payload
+
+
+def prepare_process(recipe: dict[str, Any], instruction: dict[str, Any]) -> None:
+    """Make this copy of the zygote look like a Python that was started for the job."""
+    os.umask(0o022)
+    os.chdir(instruction["cwd"])
+    os.environ.clear()
+    os.environ.update(instruction["environment"])
+    for name, fd, mode, errors in (
+        ("stdin", 0, "r", "surrogateescape"),
+        ("stdout", 1, "w", "surrogateescape"),
+        ("stderr", 2, "w", "backslashreplace"),
+    ):
+        raw = open(fd, mode + "b", closefd=False)  # noqa: SIM115  (it lives as long as the process)
+        line_buffering = mode == "w" and (fd == 2 or os.isatty(fd))
+        stream = io.TextIOWrapper(raw, "utf-8", errors, line_buffering=line_buffering)
+        stream.mode = mode  # type: ignore[attr-defined]
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    if instruction["allowed_modules"] or instruction["blocked_modules"]:
+        from sandbox.engine import modules
+
+        modules.bind_imports(instruction["allowed_modules"], instruction["blocked_modules"])
+    gc.enable()
+
+
+def flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass  # the plugin closed or replaced it, or nobody reads any more
+
+
+# -- a file, as `python FILE ARGS` would run it ------------------------------------------------------------------------
+
+
+def run_file(job: _socket.socket, instruction: dict[str, Any], source: bytearray) -> int:
+    """Run `source` as `__main__`; returns the exit status that `python` would have."""
+    path = instruction["path"]
+    sys.argv = [path, *instruction["argv"]]
+    sys.path.insert(0, os.path.dirname(path))
+    main = type(sys)("__main__")
+    main.__file__ = path
+    main.__builtins__ = __builtins__  # type: ignore[attr-defined]
+    main.__spec__ = None
+    sys.modules["__main__"] = main
+
+    def execute() -> None:
+        code: CodeType = compile(bytes(source), path, "exec", dont_inherit=True)
+        exec(code, main.__dict__)
+
+    status = guarded(job, execute)
+    finalize()
+    return status
+
+
+def guarded(job: _socket.socket, action: Callable[[], None]) -> int:
+    """Call `action` as the interpreter calls a main program (pythonrun.c); an uncaught exception is reported as well."""
+    try:
+        action()
+    except SystemExit as stop:
+        return exit_status(stop.code)
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())
+        finalize()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        return 130
+    except BaseException as error:
+        if error.__traceback__ is not None:
+            error.__traceback__ = own_frames_off(error.__traceback__)
+        send_error(job, error, "")
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except SystemExit as stop:
+            return exit_status(stop.code)
+        return 1
+    return 0
+
+
+def own_frames_off(traceback: Any) -> Any:
+    """The traceback without its leading frames that are psie's own."""
+    here = os.path.dirname(__file__)
+    while traceback is not None and os.path.dirname(traceback.tb_frame.f_code.co_filename) == here:
+        traceback = traceback.tb_next
+    return traceback
+
+
+def exit_status(code: object) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def finalize() -> None:
+    """What Py_FinalizeEx does that a program can see: join threads, run atexit functions, flush."""
+    threading = sys.modules.get("threading")
+    if threading is not None:
+        threading._shutdown()
+    atexit = sys.modules.get("atexit")
+    if atexit is not None:
+        atexit._run_exitfuncs()
+    flush()
+
+
+# -- a call ------------------------------------------------------------------------------------------------------------
+
+
+def run_call(job: _socket.socket, instruction: dict[str, Any], payload: bytearray) -> int:
+    """Call a pickled function and send its value; the status is 0 also where it raised: the reply tells."""
+    import pickle
+
+    try:
+        function, arguments, keywords = pickle.loads(payload)
+        payload.clear()
+        value = function(*arguments, **keywords)
+        if instruction["coroutine"]:
+            import asyncio
+
+            value = asyncio.run(value)
+    except SystemExit as stop:
+        status = exit_status(stop.code)
+        flush()
+        return status
+    except BaseException as error:
+        send_error(job, error, format_traceback(error))
+        flush()
+        return 0
+    flush()
+    send_value(job, value, instruction["max_bytes"])
+    return 0
+
+
+def send_value(job: _socket.socket, value: object, max_bytes: int) -> None:
+    from sandbox.engine import codec
+
+    try:
+        data = codec.encode(value, max_bytes=max_bytes)
+    except codec.ReplyTooLarge as error:
+        send_flat(job, channel.REPLY_UNFIT, {"text": str(error), "allowed": error.allowed, "used": error.used})
+        return
+    except codec.CodecError as error:
+        send_flat(job, channel.REPLY_UNFIT, {"text": str(error)[:MESSAGE_CHARACTERS]})
+        return
+    except MemoryError as error:
+        send_error(job, error, "")
+        return
+    view = memoryview(data)
+    for start in range(0, len(view), channel.FRAME):
+        job.send(channel.REPLY_VALUE + view[start : start + channel.FRAME])
+    job.send(channel.REPLY_END)
+
+
+def send_flat(job: _socket.socket, kind: bytes, fields: dict[str, object]) -> None:
+    try:
+        job.send(kind + channel.pack("", fields))
+        job.send(channel.REPLY_END)
+    except OSError:
+        return  # the plugin closed the socket: the caller sees the end without a reply
+
+
+def send_error(job: _socket.socket, error: BaseException, traceback_text: str) -> None:
+    try:
+        message = str(error)
+    except BaseException:
+        message = "<the exception's own text raised an exception>"
+    kind = type(error)
+    number = error.errno if isinstance(error, OSError) and isinstance(error.errno, int) else ""
+    fields = {
+        "type": (kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}")[:500],
+        "message": message[:MESSAGE_CHARACTERS],
+        "traceback": traceback_text[-TRACEBACK_CHARACTERS:],
+        "errno": number,
+        "memory": int(isinstance(error, MemoryError)),
+    }
+    send_flat(job, channel.REPLY_ERROR, fields)
+
+
+def format_traceback(error: BaseException) -> str:
+    try:
+        import traceback
+
+        return "".join(traceback.format_exception(type(error), error, own_frames_off(error.__traceback__)))
+    except BaseException as problem:
+        return f"<no traceback: {type(problem).__name__}>"

@@ -1,0 +1,251 @@
+"""The zygote: a clean, single-threaded Python that forks sandboxes, so that no call pays for starting an interpreter.
+
+Executed once per (interpreter, preload, template) by `python -I -S -c`; serves one caller and dies with it. It holds the
+template mount tree, clones a warden for each sandbox, and does the last cleaning when the caller has gone.
+Rootless it is executed *inside* an outer user namespace: after a mere unshare(2) the kernel would keep the memory's old
+user namespace and refuse the read-back of a worker.
+
+Who dies when whom is killed:
+
+============ ============================================ ===========================================================
+killed       notices                                      dies
+============ ============================================ ===========================================================
+caller       zygote: pidfd of the caller                  zygote closes every hub; wardens end their calls and leave;
+                                                          the zygote removes cgroup leaves and folders, then exits
+zygote       kernel: PDEATHSIG of warden                  wardens, and with them all below (next line); the caller
+                                                          sees the control socket close and removes the leaves
+warden       kernel: PDEATHSIG of supervisor and of init  supervisor, inits; the caller sees the hub close
+supervisor   warden: pidfd of the supervisor              warden kills every init, reports it, exits
+init         kernel: end of the PID namespace; without    every process of the call; warden reports the end
+             one PDEATHSIG of the worker and cgroup.kill
+worker       init: waitid                                 init reports the status and exits, which ends the namespace
+net helper   -                                            nothing: its message is cached, its namespace is held by a
+                                                          socket of the zygote
+============ ============================================ ===========================================================
+
+Must not import anything heavy, and nothing of the host's side.
+"""
+
+from __future__ import annotations
+
+import _signal as signal
+import _socket
+import builtins
+import errno
+import gc
+import os
+import select
+import sys
+
+from sandbox.engine import channel, warden
+from sandbox.ns import mounts, network, privileges
+from sandbox.ns import syscalls as sc
+
+CONTROL = 3  # the socket to the caller
+CALLER = 4  # a pidfd of the caller
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+# Seconds that the wardens get to end by themselves when the caller has gone.
+GRACE = 0.5
+
+
+def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> None:
+    """What `site` would have done, without running any file that a .pth or sitecustomize names; then the preloads."""
+    sys.path[:] = path
+    sys.prefix = sys.exec_prefix = prefix
+    import _sitebuiltins
+
+    for name in ("exit", "quit"):
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
+    builtins.help = _sitebuiltins._Helper()  # type: ignore[attr-defined]
+    for module in modules:
+        __import__(module)
+    if len(os.listdir("/proc/self/task")) != 1:
+        raise RuntimeError("a preloaded module has started a thread: a process with threads cannot be forked safely")
+
+
+def freeze() -> None:
+    """What exists now is never collected, and so never written to, in any child."""
+    gc.collect()
+    gc.freeze()
+
+
+class Sandbox:
+    """What the zygote keeps of one sandbox: its warden, and what has to be removed when all of it has gone."""
+
+    def __init__(self, name: str, pid: int, pidfd: int, leaf: tuple[int, str] | None, folder: tuple[int, str] | None) -> None:
+        self.name = name
+        self.pid = pid
+        self.pidfd = pidfd
+        self.leaf = leaf  # (fd of the parent cgroup, name)
+        self.folder = folder  # (fd of the parent folder, name)
+
+
+class Zygote:
+    def __init__(self) -> None:
+        self.control = channel.from_fd(CONTROL)
+        self.host_namespace: int | None = None
+        self.link_socket: _socket.socket | None = None
+        self.sandboxes: dict[int, Sandbox] = {}  # by the warden's pidfd
+        self.poll = select.poll()
+
+    def set_up(self, instruction: dict[str, Any]) -> None:
+        notes: list[str] = []
+        try:
+            prepare_interpreter(instruction["path"], instruction["prefix"], instruction["modules"])
+        except Exception as error:
+            raise mounts.LineFailed("zygote: preload", ValueError(f"{type(error).__name__}: {error}")) from None
+        # The memory keeps the outer user namespace as its owner; not dumpable, nobody of the same id may look into it.
+        sc.prctl(sc.PR_SET_DUMPABLE, 0)
+        if instruction["link"]:
+            try:
+                self.link_socket = network.helper_namespace()
+            except OSError as error:
+                raise mounts.LineFailed("zygote: network namespace of the link's outer end", error) from None
+        template = instruction["template"]
+        if template is not None:
+            try:
+                self.host_namespace = mounts.own_namespace()
+            except OSError as error:
+                raise mounts.LineFailed("zygote: mount namespace", error) from None
+            mounts.build_template(template["lines"], pivot=template["pivot"])
+        freeze()
+        channel.send(self.control, "ready", {"notes": "; ".join(notes)})
+
+    def open(self, instruction: dict[str, Any], fds: list[int]) -> None:
+        """Clone a warden; the fds are: hub, violations, slot lock or cgroup parent and leaf or folder, as `fds` names them."""
+        given = dict(zip(instruction["fds"], fds, strict=True))
+        recipe = instruction["recipe"]
+        own_pid = os.getpid()
+        try:
+            pid, pidfd = sc.clone3(sc.CLONE_NEWNS if instruction["mount_namespace"] else 0)
+        except OSError as error:
+            for fd in fds:
+                os.close(fd)
+            self.report_failure(mounts.LineFailed("sandbox: clone of the warden", error), instruction["sandbox"])
+            return
+        if pid == 0:
+            instruction["zygote"] = own_pid
+            warden.run(recipe, instruction, given, self.host_namespace, self.link_socket)
+        leaf = (given.pop("cgroup_parent"), instruction["cgroup"]) if "cgroup_parent" in given else None
+        folder = (given.pop("folder_parent"), instruction["folder"]) if "folder_parent" in given else None
+        for fd in given.values():
+            os.close(fd)
+        self.sandboxes[pidfd] = Sandbox(instruction["sandbox"], pid, pidfd, leaf, folder)
+        self.poll.register(pidfd, select.POLLIN)
+
+    def report_failure(self, failure: mounts.LineFailed, sandbox: str = "") -> None:
+        fields = {"line": failure.line, "errno": failure.errno, "path": failure.path, "text": failure.text, "sandbox": sandbox}
+        channel.send(self.control, "failed", fields)
+
+    def buried(self, pidfd: int) -> None:
+        """A warden has gone, and all below it: reap it and remove what was its."""
+        sandbox = self.sandboxes.pop(pidfd)
+        self.poll.unregister(pidfd)
+        os.waitpid(sandbox.pid, 0)
+        os.close(pidfd)
+        if sandbox.leaf:
+            remove_leaf(*sandbox.leaf)
+            os.close(sandbox.leaf[0])
+        if sandbox.folder:
+            warden.remove_folder(*sandbox.folder)
+            os.close(sandbox.folder[0])
+        try:
+            channel.send(self.control, "closed", {"sandbox": sandbox.name})
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                raise
+
+    def serve(self) -> None:
+        self.poll.register(CONTROL, select.POLLIN)
+        self.poll.register(CALLER, select.POLLIN)
+        while True:
+            for fd, _ in self.poll.poll():
+                if fd == CALLER:
+                    return
+                if fd == CONTROL:
+                    instruction, fds = channel.receive_instruction(self.control)
+                    if instruction is None:
+                        return
+                    self.open(instruction, fds)
+                elif fd in self.sandboxes:
+                    self.buried(fd)
+
+    def finish(self) -> None:
+        """The caller has gone: the wardens see their hubs close; those that do not leave in time are killed."""
+        self.poll.unregister(CONTROL)
+        self.poll.unregister(CALLER)
+        for round_ in range(2):
+            while self.sandboxes:
+                gone = self.poll.poll(GRACE * 1000)
+                if not gone:
+                    break
+                for fd, _ in gone:
+                    self.buried(fd)
+            if round_ == 0:
+                for pidfd in self.sandboxes:
+                    sc.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+def remove_leaf(parent: int, name: str) -> None:
+    """Kill what still lives in the cgroup leaf `name` and remove it (cgroup.kill, cgroups v2 document)."""
+    try:
+        leaf = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
+    except FileNotFoundError:
+        return
+    try:
+        kill_leaf(leaf)
+        events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=leaf)
+        try:
+            poll = select.poll()
+            poll.register(events, select.POLLPRI)
+            for _ in range(20):
+                if b"populated 1" not in os.pread(events, 4096, 0):
+                    break
+                poll.poll(100)
+        finally:
+            os.close(events)
+    finally:
+        os.close(leaf)
+    try:
+        os.rmdir(name, dir_fd=parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EBUSY):
+            raise
+
+
+def kill_leaf(leaf: int) -> None:
+    fd = os.open("cgroup.kill", os.O_WRONLY | os.O_CLOEXEC, dir_fd=leaf)
+    try:
+        os.write(fd, b"1")
+    finally:
+        os.close(fd)
+
+
+def main() -> None:
+    """Never returns. Fds 3 and 4 are the control socket and the caller's pidfd; everything else is closed."""
+    channel.keep_only([CONTROL, CALLER])
+    for fd in (CONTROL, CALLER):
+        os.set_inheritable(fd, False)
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the caller's Ctrl-C is the caller's to handle
+    zygote = Zygote()
+    try:
+        instruction, _ = channel.receive_instruction(zygote.control)
+        if instruction is None:
+            os._exit(0)
+        try:
+            zygote.set_up(instruction)
+        except mounts.LineFailed as failure:
+            zygote.report_failure(failure)
+            os._exit(1)
+        zygote.serve()
+        zygote.finish()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    os._exit(0)

@@ -1,0 +1,270 @@
+"""What this host and this user can do, probed once; and the comparison of a running sandbox with its recipe.
+
+The facts are the second input of `sandbox.recipe.compile`. Probing forks a few children and costs some 20 ms, so the
+facts are cached per boot, user, namespaces and interpreter; `probe()` is the plain truth, `facts()` the cached one.
+Must not know what a level means.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from dataclasses import asdict, dataclass, fields
+
+from sandbox import state
+from sandbox.version import __version__
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+UNIFIED = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
+SYSCALLS = ("clone3", "openat2", "open_tree", "move_mount", "mount_setattr", "pidfd_getfd", "close_range", "landlock_restrict_self")
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """One host as one user sees it. Every field is plain data, so that the facts can be stored and shown as JSON.
+
+    `user_namespaces`, `fresh_proc` and `overlay` hold "" where the thing works and otherwise the reason why not.
+    """
+
+    root: bool
+    uid: int
+    gid: int
+    kernel: str
+    machine: str
+    user_namespaces: str
+    fresh_proc: str
+    overlay: str
+    missing_syscalls: tuple[str, ...]
+    landlock_abi: int
+    seccomp_notify: bool
+    cgroup: str  # mount point of the v2 tree, "" where there is none
+    cgroup_writable: bool  # we may make a leaf in it
+    controllers: tuple[str, ...]  # those that a leaf of ours gets
+    memory_bytes: int
+    executable: str
+    prefix: str
+    base_prefix: str
+    stdlib: str
+    multiarch: str
+    path: tuple[str, ...]  # sys.path of a sandbox: the standard library and installed packages
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def library_path() -> tuple[str, ...]:
+    """The entries of sys.path that are interpreter or installed packages; a caller's own folders are not a plugin's."""
+    roots = [os.path.join(root, "") for root in dict.fromkeys((sys.prefix, sys.base_prefix, os.path.expanduser("~/.local/lib")))]
+    stdlib = os.path.dirname(os.__file__)
+    chosen = []
+    for entry in sys.path:
+        entry = os.path.abspath(entry) if entry else ""
+        inside = entry.startswith(tuple(roots)) and (entry.startswith(stdlib) or os.path.basename(entry).endswith("-packages"))
+        if entry and entry not in chosen and (inside or os.path.basename(entry) in ("site-packages", "dist-packages")):
+            chosen.append(entry)
+    return tuple(entry for entry in chosen if os.path.exists(entry)) or (stdlib,)
+
+
+def in_child(action: Callable[[], None]) -> str:
+    """Run `action` in a forked child; "" if it returned, else the text of its OSError."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        text = b"the probe did not finish"
+        try:
+            action()
+            text = b""
+        except OSError as error:
+            text = (error.strerror or str(error)).encode()
+        except BaseException as error:
+            text = repr(error).encode()
+        finally:
+            os.write(writer, text)
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    return text.decode()
+
+
+def _enter_user_namespace(flags: int) -> None:
+    from sandbox.ns import syscalls as sc
+
+    uid, gid = os.getuid(), os.getgid()
+    sc.unshare(sc.CLONE_NEWUSER | flags)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+
+
+def _probe_user_namespaces() -> None:
+    """With network, IPC, UTS, cgroup and mount namespaces inside, as a sandbox wants them, and a mount that works."""
+    from sandbox.ns import syscalls as sc
+
+    _enter_user_namespace(sc.CLONE_NEWNS | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS | sc.CLONE_NEWCGROUP | sc.CLONE_NEWNET)
+    sc.mount("none", "/", None, sc.MS_REC | sc.MS_PRIVATE)
+    sc.mount("tmpfs", "/sys", "tmpfs", sc.MS_NOSUID)
+
+
+def _probe_fresh_proc() -> None:
+    from sandbox.ns import syscalls as sc
+
+    _enter_user_namespace(sc.CLONE_NEWNS | sc.CLONE_NEWPID)
+    reason = in_child(lambda: sc.mount("proc", "/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC))
+    if reason:
+        raise OSError(errno.EPERM, reason)
+
+
+def _probe_overlay() -> None:
+    from sandbox.ns import syscalls as sc
+
+    _enter_user_namespace(sc.CLONE_NEWNS)
+    sc.mount("none", "/", None, sc.MS_REC | sc.MS_PRIVATE)
+    sc.mount("tmpfs", "/sys", "tmpfs", sc.MS_NOSUID)
+    for name in ("lower", "upper", "work", "merged"):
+        os.mkdir("/sys/" + name)
+    options = "lowerdir=/sys/lower,upperdir=/sys/upper,workdir=/sys/work,userxattr"
+    sc.mount("overlay", "/sys/merged", "overlay", 0, options)
+
+
+def _missing_syscalls() -> tuple[str, ...]:
+    """Those that answer ENOSYS. Arguments that cannot succeed tell "there" from "not there"."""
+    from sandbox.ns import syscalls as sc
+
+    missing = []
+    for name in SYSCALLS:
+        try:
+            sc.syscall(name, -1, 0, 0, 0, 0)
+        except OSError as error:
+            if error.errno == errno.ENOSYS:
+                missing.append(name)
+    return tuple(missing)
+
+
+def _cgroup() -> tuple[str, bool, tuple[str, ...]]:
+    """(mount point of the v2 tree, may we make a leaf, controllers that the leaf gets): cgroups(7), cgroup-v2 document."""
+    for tree in UNIFIED:
+        if os.path.exists(tree + "/cgroup.controllers"):
+            break
+    else:
+        return "", False, ()
+    if os.getuid() != 0 or not os.access(tree, os.W_OK):
+        return tree, False, ()
+    with open(tree + "/cgroup.subtree_control") as file:
+        handed_down = file.read().split()
+    return tree, True, tuple(name for name in ("memory", "pids", "cpu") if name in handed_down)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _seccomp_notify() -> bool:
+    try:
+        with open("/proc/sys/kernel/seccomp/actions_avail") as file:
+            return "user_notif" in file.read().split()
+    except OSError:
+        return False
+
+
+def _sysctl_hints() -> str:
+    """Why user namespaces may be closed here: the settings that distributions use for it."""
+    hints = []
+    for path, closed in (
+        ("/proc/sys/user/max_user_namespaces", "0"),
+        ("/proc/sys/kernel/unprivileged_userns_clone", "0"),
+        ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1"),
+    ):
+        try:
+            with open(path) as file:
+                if file.read().strip() == closed:
+                    hints.append(f"{path[len('/proc/sys/') :].replace('/', '.')} is {closed}")
+        except OSError:
+            continue
+    return ", ".join(hints)
+
+
+def probe() -> HostFacts:
+    """Find out everything now. Raises OSError if libseccomp is missing."""
+    from sandbox.seccomp import landlock
+
+    uname = os.uname()
+    tree, writable, controllers = _cgroup()
+    user_namespaces = in_child(_probe_user_namespaces)
+    if user_namespaces and (hints := _sysctl_hints()):
+        user_namespaces = f"{user_namespaces}: {hints}"
+    return HostFacts(
+        root=os.getuid() == 0,
+        uid=os.getuid(),
+        gid=os.getgid(),
+        kernel=uname.release,
+        machine=uname.machine,
+        user_namespaces=user_namespaces,
+        fresh_proc=in_child(_probe_fresh_proc) if not user_namespaces else "no user namespace to mount it in",
+        overlay=in_child(_probe_overlay) if not user_namespaces else "no user namespace to mount it in",
+        missing_syscalls=_missing_syscalls(),
+        landlock_abi=landlock.abi(),
+        seccomp_notify=_seccomp_notify(),
+        cgroup=tree,
+        cgroup_writable=writable,
+        controllers=controllers,
+        memory_bytes=_memory_bytes(),
+        executable=sys.executable,
+        prefix=sys.prefix,
+        base_prefix=sys.base_prefix,
+        stdlib=os.path.dirname(os.__file__),
+        multiarch=getattr(sys.implementation, "_multiarch", ""),
+        path=library_path(),
+    )
+
+
+def _cache_key() -> list[object]:
+    """What the facts depend on. A sandboxed, containerised or upgraded psie must not believe another one's facts."""
+    key: list[object] = [__version__, os.getuid(), os.getgid(), sys.executable, sys.path]
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/cgroup", "/proc/sys/user/max_user_namespaces"):
+        try:
+            with open(path) as file:
+                key.append(file.read())
+        except OSError:
+            key.append(None)
+    for name in ("user", "mnt", "pid", "net"):
+        key.append(os.readlink("/proc/self/ns/" + name) if os.path.lexists("/proc/self/ns/" + name) else None)
+    return key
+
+
+def facts() -> HostFacts:
+    """The facts of this boot, user, namespaces and interpreter, from the cache if they are there."""
+    import json
+
+    cache = state.Cache("facts")
+    key = json.loads(json.dumps(_cache_key()))
+    stored = cache.read("facts.json")
+    if stored is not None:
+        try:
+            content = json.loads(stored)
+            if content["key"] == key and set(content["facts"]) == {field.name for field in fields(HostFacts)}:
+                values = {name: tuple(value) if isinstance(value, list) else value for name, value in content["facts"].items()}
+                return HostFacts(**values)
+        except (ValueError, KeyError, TypeError):
+            pass  # damaged or of another version: probed again and overwritten
+    found = probe()
+    cache.write("facts.json", json.dumps({"key": key, "facts": found.to_dict()}).encode())
+    return found
+
+
+def forget() -> None:
+    """The next `facts()` probes again: what was believed has just proved wrong."""
+    state.Cache("facts").remove("facts.json")
+
+
+# -- read-back -----------------------------------------------------------------------------------------------------------
+
+
+def differences(expected: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Where a running worker is not what its recipe says: {name: (expected, seen)}. What was not seen differs."""
+    return {name: (value, seen.get(name, "nothing")) for name, value in expected.items() if seen.get(name) != value}

@@ -1,0 +1,257 @@
+"""Mount trees, line by line: carries out the mount lines of a recipe, in the zygote, in a warden and in an init.
+
+A line is a list: an operation's name and its arguments (see OPERATIONS). Must not know levels: the recipe decided.
+
+The three stages are: the *template* (once per zygote: a root assembled from bind mounts, then pivot_root(2)); the
+*sandbox* lines (once per warden: workspace and the caller's folders); the *call* lines (once per init: /proc, /tmp and
+what else no two calls may share). Sources: mount_namespaces(7), mount_setattr(2), open_tree(2) in linux/mount.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from sandbox.ns import syscalls as sc
+
+# An empty directory of the host that is never a source of a bind: the new root is put together on top of it.
+STAGING = "/sys"
+
+ATTRIBUTES = {
+    "ro": sc.MOUNT_ATTR_RDONLY,
+    "nosuid": sc.MOUNT_ATTR_NOSUID,
+    "nodev": sc.MOUNT_ATTR_NODEV,
+    "noexec": sc.MOUNT_ATTR_NOEXEC,
+}
+
+
+class LineFailed(Exception):
+    """The first line of a recipe that could not be carried out: which one, errno, path, the kernel's words."""
+
+    def __init__(self, line: str, error: OSError | ValueError) -> None:
+        self.line = line
+        self.errno = getattr(error, "errno", None) or 0
+        self.path = str(getattr(error, "filename", None) or "")
+        self.text = getattr(error, "strerror", None) or str(error)
+        super().__init__(f"{line}: {self.text} {self.path}")
+
+
+def make_point(root: str, path: str, *, directory: bool) -> str:
+    """Make sure that something can be mounted at `path` below `root`; the folders on the way are open to everyone."""
+    target = root + path
+    current = root
+    parts = path.strip("/").split("/")
+    for part in parts[:-1]:
+        current += "/" + part
+        if not os.path.isdir(current):
+            os.mkdir(current, 0o755)
+    if directory:
+        if parts[-1] and not os.path.isdir(target):
+            os.mkdir(target, 0o755)
+    elif not os.path.lexists(target):
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+    return target
+
+
+def attributes_of(flags: str) -> int:
+    return sum(ATTRIBUTES[flag] for flag in flags.split(",") if flag)
+
+
+def take(source: str, flags: str) -> int:
+    """A detached recursive copy of the tree at `source`, with `flags` set on every mount of it."""
+    tree = sc.open_tree(source, sc.OPEN_TREE_CLONE | sc.AT_RECURSIVE)
+    attributes = attributes_of(flags)
+    if attributes:
+        try:
+            sc.mount_setattr(tree, attributes, recursive=True, what=source)
+        except OSError:
+            os.close(tree)
+            raise
+    return tree
+
+
+def put(tree: int, root: str, path: str) -> None:
+    """Attach a detached tree at `path` below `root`, making the mount point where there is none."""
+    try:
+        directory = stat.S_ISDIR(os.fstat(tree).st_mode)
+        sc.move_mount(tree, make_point(root, path, directory=directory))
+    finally:
+        os.close(tree)
+
+
+def bind(root: str, source: str, target: str, flags: str) -> None:
+    put(take(source, flags), root, target)
+
+
+def bind_optional(root: str, source: str, target: str, flags: str) -> None:
+    """A bind of something that not every host has; what the host refuses to share is left out as well."""
+    try:
+        bind(root, source, target, flags)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EACCES, errno.ENOTDIR):
+            raise
+
+
+def tmpfs(root: str, target: str, flags: str, options: str, keep: list[str]) -> None:
+    """A new tmpfs at `target`; the trees at the paths in `keep`, which lie below it, stay visible through it."""
+    kept = [(path, take(root + path, "")) for path in keep if os.path.lexists(root + path)]
+    mount_flags = sum(
+        {"ro": sc.MS_RDONLY, "nosuid": sc.MS_NOSUID, "nodev": sc.MS_NODEV, "noexec": sc.MS_NOEXEC}[flag]
+        for flag in flags.split(",")
+        if flag
+    )
+    sc.mount("tmpfs", make_point(root, target, directory=True), "tmpfs", mount_flags, options)
+    for path, tree in kept:
+        put(tree, root, path)
+
+
+def host_root(root: str, skip: list[str], flags: str) -> None:
+    """Bind everything that lies in the host's / except the names in `skip`; symbolic links are copied."""
+    for name in sorted(os.listdir("/")):
+        path = "/" + name
+        if name in skip:
+            continue
+        if os.path.islink(path):
+            os.symlink(os.readlink(path), root + path)
+        else:
+            bind_optional(root, path, path, flags)
+
+
+def directory(root: str, path: str, mode: int) -> None:
+    os.chmod(make_point(root, path, directory=True), mode)
+
+
+def symlink(root: str, target: str, path: str) -> None:
+    make_point(root, os.path.dirname(path), directory=True)
+    if not os.path.lexists(root + path):
+        os.symlink(target, root + path)
+
+
+def file(root: str, path: str, text: str, mode: int = 0o444) -> None:
+    make_point(root, path, directory=False)
+    with open(root + path, "w", encoding="utf-8") as handle:
+        handle.write(text)
+    os.chmod(root + path, mode)
+
+
+def proc(root: str, options: str) -> str | None:
+    """A fresh /proc of this PID namespace; where the host's is masked and the kernel refuses it, none at all.
+
+    The kernel lets a user namespace mount proc only beside a fully visible one (mount_too_revealing() in
+    fs/namespace.c). An empty /proc is stronger than a masked one.
+    """
+    target = root + "/proc"
+    try:
+        sc.mount("proc", target, "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC, options or None)
+    except PermissionError:
+        no_proc(root)
+        return "no /proc"
+    return None
+
+
+def no_proc(root: str) -> None:
+    tmpfs(root, "/proc", "ro,nosuid,nodev,noexec", "size=4k,nr_inodes=2,mode=555", [])
+
+
+def mask(root: str, path: str) -> None:
+    """Put nothing over `path`: an empty read-only folder over a folder, /dev/null over a file; absent is fine."""
+    target = root + path
+    if not os.path.lexists(target):
+        return
+    if os.path.isdir(target):
+        tmpfs(root, path, "ro,nosuid,nodev,noexec", "size=4k,nr_inodes=2,mode=555", [])
+    else:
+        sc.mount(root + "/dev/null", target, None, sc.MS_BIND)
+
+
+def readonly(root: str, path: str) -> None:
+    """Make the one mount at `path` read-only in this mount namespace (not the ones below it)."""
+    flags = sc.MS_BIND | sc.MS_REMOUNT | sc.MS_RDONLY | sc.MS_NOSUID | sc.MS_NODEV
+    sc.mount("none", root + path, None, flags)
+
+
+OPERATIONS = {
+    "bind": bind,
+    "bind_optional": bind_optional,
+    "directory": directory,
+    "file": file,
+    "host_root": host_root,
+    "mask": mask,
+    "no_proc": no_proc,
+    "proc": proc,
+    "readonly": readonly,
+    "symlink": symlink,
+    "tmpfs": tmpfs,
+}
+
+
+def carry_out(root: str, lines: list[list[object]], stage: str) -> list[str]:
+    """Carry out mount lines below `root`; returns what was substituted on the way.
+
+    Raises LineFailed for the first line that fails. An unknown operation is a line that fails.
+    """
+    notes = []
+    for line in lines:
+        name, *arguments = line
+        try:
+            operation = OPERATIONS.get(str(name))
+            if operation is None:
+                raise ValueError("unknown operation")
+            note = operation(root, *arguments)  # type: ignore[operator]
+        except (OSError, ValueError, TypeError) as error:
+            shown = " ".join(str(argument) for argument in arguments if isinstance(argument, str) and "\n" not in argument)
+            raise LineFailed(f"{stage}: {name} {shown}".strip(), error) from None  # type: ignore[arg-type]
+        if note:
+            notes.append(note)
+    return notes
+
+
+def own_namespace() -> int:
+    """Leave the caller's mount namespace for a copy that follows it but never changes it; returns an fd to that copy.
+
+    Later the warden reaches the caller's folders through this fd (setns(2)), as the caller sees them.
+    """
+    sc.unshare(sc.CLONE_NEWNS)
+    sc.mount("none", "/", None, sc.MS_REC | sc.MS_SLAVE)
+    return os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def build_template(lines: list[list[object]], *, pivot: bool) -> None:
+    """Make this process's mount tree the template: in a further namespace of its own, private, with a new root."""
+    sc.unshare(sc.CLONE_NEWNS)
+    sc.mount("none", "/", None, sc.MS_REC | sc.MS_PRIVATE)
+    if not pivot:
+        carry_out("", lines, "template")
+        return
+    sc.mount("tmpfs", STAGING, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV, "mode=755,size=4m,nr_inodes=4096")
+    carry_out(STAGING, lines, "template")
+    # The old /proc comes along: a new one may be mounted only beside it, and every call covers it with its own.
+    put(sc.open_tree("/proc", sc.OPEN_TREE_CLONE | sc.AT_RECURSIVE), STAGING, "/proc")
+    os.chdir(STAGING)
+    sc.pivot_root(".", ".")
+    sc.umount(".")
+    os.chdir("/")
+
+
+def attach_from(host_namespace: int, binds: list[tuple[str, str, str]]) -> None:
+    """Attach the caller's folders (source, target, flags) in this mount namespace, by a visit to the caller's."""
+    here = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        sc.setns(host_namespace, sc.CLONE_NEWNS)
+        trees = []
+        try:
+            for source, target, flags in binds:
+                try:
+                    trees.append((take(source, flags), source, target))
+                except OSError as error:
+                    raise LineFailed(f"sandbox: bind {source}", error) from None
+        finally:
+            sc.setns(here, sc.CLONE_NEWNS)
+    finally:
+        os.close(here)
+    for tree, source, target in trees:
+        try:
+            put(tree, "", target)
+        except OSError as error:
+            raise LineFailed(f"sandbox: bind {source}", error) from None

@@ -1,0 +1,70 @@
+"""Giving privileges away, for good: ids, capabilities, securebits, no_new_privs, rlimits.
+
+Runs in a sandbox's init, before anything foreign. Uses python-prctl; the ambient set is by prctl(2) directly, which
+python-prctl does not know. Sources: capabilities(7), prctl(2), setrlimit(2).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import _signal as signal
+
+from sandbox.ns import syscalls as sc
+
+try:
+    import prctl
+except ImportError as import_error:  # absent, or built against headers with a newer capability than this kernel's
+    raise ImportError(
+        f"python-prctl cannot be loaded ({import_error}): install gcc, python3-dev and libcap-dev, then "
+        "pip install --force-reinstall --no-binary :all: python-prctl"
+    ) from None
+
+
+def die_with_parent() -> None:
+    """SIGKILL when the parent dies. A change of ids clears it, so call it again after one (prctl(2), PR_SET_PDEATHSIG)."""
+    prctl.set_pdeathsig(signal.SIGKILL)
+
+
+def become(uid: int, gid: int) -> None:
+    """Take on the ids for good, without supplementary groups where the kernel lets us drop them."""
+    try:
+        os.setgroups([])
+    except PermissionError:
+        pass  # rootless: setgroups(2) is denied in the outer user namespace, the caller's own groups stay
+    sc.prctl(sc.PR_SET_KEEPCAPS, 1)  # the capabilities go later, in one step, when nothing needs them any more
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+
+
+def set_rlimits(lines: list[list[object]]) -> None:
+    """Lines are (name as in setrlimit(2), value); soft and hard limit alike, so that nothing can be raised again."""
+    for name, value in lines:
+        limit = int(value)  # type: ignore[call-overload]
+        which = getattr(resource, str(name))
+        hard = resource.getrlimit(which)[1]
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+        resource.setrlimit(which, (limit, limit))
+
+
+def empty_bounding_set() -> None:
+    """No program that is executed later can gain a capability, and root's id means nothing (capabilities(7)).
+
+    Without CAP_SETPCAP (rootless, no user namespace) this is moot: no_new_privs forbids the gain.
+    """
+    if not prctl.cap_permitted.setpcap:
+        return
+    prctl.cap_effective.setpcap = True
+    prctl.capbset.limit()
+    bits = ("NOROOT", "NOROOT_LOCKED", "NO_SETUID_FIXUP", "NO_SETUID_FIXUP_LOCKED", "KEEP_CAPS_LOCKED")
+    prctl.set_securebits(sum(getattr(prctl, "SECBIT_" + bit) for bit in bits))
+
+
+def no_new_privs() -> None:
+    prctl.set_no_new_privs(1)
+
+
+def drop_capabilities() -> None:
+    sc.prctl(sc.PR_CAP_AMBIENT, sc.PR_CAP_AMBIENT_CLEAR_ALL)
+    prctl.set_caps((prctl.ALL_CAPS, prctl.ALL_FLAGS, False))

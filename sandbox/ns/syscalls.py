@@ -1,0 +1,187 @@
+"""System calls that Python 3.11 does not have, one small function each, by ctypes.
+
+Every function raises OSError with the path it was given. Numbers are not typed in: libseccomp's own table gives them
+for the machine we run on. Constants carry the kernel's names. Must not know what a sandbox is.
+
+Sources: the man pages of section 2 of the same names, linux/mount.h, linux/sched.h, linux/prctl.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import _signal as signal  # signal.py would import enum, which nothing else on this side needs
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+CLONE_PIDFD = 0x00001000
+CLONE_INTO_CGROUP = 0x200000000
+
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MNT_DETACH = 2
+
+OPEN_TREE_CLONE = 1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+MOVE_MOUNT_F_EMPTY_PATH = 0x00000004
+MOUNT_ATTR_RDONLY = 0x00000001
+MOUNT_ATTR_NOSUID = 0x00000002
+MOUNT_ATTR_NODEV = 0x00000004
+MOUNT_ATTR_NOEXEC = 0x00000008
+
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_BENEATH = 0x08
+
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_KEEPCAPS = 8
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+PR_SET_NAME = 15
+PR_SET_CHILD_SUBREAPER = 36
+
+# With PyDLL the GIL stays held over a call: a thread of the caller can never be half-way through Python code in a child.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_numbers: dict[str, int] = {}
+
+
+def number(name: str) -> int:
+    """The number of the system call `name` on this machine, from libseccomp (seccomp_syscall_resolve_name(3))."""
+    if name not in _numbers:
+        try:
+            library = ctypes.CDLL("libseccomp.so.2")
+        except OSError:
+            raise OSError("libseccomp.so.2 is missing: install it (Debian, Ubuntu: apt-get install libseccomp2)") from None
+        resolved = library.seccomp_syscall_resolve_name(name.encode())
+        if resolved < 0:
+            raise OSError(f"this libseccomp does not know the system call {name}: install a newer one")
+        _numbers[name] = resolved
+    return _numbers[name]
+
+
+def resolve(*names: str) -> None:
+    """Look the numbers up now, while the library can still be reached (a later root may not have it)."""
+    for name in names:
+        number(name)
+
+
+def check(result: int, path: str | None = None) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), path)
+    return result
+
+
+def syscall(name: str, *arguments: object, what: str | None = None) -> int:
+    """syscall(2) by name; integers are passed as longs, bytes as pointers. `what` becomes the error's filename."""
+    values = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    return check(_libc.syscall(ctypes.c_long(number(name)), *values), what)
+
+
+def prctl(option: int, argument: int = 0, argument3: int = 0) -> int:
+    return check(_libc.prctl(option, ctypes.c_ulong(argument), ctypes.c_ulong(argument3), ctypes.c_ulong(0), ctypes.c_ulong(0)))
+
+
+def clone3(flags: int, cgroup_fd: int | None = None) -> tuple[int, int]:
+    """clone3(2) as a fork with namespace flags: (pid, pidfd) in the parent, (0, -1) in the child.
+
+    CPython's fork hooks run around it, as os.fork() does. In the child glibc's cached thread id is stale: do not run
+    foreign code in it, fork once more with os.fork().
+    """
+    pidfd = ctypes.c_int(-1)
+    if cgroup_fd is not None:
+        flags |= CLONE_INTO_CGROUP
+    fields = (flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup_fd or 0)
+    arguments = (ctypes.c_uint64 * 11)(*fields)
+    clone3_number = ctypes.c_long(number("clone3"))
+    size = ctypes.c_size_t(ctypes.sizeof(arguments))
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid = _libc.syscall(clone3_number, ctypes.byref(arguments), size)
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+        return 0, -1
+    code = ctypes.get_errno()
+    ctypes.pythonapi.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError(code, os.strerror(code))
+    os.set_inheritable(pidfd.value, False)
+    return pid, pidfd.value
+
+
+def unshare(flags: int) -> None:
+    check(_libc.unshare(flags))
+
+
+def setns(fd: int, kind: int) -> None:
+    check(_libc.setns(fd, kind))
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    check(
+        _libc.mount(
+            os.fsencode(source),
+            os.fsencode(target),
+            kind.encode() if kind else None,
+            ctypes.c_ulong(flags),
+            data.encode() if data else None,
+        ),
+        target,
+    )
+
+
+def umount(target: str, flags: int = MNT_DETACH) -> None:
+    check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def pivot_root(new: str, old: str) -> None:
+    syscall("pivot_root", os.fsencode(new), os.fsencode(old), what=new)
+
+
+def open_tree(path: str, flags: int, directory: int = AT_FDCWD) -> int:
+    return syscall("open_tree", directory, os.fsencode(path), flags | OPEN_TREE_CLOEXEC, what=path)
+
+
+def move_mount(tree: int, target: str) -> None:
+    syscall("move_mount", tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH, what=target)
+
+
+def mount_setattr(tree: int, attributes: int, *, recursive: bool, what: str) -> None:
+    """Set mount attributes on the (detached) mount that `tree` refers to, and on all below it if `recursive`."""
+    mount_attr = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
+    flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
+    syscall("mount_setattr", tree, b"", flags, ctypes.byref(mount_attr), ctypes.sizeof(mount_attr), what=what)
+
+
+def openat2(directory: int, path: str, flags: int, resolve_flags: int) -> int:
+    open_how = (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, 0, resolve_flags)
+    return syscall("openat2", directory, os.fsencode(path), ctypes.byref(open_how), ctypes.sizeof(open_how), what=path)
+
+
+def close_range(first: int, last: int) -> None:
+    if first <= last:
+        syscall("close_range", first, last, 0)
+
+
+def pidfd_send_signal(pidfd: int, number_: int) -> None:
+    """Send a signal through a pidfd; a process that is gone already is no error."""
+    try:
+        signal.pidfd_send_signal(pidfd, number_)
+    except ProcessLookupError:
+        return

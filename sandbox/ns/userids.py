@@ -1,0 +1,158 @@
+"""The ledger: which sandboxes of this host user are alive, which host ids and how much memory they claim.
+
+One file that all psie processes of a host user share (as root /run/psie/ledger). A sandbox holds a byte of it by an
+open-file-description lock, whose fd its warden and inits inherit: the kernel frees the slot when the last of them has
+gone, whatever was killed. As root slot n stands for host ids that no other sandbox has (see id_region).
+Host side only. Source: fcntl(2) "Open file description locks", subuid(5), systemd's UIDS-GIDS document.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+
+from sandbox import state
+from sandbox.errors import ResourceError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# Clear of subordinate ids (100000 up), of systemd-nspawn (524288-1879048191) and of the last ids before 2^31.
+PREFERRED = (1879048192, 2147352575)
+IDS_PER_SLOT = 2  # the owner of the set-up, and the plugin
+MAX_SANDBOXES = 256
+
+_RECORD = struct.Struct("=Q")  # bytes of memory claimed; record 0 holds the high-water mark of slots
+_MUTEX = 1 << 40  # offset of the byte that serialises changes
+
+
+def _lock(fd: int, kind: int, start: int, *, wait: bool) -> bool:
+    request = struct.pack("hhqqiq", kind, os.SEEK_SET, start, 1, 0, 0)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+class Slot:
+    """One living sandbox's place in the ledger. `fd` keeps it; hand it to every process that belongs to the sandbox."""
+
+    def __init__(self, number: int, fd: int) -> None:
+        self.number = number
+        self.fd = fd
+
+    def release(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def claim(memory: int, total_memory: int) -> Slot:
+    """A free slot for a sandbox of `memory` bytes.
+
+    The bounds are PSIE_MAX_SANDBOXES (256) and PSIE_MAX_MEMORY_MB (the host's memory), over all sandboxes of this user.
+    Raises ResourceError if either would be passed.
+    """
+    most = _setting("PSIE_MAX_SANDBOXES", MAX_SANDBOXES)
+    allowed = _setting("PSIE_MAX_MEMORY_MB", total_memory >> 20) << 20
+    fd = os.open(os.path.join(state.folder("run"), "ledger"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        _lock(fd, fcntl.F_WRLCK, _MUTEX, wait=True)
+        slot = _choose(fd, memory, most, allowed)
+        _lock(fd, fcntl.F_UNLCK, _MUTEX, wait=True)
+    except BaseException:
+        os.close(fd)
+        raise
+    return Slot(slot, fd)
+
+
+def _choose(fd: int, memory: int, most: int, allowed: int) -> int:
+    content = os.pread(fd, (most + 1) * _RECORD.size, 0)
+    claims = [record for (record,) in _RECORD.iter_unpack(content[: len(content) // _RECORD.size * _RECORD.size])]
+    high = min(claims[0] if claims else 0, most, len(claims) - 1 if claims else 0)
+    chosen = None
+    alive = []
+    for number in range(1, high + 1):
+        if not _lock(fd, fcntl.F_WRLCK, number, wait=False):
+            alive.append(number)
+        elif chosen is None:
+            chosen = number
+        else:
+            _lock(fd, fcntl.F_UNLCK, number, wait=True)
+    if chosen is None:
+        chosen = high + 1
+        if chosen > most:
+            raise ResourceError(
+                f"{len(alive)} sandboxes of this user are open already: close some, or set PSIE_MAX_SANDBOXES above {most}"
+            )
+        _lock(fd, fcntl.F_WRLCK, chosen, wait=True)
+    claimed = sum(claims[number] for number in alive)
+    if claimed + memory > allowed:
+        raise ResourceError(
+            f"the open sandboxes of this user claim {claimed >> 20} MB and this one wants {memory >> 20} MB of {allowed >> 20} MB: "
+            "close some, lower max_memory_mb, or set PSIE_MAX_MEMORY_MB"
+        )
+    os.pwrite(fd, _RECORD.pack(memory), chosen * _RECORD.size)
+    os.pwrite(fd, _RECORD.pack(max([*alive, chosen])), 0)
+    return chosen
+
+
+def _setting(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise ResourceError(f"the environment variable {name} is {text!r}: give a whole number above 0")
+    return int(text)
+
+
+# -- host ids ------------------------------------------------------------------------------------------------------------
+
+
+def _ranges(path: str, columns: slice, separator: str | None) -> list[tuple[int, int]]:
+    """(first, last) of every "start length" pair in a table; a missing table has none."""
+    try:
+        with open(path) as file:
+            lines = [line.strip().split(separator)[columns] for line in file if line.strip() and not line.startswith("#")]
+    except FileNotFoundError:
+        return []
+    return [(int(start), int(start) + int(length) - 1) for start, length in (line for line in lines if len(line) == 2)]
+
+
+def id_region(need: int) -> int:
+    """The first of `need` host ids that are ours to give away: mapped here, not in /etc/subuid or subgid, no user's.
+
+    Raises ResourceError where this user namespace has no such ids (a container with a short id map).
+    """
+    mapped = [
+        (inside, inside + length - 1)
+        for inside, length in ((int(row[0]), int(row[2])) for row in (line.split() for line in open("/proc/self/uid_map")))
+    ]
+    taken = [*_ranges("/etc/subuid", slice(1, 3), ":"), *_ranges("/etc/subgid", slice(1, 3), ":")]
+    starts = [PREFERRED[0], *(last - need + 1 for _, last in reversed(mapped))]
+    for start in starts:
+        last = start + need - 1
+        inside = any(low <= start and last <= high for low, high in mapped)
+        if start > 60000 - need and start >= 1000 and inside and not _overlaps(start, last, taken) and not _is_user(start, last):
+            return start
+    raise ResourceError(
+        f"this user namespace maps no {need} host ids that nobody uses: map more ids into the container, or run psie as a user"
+    )
+
+
+def _overlaps(start: int, last: int, ranges: Iterable[tuple[int, int]]) -> bool:
+    return any(start <= high and low <= last for low, high in ranges)
+
+
+def _is_user(start: int, last: int) -> bool:
+    """Whether /etc/passwd has a user in the range (65534, nobody, must not be a sandbox's either)."""
+    ids = [65534]
+    with open("/etc/passwd") as file:
+        for line in file:
+            fields = line.split(":")
+            if len(fields) > 2 and fields[2].isdecimal():
+                ids.append(int(fields[2]))
+    return any(start <= uid <= last for uid in ids)

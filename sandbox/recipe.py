@@ -1,0 +1,738 @@
+"""What a level means: compile(config, limits, permissions, host facts) -> Recipe. The one place that knows.
+
+A recipe is one frozen, JSON-able value that lists every namespace, mount, cgroup setting, seccomp profile, Landlock rule,
+rlimit and id mapping of a sandbox, and next to them its protections: what is promised, by which mechanism, and what this
+host makes of it. Everything after it only carries it out. Where a level cannot be had, compile() refuses, before
+anything starts. Must not do anything to the system but look at paths.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field, replace
+
+from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, SecurityLevel
+from sandbox.errors import SandboxInitializationError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from sandbox.host import HostFacts
+
+    Line = list[object]
+
+ENFORCED = "enforced"
+SUBSTITUTED = "substituted"
+MISSING = "missing"
+
+MB = 1 << 20
+PLUGIN_ID = 1000  # uid and gid of the plugin inside a user namespace
+WORKSPACE = "/workspace"
+PROBE = "/run/probe"
+# The processes of a call that are not the plugin's: init. The worker is the first of the plugin's own.
+OWN_PROCESSES = 1
+
+NAMESPACE_NAMES = {
+    "user": "user namespace",
+    "mnt": "mount namespace",
+    "pid": "PID namespace",
+    "ipc": "IPC namespace",
+    "uts": "UTS namespace",
+    "cgroup": "cgroup namespace",
+    "net": "network namespace",
+}
+
+
+@dataclass(frozen=True)
+class Level:
+    """One row set of the levels table."""
+
+    namespaces: tuple[str, ...]
+    view: str  # host, host-hidden, libraries, minimal
+    seccomp: str
+    network: str  # host, loopback, veth
+    strict: bool  # an isolation that cannot be had is refused
+
+
+_BASE = ("user", "mnt", "pid", "ipc", "uts", "cgroup")
+LEVELS = {
+    IsolationLevel.MINIMAL: Level((), "host", "denylist", "host", strict=False),
+    IsolationLevel.STANDARD: Level(_BASE, "host-hidden", "denylist", "host", strict=False),
+    IsolationLevel.STRICT: Level((*_BASE, "net"), "libraries", "allowlist", "loopback", strict=True),
+    IsolationLevel.MAXIMUM: Level((*_BASE, "net"), "minimal", "tight", "veth", strict=True),
+}
+VIEWS = {
+    "host": "the host's files, read-only by Landlock",
+    "host-hidden": "the host's files, read-only; /root, /home, /run, /var hidden",
+    "libraries": "only interpreter, libraries, plugin",
+    "minimal": "only interpreter, standard library, shared libraries, plugin, in a tmpfs root",
+}
+PROFILES = ("denylist", "allowlist", "tight")
+_SECURITY_PROFILE = {SecurityLevel.HIGH: "allowlist", SecurityLevel.MAXIMUM: "tight"}
+
+
+@dataclass(frozen=True)
+class Protection:
+    """One line of a recipe: what is promised, what does it, and what became of it.
+
+    `state` is enforced, substituted (by the weaker mechanism that is named) or missing. `expected` maps names of the
+    read-back (see sandbox.engine.warden) to the values that a running worker must show.
+    """
+
+    name: str
+    state: str
+    mechanism: str
+    detail: str = ""
+    mend: str = ""
+    expected: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, str]:
+        shown = {"name": self.name, "state": self.state, "mechanism": self.mechanism, "detail": self.detail}
+        return {**shown, "mend": self.mend} if self.mend else shown
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a level becomes on this host, for these limits and permissions. Plain data all through."""
+
+    level: str
+    namespaces: tuple[str, ...]
+    outer_user_namespace: bool
+    template: dict[str, object] | None
+    sandbox_mounts: list[list[str]]
+    call_mounts: list[Line]
+    workspace: dict[str, object]
+    network: dict[str, object]
+    hostname: str
+    ids: dict[str, object]
+    rlimits: list[Line]
+    landlock: dict[str, object] | None
+    seccomp: dict[str, object]
+    cgroup: dict[str, object] | None
+    environment: dict[str, str]
+    limits: dict[str, float]
+    interpreter: dict[str, object]
+    preload: tuple[str, ...]
+    modules: dict[str, list[str]]
+    monitoring: dict[str, object]
+    protections: tuple[Protection, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Protections that are not as the level says, in words."""
+        return [f"{p.name}: {p.state} ({p.detail or p.mechanism})" for p in self.protections if p.state != ENFORCED]
+
+
+def compile(
+    config: IsolationConfig,
+    limits: PluginLimitsV2,
+    permissions: PluginPermissionsV2,
+    host: HostFacts,
+    *,
+    read_only: Sequence[str] = (),
+    strict: bool = True,
+) -> Recipe:
+    """The recipe for what a caller asks, on this host.
+
+    `read_only` are host paths that the plugin may read, at the same paths. With `strict=False` nothing is refused: what
+    would be is marked missing (for `psie explain`).
+
+    Raises SandboxInitializationError, naming the protection, the reason and the mend, if the level cannot be had;
+    ValueError if settings contradict each other or ask for what this version does not have.
+    """
+    config.validate()
+    limits.validate()
+    permissions.validate()
+    return _Compiler(config, limits, permissions, host, [os.path.realpath(path) for path in read_only], strict).recipe()
+
+
+class _Compiler:
+    def __init__(
+        self,
+        config: IsolationConfig,
+        limits: PluginLimitsV2,
+        permissions: PluginPermissionsV2,
+        host: HostFacts,
+        read_only: list[str],
+        strict: bool,
+    ) -> None:
+        self.config = config
+        self.limits = limits
+        self.permissions = permissions
+        self.host = host
+        self.read_only = read_only
+        self.strict = strict
+        self.level = LEVELS[config.level]
+        self.protections: list[Protection] = []
+        self.check_contradictions()
+        self.namespaces = self.choose_namespaces()
+        self.file_size = int(min(limits.max_file_size_mb, permissions.max_file_size_mb) * MB)
+        self.subprocesses = limits.max_subprocess_count if permissions.allow_subprocess_execution else 0
+        self.threads = limits.max_thread_count if permissions.allow_thread_creation else 1
+
+    # -- protections -----------------------------------------------------------------------------------------------
+
+    def add(self, name: str, mechanism: str, detail: str = "", **expected: str) -> None:
+        shown = {key.replace("__", "/"): value for key, value in expected.items()}
+        self.protections.append(Protection(name, ENFORCED, mechanism, detail, "", shown))
+
+    def lacking(self, name: str, reason: str, mend: str, *, substitute: str = "") -> None:
+        """An isolation that cannot be had: refused at STRICT and MAXIMUM unless allow_degraded, else reported."""
+        if self.level.strict and not self.config.allow_degraded and self.strict:
+            raise SandboxInitializationError(
+                f"level {self.config.level.value} needs a {name}, which cannot be had: {reason}",
+                protection=name,
+                mend=f"{mend}, or accept less with allow_degraded=True (--allow-degraded)",
+            )
+        state = SUBSTITUTED if substitute else MISSING
+        self.protections.append(Protection(name, state, substitute or "none", reason, mend))
+
+    def limit(self, name: str, detail: str, controller: str, mechanism: str, substitute: str, **expected: str) -> None:
+        """A resource limit: by the cgroup where there is the controller, else by the substitute, and said."""
+        if controller in self.controllers():
+            self.add(name, mechanism, detail)
+            return
+        mend = f"give psie a cgroup v2 tree with the {controller} controller"
+        if self.config.require_limits and self.strict:
+            raise SandboxInitializationError(
+                f"{name} cannot be limited by the kernel here: no {controller} controller in a cgroup v2 tree of ours",
+                protection=name,
+                mend=f"{mend}, or leave out require_limits (--require-limits)",
+            )
+        state = SUBSTITUTED if substitute else MISSING
+        shown = {key.replace("__", "/").replace("_", " "): value for key, value in expected.items()}
+        said = f"{detail}: no {controller} controller here"
+        self.protections.append(Protection(name, state, substitute or "none", said, mend, shown))
+
+    def controllers(self) -> tuple[str, ...]:
+        return self.host.controllers if self.host.cgroup_writable else ()
+
+    # -- refusals --------------------------------------------------------------------------------------------------
+
+    def check_contradictions(self) -> None:
+        permissions, config, limits = self.permissions, self.config, self.limits
+        later = [
+            (bool(permissions.allowed_directories), "allowed_directories", "granted folders"),
+            (permissions.allow_network_access, "allow_network_access", "network access under rules for hosts and ports"),
+            (permissions.require_code_signing, "require_code_signing", "the check of signatures"),
+        ]
+        for asked, name, thing in later:
+            if asked:
+                raise ValueError(f"PluginPermissionsV2.{name} is set, but {thing} is not part of this version: leave it out")
+        if permissions.allow_subprocess_execution and limits.max_subprocess_count == 0:
+            raise ValueError(
+                "PluginPermissionsV2.allow_subprocess_execution is True but PluginLimitsV2.max_subprocess_count is 0: "
+                "give the number of processes that may exist at once"
+            )
+        if permissions.sandbox_user is not None and not self.host.root:
+            import pwd
+
+            if permissions.sandbox_user != pwd.getpwuid(self.host.uid).pw_name:
+                raise ValueError(f"PluginPermissionsV2.sandbox_user is {permissions.sandbox_user!r}: only root can run as another user")
+        if permissions.blocked_directories and config.level is IsolationLevel.MINIMAL:
+            raise ValueError(
+                "PluginPermissionsV2.blocked_directories needs a mount namespace: level minimal grants reading of all of / "
+                "by Landlock, which cannot take a folder out of it; use level standard"
+            )
+
+    def choose_namespaces(self) -> tuple[str, ...]:
+        """The level's namespaces without those that the caller turned off or the host does not give."""
+        config = self.config
+        off: dict[str, str] = {}
+        if not config.enable_process_isolation:
+            off.update(dict.fromkeys(("pid", "ipc", "uts"), "enable_process_isolation is False"))
+        if not config.enable_network_isolation:
+            off["net"] = "enable_network_isolation is False"
+        if not config.enable_filesystem_isolation:
+            off["mnt"] = "enable_filesystem_isolation is False"
+        if self.host.user_namespaces:
+            reason = f"user namespaces are closed to us ({self.host.user_namespaces})"
+            off.update(dict.fromkeys(NAMESPACE_NAMES, reason))
+        chosen = []
+        for name in self.level.namespaces:
+            if name not in off:
+                chosen.append(name)
+                continue
+            host_says = off[name].startswith("user namespaces")
+            mend = "allow user namespaces (sysctl user.max_user_namespaces)" if host_says else f"leave out {off[name].split()[0]}"
+            self.lacking(NAMESPACE_NAMES[name], off[name], mend, substitute=self.namespace_substitute(name))
+        return tuple(chosen)
+
+    @staticmethod
+    def namespace_substitute(name: str) -> str:
+        return {
+            "net": "seccomp refuses sockets",
+            "pid": "seccomp refuses new processes; Landlock keeps signals in",
+            "ipc": "",
+            "user": "",
+            "mnt": "Landlock restricts writing",
+        }.get(name, "")
+
+    # -- the parts -------------------------------------------------------------------------------------------------
+
+    def recipe(self) -> Recipe:
+        host = self.host
+        self.describe_process()
+        landlock = self.landlock()
+        seccomp = self.seccomp()
+        self.describe_namespaces()
+        template, call_mounts = self.mounts()
+        workspace = self.workspace()
+        self.describe_limits()
+        return Recipe(
+            level=self.config.level.value,
+            namespaces=self.namespaces,
+            outer_user_namespace="user" in self.namespaces and not host.root,
+            template=template,
+            sandbox_mounts=self.attached(),
+            call_mounts=call_mounts,
+            workspace=workspace,
+            network=self.network(),
+            hostname="psie",
+            ids=self.ids(),
+            rlimits=self.rlimits(),
+            landlock=landlock,
+            seccomp=seccomp,
+            cgroup=self.cgroup(),
+            environment=self.environment(str(workspace["path"])),
+            limits=self.limit_numbers(),
+            interpreter={"executable": host.executable, "prefix": host.prefix, "path": list(host.path)},
+            preload=self.config.preload,
+            modules={"allowed": list(self.permissions.allowed_modules), "blocked": list(self.permissions.blocked_modules)},
+            monitoring=self.monitoring(),
+            protections=tuple(self.protections),
+        )
+
+    def describe_process(self) -> None:
+        self.add("own process", "fork of a clean zygote", "own session, clean environment, no inherited fd, not dumpable")
+        self.add("no_new_privs", "prctl(PR_SET_NO_NEW_PRIVS)", NoNewPrivs="1")
+        nothing = "0" * 16
+        caps = dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapAmb"), nothing)
+        if self.host.root or "user" in self.namespaces:
+            self.add("no capabilities", "all sets and the bounding set emptied, securebits locked", **caps, CapBnd=nothing)
+        else:
+            self.add("no capabilities", "all sets emptied", "the bounding set is moot by no_new_privs", **caps)
+        if "user" in self.namespaces:
+            self.add("unprivileged id", f"id {PLUGIN_ID} in its own user namespace", self.id_detail())
+        elif self.host.root:
+            self.add("unprivileged id", "an allocated id that nobody else has" if not self.permissions.sandbox_user else self.id_detail())
+        else:
+            self.protections.append(
+                Protection("unprivileged id", SUBSTITUTED, "the caller's own id", "without a user namespace a user has only one id")
+            )
+
+    def id_detail(self) -> str:
+        if self.permissions.sandbox_user is not None and self.host.root:
+            return f"outside the id of the user {self.permissions.sandbox_user}"
+        return "outside an allocated id that nobody else has" if self.host.root else "outside the caller's own id"
+
+    def landlock(self) -> dict[str, object] | None:
+        abi = self.host.landlock_abi
+        if abi < 1:
+            self.lacking(
+                "Landlock", "the kernel has none", "boot with lsm=landlock,... (Linux 5.13 or later)",
+                substitute="read-only mounts" if "mnt" in self.namespaces else "",
+            )  # fmt: skip
+            return None
+        own_mounts = "mnt" in self.namespaces
+        rules = [["/dev/null", "write_file"], ["/dev/zero", "write_file"], ["/dev/full", "write_file"], ["/dev/tty", "write_file"]]
+        rules = [rule for rule in rules if os.path.exists(rule[0])]
+        if not self.config.enable_filesystem_isolation:
+            rules.append(["/", "write"])
+        elif self.permissions.allow_file_access:
+            rules.append(["/", "read"])
+        else:
+            rules += [[path, "read"] for path in self.libraries()]
+        if self.permissions.allow_file_access and self.permissions.allow_file_creation:
+            rules.append(["{workspace}", "write"])
+            if own_mounts:
+                rules += [["/tmp", "write"], ["/var/tmp", "write"], ["/dev/shm", "write"]]
+
+        detail = f"ABI {abi}" + ("" if abi >= 6 else "; abstract sockets and signals are left to namespaces and seccomp")
+        if self.config.enable_filesystem_isolation:
+            self.add("writes only to the workspace", "Landlock", detail)
+            if abi < 3:
+                self.protections.append(
+                    Protection("truncate(2)", SUBSTITUTED if own_mounts else MISSING, "read-only mounts" if own_mounts else "none",
+                               f"Landlock ABI {abi} does not know truncation", "Linux 6.2 or later")
+                )  # fmt: skip
+        else:
+            self.lacking("Landlock rule for files", "enable_filesystem_isolation is False", "leave out enable_filesystem_isolation")
+        if abi >= 6:
+            self.add("no signals or abstract sockets out", "Landlock", f"ABI {abi}")
+        elif "pid" in self.namespaces and "net" in self.namespaces:
+            self.add("no signals or abstract sockets out", "PID and network namespaces", f"Landlock ABI {abi} has no scopes")
+        else:
+            signals = "a PID namespace keeps signals in" if "pid" in self.namespaces else "signals to processes of the same id stay open"
+            self.protections.append(
+                Protection("no signals or abstract sockets out", SUBSTITUTED, f"seccomp refuses sockets; {signals}",
+                           f"Landlock ABI {abi} has no scopes", "Linux 6.12 or later")
+            )  # fmt: skip
+        probe = PROBE if own_mounts else "{folder}/probe"
+        return {"abi": abi, "rules": rules, "deny_network": True, "scopes": True, "probe": probe}
+
+    def seccomp(self) -> dict[str, object]:
+        wanted = _SECURITY_PROFILE.get(self.permissions.security_level, "denylist")
+        profile = max(self.level.seccomp, wanted, key=PROFILES.index)
+        subprocess = self.permissions.allow_subprocess_execution
+        if subprocess and "pid" not in self.namespaces and not self.cgroup_leaf():
+            if not self.config.allow_degraded and self.strict:
+                raise SandboxInitializationError(
+                    f"level {self.config.level.value} without a PID namespace or a cgroup cannot end the processes of a plugin",
+                    protection="seccomp",
+                    mend="use level standard, leave out allow_subprocess_execution (--allow-subprocess), or allow_degraded=True",
+                )
+            self.protections.append(
+                Protection("no process outlives the call", MISSING, "none", "no PID namespace and no cgroup leaf", "use level standard")
+            )
+        detail = ", ".join(
+            word
+            for word, said in (
+                ("new processes refused", not subprocess),
+                ("threads refused", not self.permissions.allow_thread_creation),
+                ("sockets refused", True),
+            )
+            if said
+        )
+        if not self.host.seccomp_notify:
+            self.lacking("record of refused system calls", "the kernel has no SECCOMP_RET_USER_NOTIF", "Linux 5.0 or later")
+        self.add(f"seccomp {profile}", "seccomp(2) filter", detail, Seccomp="2")
+        return {
+            "profile": profile,
+            "allow_subprocess": subprocess,
+            "allow_threads": self.permissions.allow_thread_creation,
+            "allow_network": False,
+        }
+
+    def describe_namespaces(self) -> None:
+        for name in self.namespaces:
+            self.add(NAMESPACE_NAMES[name], f"clone3(CLONE_NEW{'NS' if name == 'mnt' else name.upper()})", **{f"ns__{name}": "own"})
+        mode = self.network_mode()
+        if mode == "veth":
+            self.add("network", "network namespace with an empty veth", "no address, no route; its outer end leads nowhere")
+        elif mode == "loopback":
+            self.add("network", "network namespace", "loopback only")
+        else:
+            self.add("network", "seccomp", "sockets refused")
+
+    def network_mode(self) -> str:
+        return self.level.network if "net" in self.namespaces else "host"
+
+    def network(self) -> dict[str, object]:
+        return {"mode": self.network_mode()}
+
+    def ids(self) -> dict[str, object]:
+        """`plugin`: uid and gid as the worker has them in its own user namespace; where they lie outside is allocated."""
+        uid: int | None = None
+        if self.permissions.sandbox_user is not None and self.host.root:
+            import pwd
+
+            try:
+                uid = pwd.getpwnam(self.permissions.sandbox_user).pw_uid
+            except KeyError:
+                raise ValueError(f"PluginPermissionsV2.sandbox_user is {self.permissions.sandbox_user!r}: no such user") from None
+            if uid == 0:
+                raise ValueError("PluginPermissionsV2.sandbox_user is root: give an unprivileged user")
+        return {"user_namespace": "user" in self.namespaces, "allocated": self.host.root, "outside": uid}
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def interpreter_paths(self) -> list[str]:
+        """What a plugin's Python reads: prefixes, standard library, installed packages; the outermost folders only."""
+        host = self.host
+        wanted = [host.prefix, host.base_prefix, host.stdlib, *host.path]
+        if self.level.view == "minimal" or host.base_prefix in ("/usr", "/"):
+            version = os.path.basename(host.stdlib)
+            wanted = [host.stdlib, *host.path, os.path.realpath(host.executable)]
+            if host.prefix != host.base_prefix:
+                wanted += [os.path.join(host.prefix, "bin"), os.path.join(host.prefix, "pyvenv.cfg")]
+            library = os.path.dirname(host.stdlib)
+            wanted += [os.path.join(library, f"lib{version}.so.1.0"), os.path.join(library, f"lib{version}.so")]
+        return outermost(path for path in wanted if path not in ("/usr", "/") and os.path.exists(path))
+
+    def libraries(self) -> list[str]:
+        """The interpreter and the shared libraries, as paths that exist on this host."""
+        shared = ["/usr/lib64", "/usr/share/zoneinfo"]
+        if self.level.view == "minimal":
+            shared += [f"/usr/lib/{self.host.multiarch}"] if self.host.multiarch else ["/usr/lib"]
+        else:
+            shared += ["/usr/lib", "/usr/local/lib", "/usr/share/locale"]
+            if self.permissions.allow_subprocess_execution:
+                shared += ["/usr/bin", "/usr/local/bin"]
+        return outermost([*(path for path in shared if os.path.isdir(path)), *self.interpreter_paths()])
+
+    def attached(self) -> list[list[str]]:
+        """The caller's folders and files that are not visible anyway: (source, target, flags)."""
+        if "mnt" not in self.namespaces:
+            return []
+        hidden = HIDDEN if self.level.view == "host-hidden" else ("/",)
+        return [[path, path, "ro,nosuid,nodev"] for path in outermost(self.read_only) if under(path, hidden)]
+
+    def workspace(self) -> dict[str, object]:
+        size = int(self.limits.max_disk_usage_mb * MB)
+        if "mnt" in self.namespaces:
+            self.add("workspace", "tmpfs with size= and nr_inodes=", f"{size // MB} MB, {self.limits.max_inodes} inodes")
+            return {"kind": "tmpfs", "path": WORKSPACE, "bytes": size, "inodes": self.limits.max_inodes}
+        self.protections.append(
+            Protection("workspace", SUBSTITUTED, "a folder on the host's disk",
+                       "no mount namespace: no disk quota, no private /tmp, no rollback; TMPDIR is the workspace")
+        )  # fmt: skip
+        return {"kind": "folder", "path": "{folder}/files", "bytes": size, "inodes": self.limits.max_inodes}
+
+    def mounts(self) -> tuple[dict[str, object] | None, list[Line]]:
+        """(template, lines of every call). See sandbox.ns.mounts for the operations."""
+        if "mnt" not in self.namespaces:
+            self.add("view of the files", "Landlock", VIEWS["host"])
+            return self.template_for_reach(), []
+        self.add("view of the files", "mount namespace, pivot_root(2)", VIEWS[self.level.view])
+        self.add("private /tmp, /var/tmp, /dev/shm, minimal /dev", "tmpfs per call")
+        lines: list[Line] = []
+        if self.level.view == "host-hidden":
+            lines.append(["host_root", sorted(name.strip("/") for name in (*HIDDEN, "/dev", "/proc", "/sys", "/tmp")), "ro,nosuid,nodev"])
+            lines += [["directory", path, 0o755] for path in HIDDEN]
+            lines.append(["bind_optional", "/sys/devices/system/cpu", "/sys/devices/system/cpu", "ro,nosuid,nodev,noexec"])
+            shown = [path for path in self.interpreter_paths() if under(path, (*HIDDEN, "/tmp"))]
+        else:
+            for name in ("bin", "lib", "lib32", "lib64"):
+                if os.path.islink("/" + name):
+                    lines.append(["symlink", os.readlink("/" + name), "/" + name])
+                elif os.path.isdir("/" + name) and name != "bin":
+                    lines.append(["bind_optional", "/" + name, "/" + name, "ro,nosuid,nodev"])
+            shown = self.libraries()
+            lines += [["file", path, text] for path, text in ETC.items()]
+            lines += [["bind_optional", path, path, "ro,nosuid,nodev,noexec"] for path in ETC_SHARED if os.path.exists(path)]
+        lines += [["bind", path, path, "ro,nosuid,nodev"] for path in shown]
+        lines.append(["tmpfs", "/dev", "nosuid,noexec", "mode=755,size=64k,nr_inodes=64", []])
+        lines += [["bind_optional", path, path, "nosuid,noexec"] for path in DEVICES]
+        lines += [["symlink", target, path] for path, target in DEVICE_LINKS.items()]
+        lines += [["directory", path, 0o755] for path in ("/dev/shm", "/tmp", "/var/tmp", "/run", "/proc", WORKSPACE)]
+        lines.append(["readonly", "/dev"])
+        template: dict[str, object] = {"lines": lines, "pivot": True}
+
+        kept = [*shown, *(target for _, target, _ in self.attached())]
+        pid = "pid" in self.namespaces
+        minimal = self.level.view == "minimal"
+        call: list[Line] = [["proc", "subset=pid" if minimal else ""] if pid else ["no_proc"]]
+        if pid and not minimal:
+            call += [["mask", path] for path in PROC_MASKED]
+        if self.host.fresh_proc and pid:
+            self.protections.append(
+                Protection("own /proc", SUBSTITUTED, "no /proc at all", f"a fresh one cannot be mounted here ({self.host.fresh_proc}): "
+                           "none is stronger", "unmask /proc of this container")
+            )  # fmt: skip
+        elif pid:
+            self.add("own /proc", "proc of the PID namespace" + (", subset=pid" if minimal else ", sensitive files masked"))
+        size, inodes = int(self.limits.max_disk_usage_mb * MB), self.limits.max_inodes
+        for path in ("/tmp", "/var/tmp", "/dev/shm"):
+            keep = [kept_path for kept_path in kept if under(kept_path, (path,))]
+            call.append(["tmpfs", path, "nosuid,nodev", f"mode=1777,size={size},nr_inodes={inodes}", keep])
+        run_kept = [path for path in kept if under(path, ("/run",))]
+        call.append(["tmpfs", "/run", "nosuid,nodev,noexec", "mode=1777,size=64k,nr_inodes=256", run_kept])
+        call += [["mask", os.path.realpath(path)] for path in self.permissions.blocked_directories]
+        call.append(["readonly", "/"])
+        if self.permissions.blocked_directories:
+            self.add("blocked folders", "empty read-only mounts", ", ".join(self.permissions.blocked_directories))
+        return template, call
+
+    def template_for_reach(self) -> dict[str, object] | None:
+        """As root without a mount namespace: one all the same if the interpreter lies where the plugin's id cannot walk."""
+        if not self.host.root:
+            return None
+        blocked: dict[str, list[str]] = {}
+        for path in self.interpreter_paths():
+            gate = unwalkable(path)
+            if gate is not None:
+                blocked.setdefault(gate, []).append(path)
+        if not blocked:
+            return None
+        lines: list[Line] = []
+        for gate, paths in sorted(blocked.items()):
+            lines += [["tmpfs", gate, "nosuid,nodev", "mode=755,size=64k,nr_inodes=256", paths], ["readonly", gate]]
+        self.add("reach of the interpreter", "a mount namespace shared by all calls", f"{', '.join(sorted(blocked))} hidden but for Python")
+        return {"lines": lines, "pivot": False}
+
+    # -- limits ----------------------------------------------------------------------------------------------------
+
+    def cgroup_leaf(self) -> bool:
+        return bool(self.host.cgroup and self.host.cgroup_writable)
+
+    def cgroup(self) -> dict[str, object] | None:
+        if not self.cgroup_leaf():
+            return None
+        memory = int(self.limits.max_memory_mb * MB)
+        every = {
+            "memory": {
+                "memory.max": memory, "memory.high": int(self.limits.memory_warning_threshold_mb * MB), "memory.swap.max": 0, "memory.oom.group": 1,
+            },
+            "pids": {"pids.max": OWN_PROCESSES + self.threads + self.subprocesses},
+            "cpu": {"cpu.max": f"{int(self.limits.max_cpu_percent * 1000)} 100000"},
+        }  # fmt: skip
+        settings = {name: str(value) for controller in self.controllers() for name, value in every[controller].items()}
+        return {"tree": self.host.cgroup, "controllers": list(self.controllers()), "settings": settings}
+
+    def describe_limits(self) -> None:
+        limits = self.limits
+        memory = int(limits.max_memory_mb * MB)
+        if self.cgroup_leaf():
+            self.add("cgroup leaf", "cgroup v2, clone3(CLONE_INTO_CGROUP)", "killed as one by cgroup.kill")
+        else:
+            mend = "run as root, or below a delegated cgroup v2 subtree"
+            self.lacking_limit("cgroup leaf", "no cgroup v2 tree that we may write", mend, "PID namespace" if "pid" in self.namespaces else "")
+        self.limit("memory", f"{limits.max_memory_mb:g} MB", "memory", "memory.max, swap 0, oom.group", "RLIMIT_DATA per process",
+                   limit__Max_data_size=str(memory))  # fmt: skip
+        tasks = self.tasks()
+        self.limit("processes and threads", f"{self.subprocesses} subprocesses, {self.threads} threads", "pids", "pids.max",
+                   "RLIMIT_NPROC" if tasks is not None else "", **({"limit__Max_processes": str(tasks)} if tasks is not None else {}))  # fmt: skip
+        self.limit("CPU", f"{limits.max_cpu_percent:g} % of one CPU", "cpu", "cpu.max", "RLIMIT_CPU: the same sum, not the rate",
+                   limit__Max_cpu_time=str(self.cpu_seconds()))  # fmt: skip
+        self.add("wall clock", "the warden kills the call", f"{limits.max_execution_time_seconds:g} s")
+        self.add("open files", "RLIMIT_NOFILE", str(limits.max_open_files), limit__Max_open_files=str(limits.max_open_files))
+        self.add("file size", "RLIMIT_FSIZE", f"{self.file_size / MB:g} MB")
+        self.add("output", "counted by the caller's side", f"{limits.max_output_mb:g} MB")
+        self.add("result", "counted by the caller's side", f"{limits.max_result_mb:g} MB")
+        self.protections = [replace(p, expected={key.replace("Max_", "Max ").replace("_", " ") if key.startswith("limit/") else key: value
+                                                 for key, value in p.expected.items()}) for p in self.protections]  # fmt: skip
+        for name, value in (("file operations", limits.max_file_operations), ("network requests", limits.max_network_requests)):
+            self.protections.append(
+                Protection(name, MISSING, "none", f"{value}: counting them is not part of this version", "rely on the other limits")
+            )
+
+    def lacking_limit(self, name: str, reason: str, mend: str, substitute: str) -> None:
+        if self.config.require_limits and self.strict:
+            raise SandboxInitializationError(
+                f"{name} cannot be had: {reason}", protection=name, mend=f"{mend}, or leave out require_limits (--require-limits)"
+            )
+        self.protections.append(Protection(name, SUBSTITUTED if substitute else MISSING, substitute or "none", reason, mend))
+
+    def tasks(self) -> int | None:
+        """RLIMIT_NPROC counts the tasks of an id within its user namespace: a limit only where that id is the sandbox's own."""
+        if "user" in self.namespaces or (self.host.root and self.permissions.sandbox_user is None):
+            return OWN_PROCESSES + self.threads + self.subprocesses
+        return None
+
+    def cpu_seconds(self) -> int:
+        limits = self.limits
+        return max(1, -int(-limits.max_execution_time_seconds * limits.max_cpu_percent // 100))
+
+    def rlimits(self) -> list[Line]:
+        lines: list[Line] = [
+            ["RLIMIT_CORE", 0],
+            ["RLIMIT_NOFILE", self.limits.max_open_files],
+            ["RLIMIT_FSIZE", self.file_size],
+            ["RLIMIT_MEMLOCK", 65536],
+            ["RLIMIT_MSGQUEUE", 0],
+            ["RLIMIT_NICE", 0],
+            ["RLIMIT_RTPRIO", 0],
+            ["RLIMIT_SIGPENDING", 256],
+        ]
+        if "memory" not in self.controllers():
+            lines.append(["RLIMIT_DATA", int(self.limits.max_memory_mb * MB)])
+        if "cpu" not in self.controllers():
+            lines.append(["RLIMIT_CPU", self.cpu_seconds()])
+        tasks = self.tasks()
+        if "pids" not in self.controllers() and tasks is not None:
+            lines.append(["RLIMIT_NPROC", tasks])
+        return lines
+
+    def limit_numbers(self) -> dict[str, float]:
+        limits = self.limits
+        return {
+            "memory_bytes": int(limits.max_memory_mb * MB),
+            "seconds": limits.max_execution_time_seconds,
+            "output_bytes": int(limits.max_output_mb * MB),
+            "result_bytes": int(limits.max_result_mb * MB),
+            "file_bytes": self.file_size,
+            "disk_bytes": int(limits.max_disk_usage_mb * MB),
+            "cpu_seconds": self.cpu_seconds(),
+            "open_files": limits.max_open_files,
+            "threads": self.threads,
+            "subprocesses": self.subprocesses,
+        }
+
+    def environment(self, workspace: str) -> dict[str, str]:
+        """A clean, listed set: nothing of the caller's own environment but its time zone."""
+        if not self.permissions.allow_environment_variables:
+            return {}
+        temporary = "/tmp" if "mnt" in self.namespaces else workspace
+        variables = {
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "HOME": workspace,
+            "TMPDIR": temporary,
+            "USER": "plugin",
+            "LOGNAME": "plugin",
+            "LANG": "C.UTF-8",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        for name in THREAD_POOLS:
+            variables[name] = str(self.threads)
+        return variables
+
+    def monitoring(self) -> dict[str, object]:
+        """Settings of the parts that watch a sandbox; those of later versions are carried along and listed."""
+        config, limits = self.config, self.limits
+        return {
+            "real_time": config.enable_real_time_monitoring,
+            "telemetry": config.telemetry_enabled,
+            "auto_recovery": config.auto_recovery_enabled,
+            "violation_threshold": config.violation_threshold,
+            "quarantine": config.quarantine_on_violation,
+            "watchdog_timeout_seconds": config.watchdog_timeout_seconds,
+            "interval_seconds": config.resource_check_interval_seconds,
+            "lifetime_minutes": config.max_sandbox_lifetime_minutes,
+            "memory_warning_mb": limits.memory_warning_threshold_mb,
+            "execution_warning_seconds": limits.execution_warning_threshold_seconds,
+            "cpu_warning_percent": limits.cpu_warning_threshold_percent,
+            "max_file_operations": limits.max_file_operations,
+            "max_network_requests": limits.max_network_requests,
+            "allow_file_deletion": self.permissions.allow_file_deletion,
+            "allowed_hosts": list(self.permissions.allowed_hosts),
+            "blocked_hosts": list(self.permissions.blocked_hosts),
+            "allowed_ports": list(self.permissions.allowed_ports),
+        }
+
+
+HIDDEN = ("/root", "/home", "/run", "/var")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+DEVICE_LINKS = {
+    "/dev/fd": "/proc/self/fd",
+    "/dev/stdin": "/proc/self/fd/0",
+    "/dev/stdout": "/proc/self/fd/1",
+    "/dev/stderr": "/proc/self/fd/2",
+}
+PROC_MASKED = ("/proc/kcore", "/proc/keys", "/proc/key-users", "/proc/sysrq-trigger", "/proc/timer_list", "/proc/kallsyms")
+ETC = {
+    "/etc/passwd": f"root:x:0:0:root:/:/usr/sbin/nologin\nplugin:x:{PLUGIN_ID}:{PLUGIN_ID}:plugin:{WORKSPACE}:/bin/sh\n",
+    "/etc/group": f"root:x:0:\nplugin:x:{PLUGIN_ID}:\n",
+    "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
+    "/etc/hostname": "psie\n",
+    "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+}
+ETC_SHARED = ("/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types", "/etc/alternatives", "/etc/ssl/certs")
+THREAD_POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+def under(path: str, folders: Iterable[str]) -> bool:
+    return any(path == folder or path.startswith(os.path.join(folder, "")) for folder in folders)
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """`paths` without those that lie in another of them; in a stable order."""
+    chosen: list[str] = []
+    for path in sorted(set(paths)):
+        if not under(path, chosen):
+            chosen.append(path)
+    return chosen
+
+
+def unwalkable(path: str) -> str | None:
+    """The first folder on the way to `path` that a foreign id may not pass."""
+    current = ""
+    for part in path.strip("/").split("/")[:-1]:
+        current += "/" + part
+        if not os.stat(current).st_mode & 0o001:
+            return current
+    return None

@@ -1,0 +1,1 @@
+"""System call filters (profiles as data files, compiled by libseccomp) and Landlock beside them."""

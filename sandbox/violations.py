@@ -1,0 +1,118 @@
+"""The record that a plugin ran into a protection.
+
+Only the record: who detects, counts or acts on a violation is not known here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+else:
+    Any = object  # so that typing.get_type_hints works without typing being loaded here
+
+_MAX_DEPTH = 32
+
+
+class SandboxViolationType(Enum):
+    """Types of sandbox violations."""
+
+    RESOURCE_EXCEEDED = "resource_exceeded"
+    FILESYSTEM_VIOLATION = "filesystem_violation"
+    NETWORK_VIOLATION = "network_violation"
+    EXECUTION_TIMEOUT = "execution_timeout"
+    PERMISSION_DENIED = "permission_denied"
+    SECURITY_BREACH = "security_breach"
+
+
+@dataclass
+class SandboxViolation:
+    """One violation.
+
+    Attributes:
+        type: what kind it is.
+        message: one sentence; it may quote the plugin, so escape it before showing it.
+        timestamp: when it was seen; kept in UTC. A datetime without a zone is taken as local time.
+        severity: "warning" unless the detector says otherwise.
+        details: further facts.
+        resolved: whether a recovery settled it.
+        auto_recovery_attempted: whether one was tried.
+
+    Raises:
+        TypeError: `type` is not a SandboxViolationType, or `timestamp` is not a datetime.
+    """
+
+    type: SandboxViolationType
+    message: str
+    timestamp: datetime
+    severity: str = "warning"
+    details: dict[str, Any] = field(default_factory=dict)
+    resolved: bool = False
+    auto_recovery_attempted: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.type, SandboxViolationType):
+            raise TypeError(f"SandboxViolation.type is {self.type!r}: give a member of SandboxViolationType")
+        self.timestamp = to_utc("SandboxViolation.timestamp", self.timestamp)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain data that `json.dumps` takes: the type by its value, the time in ISO 8601."""
+        return {
+            "type": self.type.value,
+            "message": self.message,
+            "timestamp": self.timestamp.isoformat(),
+            "severity": self.severity,
+            "details": to_plain(self.details),
+            "resolved": self.resolved,
+            "auto_recovery_attempted": self.auto_recovery_attempted,
+        }
+
+
+def to_utc(where: str, value: datetime) -> datetime:
+    """`value` in UTC; one without a zone is taken as local time.
+
+    Raises:
+        TypeError: it is not a datetime; `where` names the field.
+    """
+    if not isinstance(value, datetime):
+        raise TypeError(f"{where} is {value!r}: give a datetime, such as datetime.now(UTC)")
+    return value if value.tzinfo is UTC else value.astimezone(UTC)
+
+
+def to_plain(value: object, _depth: int = 0) -> Any:
+    """`value` as data for strict JSON: datetimes become ISO 8601, enums their values, bytes text, sets and tuples lists.
+
+    nan and inf become text, as JSON has no number for them. Anything unknown becomes its `repr`; below 32 levels,
+    so also for a value that holds itself, "..." stands.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Enum):
+        return to_plain(value.value, _depth + 1)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        number = float(value)
+        return number if number - number == 0 else str(number)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    if _depth >= _MAX_DEPTH:
+        return "..."
+    if isinstance(value, SandboxViolation):
+        return to_plain(value.to_dict(), _depth + 1)
+    if isinstance(value, dict):
+        return {_key(key): to_plain(item, _depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_plain(item, _depth + 1) for item in value]
+    return repr(value)
+
+
+def _key(key: object) -> str:
+    plain = to_plain(key, _MAX_DEPTH)
+    return plain if isinstance(plain, str) else str(plain)

@@ -1,0 +1,982 @@
+"""The seccomp profiles, loaded into real processes.
+
+Two kinds of evidence: a child under the compiled filter tries things (and the same things are tried without one first),
+and a small BPF machine runs the programs over all system calls and variants, also for a machine we are not on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import itertools
+import json
+import mmap
+import os
+import resource
+import select
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import termios
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox.ns.syscalls import prctl
+from sandbox.seccomp import filter as profiles
+from sandbox.seccomp import notifier
+from sandbox.seccomp.load import load_filter
+
+pytest.importorskip("pyseccomp")
+
+MACHINES = ("x86_64", "aarch64")
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+AUDIT_ARCH_I386 = 0x40000003
+PR_SET_NO_NEW_PRIVS = 38
+VARIANTS = [
+    dict(zip(profiles.FEATURES, flags, strict=True))
+    for flags in itertools.product((False, True), repeat=len(profiles.FEATURES))
+]
+CLOSED = {"allow_subprocess": False, "allow_threads": False, "allow_network": False}
+OPEN = {"allow_subprocess": True, "allow_threads": True, "allow_network": True}
+THREADS = {**CLOSED, "allow_threads": True}
+every_profile = pytest.mark.parametrize("profile", profiles.PROFILES)
+only_x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="an ABI of x86-64")
+
+NUMBERS = profiles.known_syscalls(os.uname().machine)
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def call(name: str | int, *arguments: int | bytes | None) -> str:
+    """A raw system call: "ok" or the name of its errno."""
+    number = NUMBERS[name] if isinstance(name, str) else name
+    values = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    values += [ctypes.c_long(0)] * (6 - len(values))
+    result = _libc.syscall(ctypes.c_long(number), *values)
+    return "ok" if result >= 0 else errno.errorcode[ctypes.get_errno()]
+
+
+class Outcome:
+    """What a child answered, and what its supervisor was told. `value` is JSON; a death is `signal`."""
+
+    def __init__(self, value: Any, status: int, notified: list[str], notifications: list[notifier.Notification]) -> None:
+        self.value = value
+        self.signal = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        self.notified = notified
+        self.notifications = notifications
+
+
+def confined(action: Callable[[], Any], bpf: bytes | None) -> Outcome:
+    """Run `action` in a child under the filter (or under none), with this process as its supervisor."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            prctl(PR_SET_NO_NEW_PRIVS, 1)
+            if bpf is not None:
+                listener = load_filter(bpf, new_listener=True)
+                socket.send_fds(theirs, [b"listener"], [listener])
+                os.close(listener)
+            else:
+                theirs.send(b"none")
+            try:
+                text = json.dumps({"value": action()})
+            except BaseException:
+                text = json.dumps({"error": traceback.format_exc()})
+            theirs.send(text.encode())
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
+        _message, descriptors, _flags, _address = socket.recv_fds(ours, 100, 1)
+        answer, notifications = _supervise(ours, descriptors)
+    _, status = os.waitpid(pid, 0)
+    reply = json.loads(answer) if answer else {"value": None}
+    assert "error" not in reply, reply["error"]
+    return Outcome(reply["value"], status, [profiles.syscall_name(one.nr) for one in notifications], notifications)
+
+
+def _supervise(channel: socket.socket, descriptors: list[int]) -> tuple[bytes, list[notifier.Notification]]:
+    notifications: list[notifier.Notification] = []
+    poll = select.poll()
+    for descriptor in (channel.fileno(), *descriptors):
+        poll.register(descriptor, select.POLLIN)
+    while True:
+        for descriptor, _event in poll.poll(60_000):
+            if descriptor == channel.fileno():
+                for listener in descriptors:
+                    os.close(listener)
+                return channel.recv(1 << 20), notifications
+            notification = notifier.receive(descriptor)
+            if notification is not None:
+                notifications.append(notification)
+                assert notifier.is_valid(descriptor, notification)
+                notifier.refuse(descriptor, notification)
+
+
+def compiled(profile: str, permissions: dict[str, bool]) -> bytes:
+    return profiles.compile_profile(profile, **permissions)
+
+
+# Ordinary programs run ------------------------------------------------------------------------------------------------
+
+
+def stdlib_basics() -> list[str]:
+    import asyncio
+    import decimal
+    import hashlib
+    import multiprocessing
+    import random
+    import shutil
+    import sqlite3
+    import tempfile
+    import time
+    import uuid
+    import zlib
+
+    done = []
+    assert json.loads(json.dumps({"a": [1, 2.5, None]})) == {"a": [1, 2.5, None]}
+    assert sorted(random.sample(range(1000), 1000)) == list(range(1000))
+    assert zlib.decompress(zlib.compress(b"x" * 10_000)) == b"x" * 10_000
+    assert len(hashlib.sha256(b"x").hexdigest()) == 64
+    assert decimal.Decimal("0.1") * 3 == decimal.Decimal("0.3")
+    assert uuid.uuid4().version == 4
+    time.sleep(0.001)
+    done.append("plain")
+    with tempfile.TemporaryDirectory() as folder:
+        first = Path(folder, "first")
+        first.write_bytes(b"content" * 1000)
+        shutil.copy2(first, Path(folder, "second"))
+        os.symlink("first", f"{folder}/link")
+        os.link(first, f"{folder}/hard")
+        os.truncate(first, 10)
+        shutil.copytree(folder, f"{folder}/copy", symlinks=True)
+        os.rename(first, f"{folder}/third")
+        os.chmod(f"{folder}/third", 0o640)
+        assert len(list(os.scandir(folder))) == 5
+        with open(f"{folder}/map", "w+b") as file:
+            file.truncate(mmap.PAGESIZE)
+            with mmap.mmap(file.fileno(), 0) as memory:
+                memory[:3] = b"abc"
+                memory.flush()
+        database = sqlite3.connect(f"{folder}/base.db")
+        with database:
+            database.execute("create table t (a)")
+            database.executemany("insert into t values (?)", [(n,) for n in range(100)])
+        assert database.execute("select sum(a) from t").fetchone() == (4950,)
+        database.close()
+    assert sqlite3.connect(":memory:").execute("select 6 * 7").fetchone() == (42,)
+    done.append("files")
+
+    async def waits() -> int:
+        results = await asyncio.gather(*(asyncio.sleep(0.001, n) for n in range(10)))
+        return sum(results)
+
+    assert asyncio.run(waits()) == 45
+    done.append("asyncio")
+    seen = []
+    signal.signal(signal.SIGALRM, lambda *_: seen.append("alarm"))
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
+    while not seen:
+        time.sleep(0.001)
+    receiver, sender = multiprocessing.Pipe()
+    sender.send([1])
+    assert receiver.recv() == [1]
+    assert not os.isatty(receiver.fileno())
+    assert len(os.sched_getaffinity(0)) >= 1
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 0
+    done.append("system")
+    return done
+
+
+def threads() -> int:
+    import concurrent.futures
+    import threading
+
+    lock = threading.Lock()
+    total = 0
+
+    def add(number: int) -> None:
+        nonlocal total
+        with lock:
+            total += number
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(100)))
+    return total
+
+
+@every_profile
+@pytest.mark.parametrize("permissions", VARIANTS, ids=lambda one: "+".join(key for key in one if one[key]) or "closed")
+def test_the_standard_library_runs(profile: str, permissions: dict[str, bool]) -> None:
+    def everything() -> list[Any]:
+        done: list[Any] = list(stdlib_basics())
+        if permissions["allow_threads"]:
+            done.append(threads())
+        if permissions["allow_subprocess"]:
+            run = subprocess.run([sys.executable, "-c", "print(6 * 7)"], capture_output=True, check=True, text=True)
+            piped = subprocess.run("echo a b | wc -w", shell=True, capture_output=True, check=True, text=True)
+            done += [run.stdout.strip(), piped.stdout.strip()]
+            pid = os.fork()
+            if pid == 0:
+                os._exit(7)
+            done.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        return done
+
+    outcome = confined(everything, compiled(profile, permissions))
+    expected: list[Any] = ["plain", "files", "asyncio", "system"]
+    expected += [4950] if permissions["allow_threads"] else []
+    expected += ["42", "2", 7] if permissions["allow_subprocess"] else []
+    assert outcome.value == expected
+    assert outcome.notified == []  # nothing an ordinary program does counts as a violation
+
+
+@pytest.mark.parametrize("profile", ["denylist", "allowlist", "tight"])
+def test_numpy_runs_with_threads(profile: str) -> None:
+    pytest.importorskip("numpy")  # only looked for in the parent by name: its threads start under the filter
+
+    def product() -> bool:
+        os.environ["OPENBLAS_NUM_THREADS"] = "4"
+        code = "import numpy; a = numpy.ones((600, 600)); print((a @ a).sum() == 600.0**3, numpy.linalg.det(numpy.eye(9)))"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.split() == ["True", "1.0"]
+
+    outcome = confined(product, compiled(profile, {**THREADS, "allow_subprocess": True}))
+    assert outcome.value is True
+    assert outcome.notified == []
+
+
+@every_profile
+def test_the_network_can_be_permitted(profile: str) -> None:
+    def echo() -> list[str]:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+            peer, _ = server.accept()
+            with peer:
+                client.sendall(b"over tcp")
+                first = peer.recv(100).decode()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as two:
+            one.bind(("127.0.0.1", 0))
+            two.sendto(b"over udp", one.getsockname())
+            second = one.recv(100).decode()
+        return [first, second, *socket.gethostbyname_ex("localhost")[2]]
+
+    outcome = confined(echo, compiled(profile, {**CLOSED, "allow_network": True}))
+    assert outcome.value == ["over tcp", "over udp", "127.0.0.1"]
+    assert outcome.notified == []
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def calls_to_refuse() -> dict[str, str]:
+    """System calls that get past the kernel's front door for root, or fail there with another errno than EPERM and ENOSYS.
+
+    Arguments are chosen to do no harm where nothing refuses them: bad descriptors, null pointers, empty paths.
+    """
+    return {
+        "mount": call("mount", None, None, None, 0, None),
+        "umount2": call("umount2", b"/nonexistent", 0),
+        "pivot_root": call("pivot_root", b"/nonexistent", b"/nonexistent"),
+        "chroot": call("chroot", b"/nonexistent"),
+        "open_tree": call("open_tree", -1, b"nonexistent", 0),
+        "move_mount": call("move_mount", -1, b"x", -1, b"x", 0),
+        "fsopen": call("fsopen", b"nosuchfilesystem", 0),
+        "fsconfig": call("fsconfig", -1, 99, None, None, 0),
+        "fsmount": call("fsmount", -1, 0, 0),
+        "fspick": call("fspick", -1, b"x", 0),
+        "mount_setattr": call("mount_setattr", -1, b"x", 0, None, 0),
+        "unshare": call("unshare", 0x200),  # CLONE_FS: no namespace, allowed to everybody
+        "setns": call("setns", -1, 0),
+        "ptrace": call("ptrace", 16, 0x7FFFFFFE),
+        "process_vm_readv": call("process_vm_readv", 0x7FFFFFFE, None, 0, None, 0, 0),
+        "process_vm_writev": call("process_vm_writev", 0x7FFFFFFE, None, 0, None, 0, 0),
+        "pidfd_getfd": call("pidfd_getfd", -1, 0, 0),
+        "kcmp": call("kcmp", 0x7FFFFFFE, 0x7FFFFFFE, 0, 0, 0),
+        "io_uring_enter": call("io_uring_enter", -1, 0, 0, 0, None, 0),
+        "io_uring_register": call("io_uring_register", -1, 0, None, 0),
+        "add_key": call("add_key", None, None, None, 0, 0),
+        "keyctl": call("keyctl", 0xFFFF),
+        "request_key": call("request_key", None, None, None, 0),
+        "bpf": call("bpf", 0xFFFF, None, 0),
+        "perf_event_open": call("perf_event_open", None, 0, -1, -1, 0),
+        "userfaultfd": call("userfaultfd", 0x7FFFFFFF),
+        "open_by_handle_at": call("open_by_handle_at", -1, None, 0),
+        "name_to_handle_at": call("name_to_handle_at", -1, b"x", None, None, 0),
+        "fanotify_init": call("fanotify_init", 0xFFFFFFFF, 0),
+        "acct": call("acct", b"/nonexistent"),
+        "quotactl": call("quotactl", 0, None, 0, None),
+        "swapon": call("swapon", b"/nonexistent", 0),
+        "sethostname": call("sethostname", None, 1 << 20),
+        "clock_settime": call("clock_settime", 0xFFFF, None),
+        "adjtimex": call("adjtimex", None),
+        "syslog": call("syslog", 99, None, 0),
+        "seccomp": call("seccomp", 99, 0, None),
+        "move_pages": call("move_pages", 0, 0, None, None, None, 0xFFFF),
+        "set_mempolicy": call("set_mempolicy", 0xFFFF, None, 0),
+        "vmsplice": call("vmsplice", -1, None, 0, 0),
+        "memfd_secret": call("memfd_secret", 0xFFFFFFFF),
+        "shmget": call("shmget", 0x1234567, 0, 0),
+        "mq_open": call("mq_open", b"nonexistent", 0, 0, None),
+        "prctl PR_SET_DUMPABLE": call("prctl", 4, 99),
+        "prctl PR_SET_SECCOMP": call("prctl", 22, 99),
+        "prctl PR_SET_PDEATHSIG": call("prctl", 1, 9999),
+        "prctl + 2**32": call("prctl", 1 | 1 << 32, 9999),
+        "personality": call("personality", 0x0040000),
+        "prlimit64 of another": call("prlimit64", 0x7FFFFFFE, 7, None, None),
+        "sched_setaffinity of another": call("sched_setaffinity", 0x7FFFFFFE, 0, None),
+        "clone CLONE_NEWUSER": call("clone", 0x10000000 | 0x200 | 0x800000, 0),  # with CLONE_FS: EINVAL
+        "mknod S_IFCHR": call("mknodat", -1, b"x", stat.S_IFCHR | 0o600, 0x103),
+        "fchmod S_ISUID": call("fchmod", -1, 0o4755),
+        "fchmodat S_ISGID": call("fchmodat", -1, b"x", 0o2755),
+        "openat S_ISUID": call("openat", -1, b"x", os.O_CREAT | os.O_WRONLY, 0o4755),
+        "socket AF_VSOCK SOCK_RAW": call("socket", socket.AF_VSOCK, 3, 99),
+        "setsockopt SO_ATTACH_FILTER": call("setsockopt", -1, 1, 26, None, 0),
+        "ioctl TIOCSTI": call("ioctl", -1, termios.TIOCSTI, b"x"),
+        "ioctl TIOCSTI + 2**32": call("ioctl", -1, termios.TIOCSTI | 1 << 32, b"x"),
+        "ioctl TIOCLINUX": call("ioctl", -1, 0x541C, b"\x03"),
+        "ioctl TIOCSETD": call("ioctl", -1, termios.TIOCSETD, b"\0\0\0\0"),
+    }
+
+
+@every_profile
+@pytest.mark.parametrize("permissions", [CLOSED, OPEN], ids=["closed", "open"])
+def test_refused_calls_answer_eperm(profile: str, permissions: dict[str, bool]) -> None:
+    outside = confined(calls_to_refuse, None).value
+    inside = confined(calls_to_refuse, compiled(profile, permissions))
+    assert {name: answer for name, answer in outside.items() if answer in ("EPERM",)} == {}
+    wrong = {name: answer for name, answer in inside.value.items() if answer != "EPERM"}
+    if profile == "tight":  # these it simply does not have
+        for name in ("personality", "sched_setaffinity of another", "mknod S_IFCHR"):
+            assert wrong.pop(name, "ENOSYS") == "ENOSYS"
+    assert wrong == {}
+    assert {"mount", "unshare", "setns", "ptrace", "bpf", "keyctl", "clone", "socket", "ioctl", "fsopen"} <= set(
+        inside.notified
+    )
+    assert not {"name_to_handle_at", "prctl", "fchmod", "prlimit64", "adjtimex"} & set(inside.notified)
+
+
+@every_profile
+def test_io_uring_is_notified(profile: str) -> None:
+    def attempt() -> str:
+        return call("io_uring_setup", 0, None)
+
+    assert confined(attempt, None).value not in ("EPERM", "ok")
+    outcome = confined(attempt, compiled(profile, OPEN))
+    assert (outcome.value, outcome.notified) == ("EPERM", ["io_uring_setup"])
+
+
+@every_profile
+def test_calls_for_which_libraries_have_another_way_are_absent(profile: str) -> None:
+    def attempts() -> list[str]:
+        return [call("clone3", None, 0), call("openat2", -1, b"x", None, 0), call(999), call(463 + 100), call(-1)]
+
+    outside = confined(attempts, None).value
+    assert outside[:2] == ["EINVAL", "EINVAL"]
+    assert confined(attempts, compiled(profile, OPEN)).value == ["ENOSYS"] * 5
+
+
+@every_profile
+def test_numbers_newer_than_the_library_are_absent(profile: str) -> None:
+    newer = max(NUMBERS.values()) + 1
+
+    def attempts() -> list[str]:
+        return [call(number, -1, -1, -1, -1, -1, -1) for number in range(newer, newer + 40)]
+
+    outside = confined(attempts, None).value
+    if set(outside) == {"ENOSYS"}:
+        pytest.skip("the library knows all of this kernel's system calls")
+    assert set(confined(attempts, compiled(profile, OPEN)).value) == {"ENOSYS"}
+
+
+def all_families() -> dict[str, str]:
+    families = {}
+    for family in range(64):
+        kinds = {call("socket", family, kind, 0) for kind in (1, 2, 3, 5)}
+        families[str(family)] = "ok" if "ok" in kinds else " ".join(sorted(kinds))
+    return families
+
+
+@every_profile
+@pytest.mark.parametrize("permissions", VARIANTS, ids=lambda one: "+".join(key for key in one if one[key]) or "closed")
+def test_socket_families(profile: str, permissions: dict[str, bool]) -> None:
+    outside = confined(all_families, None).value
+    assert {name for name, answer in outside.items() if "EPERM" in answer} == set()
+    assert outside[str(int(socket.AF_UNIX))] == outside[str(int(socket.AF_NETLINK))] == "ok"
+    inside = confined(all_families, compiled(profile, permissions))
+    permitted = {str(int(socket.AF_INET)), str(int(socket.AF_INET6))} if permissions["allow_network"] else set()
+    assert {name for name, answer in inside.value.items() if answer != "EPERM"} == permitted
+
+
+@every_profile
+def test_kinds_of_sockets(profile: str) -> None:
+    def kinds() -> dict[str, str]:
+        return {
+            "raw": call("socket", socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP),
+            "ping": call("socket", socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP),
+            "packet": call("socket", socket.AF_INET, 10, 0),
+            "mptcp": call("socket", socket.AF_INET, socket.SOCK_STREAM, 262),
+            "tcp": call("socket", socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, socket.IPPROTO_TCP),
+            "vsock + 2**32": call("socket", socket.AF_VSOCK | 1 << 32, 1, 0),
+            "pair": call("socketpair", socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0, bytes(8)),
+            "pair of packets": call("socketpair", socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, bytes(8)),
+            "pair of datagrams": call("socketpair", socket.AF_UNIX, socket.SOCK_DGRAM, 0, bytes(8)),
+            "raw pair": call("socketpair", socket.AF_UNIX, socket.SOCK_RAW, 0, bytes(8)),
+            "TIPC pair": call("socketpair", 30, socket.SOCK_STREAM, 0, bytes(8)),
+        }
+
+    outside = confined(kinds, None).value
+    assert outside["pair of datagrams"] == outside["raw"] == outside["raw pair"] == "ok"
+    assert "EPERM" not in outside.values()
+    inside = confined(kinds, compiled(profile, {**CLOSED, "allow_network": True})).value
+    assert {name for name, answer in inside.items() if answer == "ok"} == {"tcp", "pair", "pair of packets"}
+    assert {answer for name, answer in inside.items()} == {"ok", "EPERM"}
+    without = confined(kinds, compiled(profile, CLOSED))
+    assert {name for name, answer in without.value.items() if answer == "ok"} == {"pair", "pair of packets"}
+    assert without.notified.count("socket") == 6
+
+
+@every_profile
+def test_setuid_files_cannot_be_made(profile: str, tmp_path: Path) -> None:
+    def attempts() -> dict[str, str]:
+        answers = {}
+        for kind, mode in (("plain", 0o755), ("setuid", 0o4755), ("setgid", 0o2755)):
+            path = os.fsencode(tmp_path / f"{kind}-{os.getpid()}")
+            answers[f"create {kind}"] = call("openat", -100, path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+            answers[f"chmod {kind}"] = call("fchmodat", -100, os.fsencode(tmp_path), mode)
+        answers["open"] = call("openat", -100, os.fsencode(tmp_path), os.O_RDONLY, 0o4755)  # no O_CREAT: no mode
+        return answers
+
+    assert set(confined(attempts, None).value.values()) == {"ok"}
+    inside = confined(attempts, compiled(profile, CLOSED)).value
+    assert {name for name, answer in inside.items() if answer == "ok"} == {"create plain", "chmod plain", "open"}
+
+
+@every_profile
+def test_without_subprocesses(profile: str) -> None:
+    def attempts() -> list[Any]:
+        answers: list[Any] = [threads()]
+        try:
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+            answers.append("forked")
+        except OSError as error:
+            answers.append(errno.errorcode[error.errno or 0])
+        try:
+            subprocess.run(["true"], check=True)
+            answers.append("ran")
+        except OSError as error:
+            answers.append(errno.errorcode[error.errno or 0])
+        answers.append(call("execve", b"/nonexistent", None, None))
+        answers.append(call("execveat", -1, b"/nonexistent", None, None, 0))
+        return answers
+
+    assert confined(attempts, None).value == [4950, "forked", "ran", "ENOENT", "ENOENT"]
+    outcome = confined(attempts, compiled(profile, THREADS))
+    assert outcome.value == [4950, "EPERM", "EPERM", "EPERM", "EPERM"]
+    assert set(outcome.notified) <= {"clone", "fork", "vfork", "execve", "execveat"}
+    assert len(outcome.notified) >= 4
+
+
+@every_profile
+def test_without_threads(profile: str) -> None:
+    def attempt() -> str:
+        try:
+            return str(threads())
+        except RuntimeError as error:
+            return str(error)
+
+    assert confined(attempt, None).value == "4950"
+    outcome = confined(attempt, compiled(profile, {**OPEN, "allow_threads": False}))
+    assert (outcome.value, outcome.notified) == ("can't start new thread", [])
+
+
+@every_profile
+def test_others_are_left_alone(profile: str) -> None:
+    """A process of the same user id would be within reach of these without a PID namespace."""
+    victim = os.getpid()
+
+    def attempts() -> dict[str, str]:
+        limits = struct.pack("=QQ", *resource.getrlimit(resource.RLIMIT_CORE))
+        cpus = b"\xff" * 128
+        return {
+            "limit": call("prlimit64", victim, resource.RLIMIT_CORE, limits, None),
+            "affinity": call("sched_setaffinity", victim, 128, cpus),
+            "priority": call("setpriority", os.PRIO_PROCESS, victim, 0),
+            "own limit": call("prlimit64", 0, resource.RLIMIT_CORE, limits, None),
+            "own affinity": call("sched_setaffinity", 0, 128, cpus),
+            "own priority": call("setpriority", os.PRIO_PROCESS, 0, 0),
+        }
+
+    assert set(confined(attempts, None).value.values()) == {"ok"}
+    inside = confined(attempts, compiled(profile, CLOSED)).value
+    assert (inside["limit"], inside["own limit"]) == ("EPERM", "ok")
+    if profile != "tight":
+        assert (inside["affinity"], inside["own affinity"]) == ("EPERM", "ok")
+        assert (inside["priority"], inside["own priority"]) == ("EPERM", "ok")
+    else:
+        assert {inside[name] for name in inside if "limit" not in name} <= {"EPERM", "ENOSYS"}
+
+
+# Foreign ABIs ---------------------------------------------------------------------------------------------------------
+
+
+@only_x86
+@every_profile
+def test_x32_kills(profile: str) -> None:
+    x32_getpid = 0x40000000 | NUMBERS["getpid"]
+
+    def attempt() -> str:
+        return call(x32_getpid)
+
+    assert confined(attempt, None).value in ("ok", "ENOSYS")
+    for permissions in VARIANTS:
+        assert confined(attempt, compiled(profile, permissions)).signal == signal.SIGSYS
+
+
+def int80_getpid() -> bool:
+    """mov eax, 20 (getpid on i386); int 0x80; ret"""
+    code = b"\xb8\x14\x00\x00\x00\xcd\x80\xc3"
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(code)
+    function = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))
+    return bool(function() == os.getpid())
+
+
+@only_x86
+@every_profile
+def test_int80_kills(profile: str) -> None:
+    outside = confined(int80_getpid, None)
+    assert outside.value is True or outside.signal == signal.SIGSEGV  # the latter on a kernel without the i386 ABI
+    for permissions in VARIANTS:
+        inside = confined(int80_getpid, compiled(profile, permissions))
+        assert inside.signal == (signal.SIGSYS if outside.value else signal.SIGSEGV)
+
+
+# Notifications --------------------------------------------------------------------------------------------------------
+
+
+def test_a_notification_says_who_and_what() -> None:
+    def attempt() -> list[Any]:
+        return [os.getpid(), call("unshare", 0x10000000)]
+
+    outcome = confined(attempt, compiled("tight", CLOSED))
+    (notification,) = outcome.notifications
+    assert outcome.value == [notification.pid, "EPERM"]
+    assert (notification.nr, notification.args[0]) == (NUMBERS["unshare"], 0x10000000)
+    assert notification.arch == AUDIT_ARCH[os.uname().machine]
+    assert "args=(268435456, " in repr(notification)
+
+
+def test_a_dead_supervisor_still_refuses() -> None:
+    channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            prctl(PR_SET_NO_NEW_PRIVS, 1)
+            os.close(load_filter(compiled("tight", CLOSED), new_listener=True))
+            theirs.send(call("unshare", 0).encode())
+        finally:
+            os._exit(0)
+    assert channel.recv(100) == b"ENOSYS"
+    os.waitpid(pid, 0)
+    channel.close()
+    theirs.close()
+
+
+def test_a_caller_that_died_is_no_error() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            prctl(PR_SET_NO_NEW_PRIVS, 1)
+            socket.send_fds(theirs, [b"x"], [load_filter(compiled("tight", CLOSED), new_listener=True)])
+            call("unshare", 0)
+        finally:
+            os._exit(0)
+    _message, (listener,), _flags, _address = socket.recv_fds(ours, 10, 1)
+    notification = notifier.receive(listener)
+    assert notification is not None
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert not notifier.is_valid(listener, notification)
+    assert not notifier.refuse(listener, notification)
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    assert poll.poll(5000) == [(listener, select.POLLHUP)]
+    with pytest.raises(ValueError, match="errno"):
+        notifier.refuse(listener, notification, 0)
+    os.close(listener)
+    ours.close()
+    theirs.close()
+
+
+def test_without_a_listener_everything_is_eperm() -> None:
+    channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            prctl(PR_SET_NO_NEW_PRIVS, 1)
+            result = load_filter(profiles.compile_profile("denylist", **CLOSED, notify=False), new_listener=False)
+            answers = [result, call("unshare", 0), call("socket", 1, 1, 0), call("clone", 0x10000000), call("fork")]
+            theirs.send(json.dumps(answers).encode())
+        finally:
+            os._exit(0)
+    assert json.loads(channel.recv(1000)) == [-1, "EPERM", "EPERM", "EPERM", "EPERM"]
+    os.waitpid(pid, 0)
+    channel.close()
+    theirs.close()
+
+
+def test_load_refuses_what_is_no_program() -> None:
+    for nonsense in (b"", b"1234567"):
+        with pytest.raises(ValueError, match="not a BPF program"):
+            load_filter(nonsense, new_listener=False)
+
+
+def test_the_filter_keeps_out_further_filters() -> None:
+    """A filter of the plugin's own could take over the listener, or hide a violation by answering first."""
+    harmless = struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000)  # return SECCOMP_RET_ALLOW
+
+    def attempt() -> str:
+        try:
+            load_filter(harmless, new_listener=False)
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+        return "loaded"
+
+    assert confined(attempt, None).value == "loaded"
+    assert confined(attempt, compiled("denylist", OPEN)).value == "EPERM"
+
+
+# The programs, run by a machine of our own: every call, every variant, every architecture -------------------------------
+
+
+def run_bpf(program: bytes, machine_arch: int, number: int, arguments: tuple[int, ...] = ()) -> int:
+    """The value a classic BPF program returns for a struct seccomp_data; only what our programs use."""
+    padded = (*arguments, *(0,) * (6 - len(arguments)))
+    data = struct.pack("=iIQ6Q", number - (1 << 32) if number >= 1 << 31 else number, machine_arch, 0, *padded)
+    steps = list(struct.iter_unpack("=HBBI", program))
+    accumulator = position = 0
+    while True:
+        code, on_true, on_false, value = steps[position]
+        position += 1
+        if code == 0x20:
+            (accumulator,) = struct.unpack_from("=I", data, value)
+        elif code == 0x54:
+            accumulator &= value
+        elif code == 0x05:
+            position += value
+        elif code == 0x06:
+            return int(value)
+        else:
+            tests = {0x15: accumulator == value, 0x25: accumulator > value, 0x35: accumulator >= value}
+            holds = tests[code] if code != 0x45 else bool(accumulator & value)
+            position += on_true if holds else on_false
+
+
+KILL_PROCESS, ERRNO_EPERM, ERRNO_ENOSYS, NOTIFY, ALLOW = 0x80000000, 0x00050001, 0x00050026, 0x7FC00000, 0x7FFF0000
+
+
+def program_for(machine: str, profile: str, permissions: dict[str, bool]) -> Callable[..., int]:
+    permitted = tuple(name for name in profiles.FEATURES if permissions[name])
+    program = profiles._compile(profiles._Profile(profile), permitted, machine, True)
+    numbers = profiles.known_syscalls(machine)
+
+    def answer(name: str | int, *arguments: int, arch: int = AUDIT_ARCH[machine]) -> int:
+        return run_bpf(program, arch, numbers[name] if isinstance(name, str) else name, arguments)
+
+    return answer
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@every_profile
+@pytest.mark.parametrize("permissions", VARIANTS, ids=lambda one: "+".join(key for key in one if one[key]) or "closed")
+def test_programs(machine: str, profile: str, permissions: dict[str, bool]) -> None:
+    answer = program_for(machine, profile, permissions)
+    numbers = profiles.known_syscalls(machine)
+    for foreign in (AUDIT_ARCH_I386, *(AUDIT_ARCH[other] for other in MACHINES if other != machine)):
+        assert {answer(number, arch=foreign) for number in range(600)} == {KILL_PROCESS}
+    if machine == "x86_64":
+        assert {answer(0x40000000 + number) for number in range(600)} == {KILL_PROCESS}
+    newest = max(numbers.values())
+    assert {answer(number) for number in (*range(newest + 1, newest + 200), 0x3FFFFFFF, 0xFFFFFFFF)} == {ERRNO_ENOSYS}
+    assert answer("read") == answer("exit_group") == answer("sendmsg") == answer("rt_sigreturn") == ALLOW
+    assert answer("clone3") == answer("openat2") == ERRNO_ENOSYS
+    for name in ("mount", "setns", "io_uring_setup", "keyctl", "bpf", "ptrace", "userfaultfd", "init_module", "fsopen"):
+        assert answer(name) == NOTIFY, name
+    for flags in (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000):
+        assert answer("clone", flags | signal.SIGCHLD) == answer("clone", flags | 0x10F00) == NOTIFY
+    assert answer("clone", 0x3D0F00) == (ALLOW if permissions["allow_threads"] else ERRNO_EPERM)
+    processes = ALLOW if permissions["allow_subprocess"] else NOTIFY
+    assert {answer("clone", signal.SIGCHLD), answer("clone", 0x4111), answer("execve")} == {processes}
+    for family in range(0x100):
+        tcp, raw = answer("socket", family, 1, 0), answer("socket", family, 3, 0)
+        is_ip = family in (socket.AF_INET, socket.AF_INET6)
+        assert tcp == (ALLOW if is_ip and permissions["allow_network"] else tcp)
+        assert raw in (NOTIFY, ERRNO_EPERM)
+        assert is_ip or tcp in (NOTIFY, ERRNO_EPERM)
+        assert (answer("socketpair", family, 1, 0) == ALLOW) == (family == socket.AF_UNIX)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_each_profile_permits_less_than_the_one_before(machine: str) -> None:
+    arguments = [(), (1, 1), (2, 1), (0x3D0F00,), (0, 0x5401), (15,), (0, 0, 0o644)]
+    for permissions in VARIANTS:
+        allowed = []
+        for profile in profiles.PROFILES:
+            answer = program_for(machine, profile, permissions)
+            tried = itertools.product(profiles.known_syscalls(machine), arguments)
+            allowed.append({(name, given) for name, given in tried if answer(name, *given) == ALLOW})
+        assert allowed[0] > allowed[1] > allowed[2]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@every_profile
+def test_a_permission_only_opens(machine: str, profile: str) -> None:
+    arguments = [(), (1, 1), (2, 1), (2, 2, 17), (0x3D0F00,), (17,), (0, 0x8910)]
+    tried = list(itertools.product(profiles.known_syscalls(machine), arguments))
+    allowed = {}
+    for permissions in VARIANTS:
+        answer = program_for(machine, profile, permissions)
+        allowed[tuple(permissions.values())] = {(name, given) for name, given in tried if answer(name, *given) == ALLOW}
+    for less, more in itertools.product(allowed, repeat=2):
+        if all(not one or other for one, other in zip(less, more, strict=True)):
+            assert allowed[less] <= allowed[more]
+
+
+# The data files -------------------------------------------------------------------------------------------------------
+
+
+def test_names_exist() -> None:
+    known = {name for machine in MACHINES for name in profiles.known_syscalls(machine)}
+    for profile in profiles.PROFILES:
+        read = profiles._Profile(profile)
+        assert read.named_syscalls() - known <= read.newer
+        assert all(0 <= value < 1 << 32 for value in read.constants.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('base = "denylist"\n[allow]\na = ["raed"]', "no system calls of these names"),
+        ('base = "denylist"\n[allow]\na = ["read", "read"]', "listed twice"),
+        ('base = "denylist"\n[allow]\na = ["mount"]', "both allowed and refused"),
+        ('base = "denylist"\n[allow]\na = ["read"]\n[refuse]\na = ["mount"]', "listed twice"),
+        ('base = "denylist"\n[alow]\na = ["read"]', "unknown keys"),
+        ('allow = "known"\n[[rule]]\nsyscalls = ["read"]\naction = "allow"', "unknown action"),
+        ('allow = "known"\n[[rule]]\nsyscalls = ["read"]\naction = "pass"\nwhen = "allow_all"', "unknown feature"),
+        ('allow = "known"\n[[rule]]\nsyscalls = ["read"]\naction = "pass"\nif = 1', "unknown key in the rule"),
+        (
+            'allow = "known"\n[[rule]]\nsyscalls = ["read"]\naction = "refuse"\nwhere = [{argument = 0, equal = [1]}]',
+            "unknown condition",
+        ),
+        (
+            'allow = "known"\n[[rule]]\nsyscalls = ["read"]\naction = "refuse"\nwhere = [{argument = 0, bits = ["X"]}]',
+            "unknown constants",
+        ),
+    ],
+)
+def test_mistakes_in_a_profile_are_errors(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = profiles._data_path
+    (tmp_path / "tight.toml").write_text(text)
+    monkeypatch.setattr(profiles, "_data_path", lambda name: str(tmp_path / "tight.toml") if name == "tight" else real(name))
+    with pytest.raises(ValueError, match=message):
+        compiled("tight", CLOSED)
+
+
+def test_unknown_profiles_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="denylist, allowlist, tight"):
+        compiled("../tight", CLOSED)
+    with pytest.raises(ValueError, match="denylist, allowlist, tight"):
+        profiles.cached_profile("../tight", **CLOSED, cache_dir=tmp_path)
+
+
+def test_names_of_numbers() -> None:
+    assert profiles.syscall_name(NUMBERS["mount"]) == "mount"
+    assert profiles.syscall_name(9999) == "syscall_9999"
+
+
+# The cache ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The profiles that were really compiled."""
+    done: list[str] = []
+    real = profiles._compile
+
+    def count(profile: Any, *rest: Any) -> bytes:
+        done.append(profile.name)
+        return real(profile, *rest)
+
+    monkeypatch.setattr(profiles, "_compile", count)
+    return done
+
+
+def test_the_cache_returns_what_was_compiled(tmp_path: Path, counted: list[str]) -> None:
+    cache = tmp_path / "made" / "cache"
+    for permissions in (CLOSED, OPEN, THREADS):
+        expected = compiled("tight", permissions)
+        counted.clear()
+        assert profiles.cached_profile("tight", **permissions, cache_dir=cache) == expected
+        assert profiles.cached_profile("tight", **permissions, cache_dir=cache) == expected
+        assert counted == ["tight"]
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in cache.iterdir()} == {0o600}
+    assert sorted(file.name for file in cache.iterdir()) == [
+        "tight-notify.bpf",
+        "tight-subprocess-threads-network-notify.bpf",
+        "tight-threads-notify.bpf",
+    ]
+
+
+def _spoil_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+
+
+def _replace_by_link(file: Path) -> None:
+    file.rename(file.with_suffix(".moved"))
+    file.symlink_to(file.with_suffix(".moved"))
+
+
+def _replace_by_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _spoil_a_bit,
+        _replace_by_link,
+        _replace_by_fifo,
+        lambda file: file.chmod(0o620),
+        lambda file: file.chmod(0o602),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes()[:-8]),
+        lambda file: file.write_bytes(file.with_name("denylist-notify.bpf").read_bytes()),
+        pytest.param(
+            lambda file: os.chown(file, 65534, -1),
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away"),
+        ),
+    ],
+)
+def test_a_spoilt_cache_file_is_ignored_and_rewritten(
+    tmp_path: Path, counted: list[str], spoil: Callable[[Path], object]
+) -> None:
+    cache = tmp_path / "cache"
+    profiles.cached_profile("denylist", **CLOSED, cache_dir=cache)
+    expected = profiles.cached_profile("tight", **CLOSED, cache_dir=cache)
+    file = cache / "tight-notify.bpf"
+    spoil(file)
+    counted.clear()
+    assert profiles.cached_profile("tight", **CLOSED, cache_dir=cache) == expected
+    assert profiles.cached_profile("tight", **CLOSED, cache_dir=cache) == expected
+    assert counted == ["tight"]
+    assert stat.S_ISREG(file.lstat().st_mode)
+    assert stat.S_IMODE(file.lstat().st_mode) == 0o600
+
+
+def test_a_cache_that_others_can_write_is_not_used(tmp_path: Path, counted: list[str]) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    expected = compiled("tight", CLOSED)
+    counted.clear()
+    assert [profiles.cached_profile("tight", **CLOSED, cache_dir=cache) for _ in range(2)] == [expected] * 2
+    assert counted == ["tight"] * 2
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert profiles.cached_profile("tight", **CLOSED, cache_dir=tmp_path / "file") == compiled("tight", CLOSED)
+
+
+@pytest.mark.parametrize("attribute", ["__version__", "_library"])
+def test_an_upgrade_makes_the_cache_stale(
+    tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch, attribute: str
+) -> None:
+    profiles.cached_profile("tight", **CLOSED, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(profiles, attribute, "2.0" if attribute == "__version__" else lambda: "libseccomp 9")
+    profiles.cached_profile("tight", **CLOSED, cache_dir=tmp_path / "cache")
+    assert counted == ["tight", "tight"]
+
+
+def test_a_cache_hit_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom sandbox.seccomp.filter import cached_profile\n"
+        "only = {'allow_subprocess': False, 'allow_threads': True, 'allow_network': False}\n"
+        f"cached_profile('tight', **only, cache_dir={str(tmp_path / 'c')!r})\n"
+        "print(*{'ctypes', 'tomllib', 'pyseccomp', 'hashlib', 're', 'enum', 'typing', 'subprocess'} & set(sys.modules))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
+    folder = Path(__file__).parent.parent
+
+    def modules() -> list[str]:
+        run = subprocess.run(
+            [sys.executable, "-S", "-c", code if not modules_path else f"import sys; sys.path += {modules_path!r}\n{code}"],
+            capture_output=True,
+            check=True,
+            text=True,
+            cwd=folder,
+            env=environment,
+        )
+        return run.stdout.split()
+
+    modules_path = [path for path in sys.path if path.endswith("site-packages")]
+    assert "pyseccomp" in modules()
+    assert modules() == []
+
+
+@pytest.mark.parametrize("module", ["load", "notifier", "landlock"])
+def test_modules_for_the_sandbox_are_light(module: str) -> None:
+    code = (
+        f"import sys\nimport sandbox.seccomp.{module}\n"
+        "print(*{'enum', 're', 'typing', 'dataclasses', 'json', 'pyseccomp', 'tomllib', 'subprocess'} & set(sys.modules))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, check=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert run.stdout.split() == []
+
+
+def test_a_missing_library_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pyseccomp")
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None if name == "seccomp" else "libc.so.6")
+    with pytest.raises(ImportError, match="apt-get install libseccomp2"):
+        compiled("tight", CLOSED)
+
+
+def test_terminal_input_cannot_be_faked(tmp_path: Path) -> None:
+    """TIOCSTI on a real terminal (the kernel may refuse it by itself from 6.2, with another errno)."""
+    leader, terminal = os.openpty()
+
+    def attempt() -> str:
+        try:
+            fcntl.ioctl(terminal, termios.TIOCSTI, b"x")
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+        return "typed"
+
+    outside = confined(attempt, None).value
+    assert outside in ("typed", "EIO")
+    outcome = confined(attempt, compiled("denylist", OPEN))
+    assert (outcome.value, outcome.notified) == ("EPERM", ["ioctl"])
+    assert confined(lambda: os.isatty(terminal), compiled("tight", CLOSED)).value is True
+    os.close(leader)
+    os.close(terminal)
