@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 UNIFIED = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
-SYSCALLS = ("clone3", "openat2", "open_tree", "move_mount", "mount_setattr", "pidfd_getfd", "close_range", "landlock_restrict_self")
+SYSCALLS = (
+    "clone3",
+    "openat2",
+    "open_tree",
+    "move_mount",
+    "mount_setattr",
+    "pidfd_getfd",
+    "close_range",
+    "landlock_restrict_self",
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,9 @@ class HostFacts:
 
 def library_path() -> tuple[str, ...]:
     """The entries of sys.path that are interpreter or installed packages; a caller's own folders are not a plugin's."""
-    roots = [os.path.join(root, "") for root in dict.fromkeys((sys.prefix, sys.base_prefix, os.path.expanduser("~/.local/lib")))]
+    roots = [
+        os.path.join(root, "") for root in dict.fromkeys((sys.prefix, sys.base_prefix, os.path.expanduser("~/.local/lib")))
+    ]
     stdlib = os.path.dirname(os.__file__)
     chosen = []
     for entry in sys.path:

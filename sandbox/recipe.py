@@ -232,7 +232,9 @@ class _Compiler:
             import pwd
 
             if permissions.sandbox_user != pwd.getpwuid(self.host.uid).pw_name:
-                raise ValueError(f"PluginPermissionsV2.sandbox_user is {permissions.sandbox_user!r}: only root can run as another user")
+                raise ValueError(
+                    f"PluginPermissionsV2.sandbox_user is {permissions.sandbox_user!r}: only root can run as another user"
+                )
         if permissions.blocked_directories and config.level is IsolationLevel.MINIMAL:
             raise ValueError(
                 "PluginPermissionsV2.blocked_directories needs a mount namespace: level minimal grants reading of all of / "
@@ -258,7 +260,9 @@ class _Compiler:
                 chosen.append(name)
                 continue
             host_says = off[name].startswith("user namespaces")
-            mend = "allow user namespaces (sysctl user.max_user_namespaces)" if host_says else f"leave out {off[name].split()[0]}"
+            mend = (
+                "allow user namespaces (sysctl user.max_user_namespaces)" if host_says else f"leave out {off[name].split()[0]}"
+            )
             self.lacking(NAMESPACE_NAMES[name], off[name], mend, substitute=self.namespace_substitute(name))
         return tuple(chosen)
 
@@ -319,10 +323,15 @@ class _Compiler:
         if "user" in self.namespaces:
             self.add("unprivileged id", f"id {PLUGIN_ID} in its own user namespace", self.id_detail())
         elif self.host.root:
-            self.add("unprivileged id", "an allocated id that nobody else has" if not self.permissions.sandbox_user else self.id_detail())
+            self.add(
+                "unprivileged id",
+                "an allocated id that nobody else has" if not self.permissions.sandbox_user else self.id_detail(),
+            )
         else:
             self.protections.append(
-                Protection("unprivileged id", SUBSTITUTED, "the caller's own id", "without a user namespace a user has only one id")
+                Protection(
+                    "unprivileged id", SUBSTITUTED, "the caller's own id", "without a user namespace a user has only one id"
+                )
             )
 
     def id_detail(self) -> str:
@@ -339,7 +348,12 @@ class _Compiler:
             )  # fmt: skip
             return None
         own_mounts = "mnt" in self.namespaces
-        rules = [["/dev/null", "write_file"], ["/dev/zero", "write_file"], ["/dev/full", "write_file"], ["/dev/tty", "write_file"]]
+        rules = [
+            ["/dev/null", "write_file"],
+            ["/dev/zero", "write_file"],
+            ["/dev/full", "write_file"],
+            ["/dev/tty", "write_file"],
+        ]
         rules = [rule for rule in rules if os.path.exists(rule[0])]
         if not self.config.enable_filesystem_isolation:
             rules.append(["/", "write"])
@@ -361,13 +375,19 @@ class _Compiler:
                                f"Landlock ABI {abi} does not know truncation", "Linux 6.2 or later")
                 )  # fmt: skip
         else:
-            self.lacking("Landlock rule for files", "enable_filesystem_isolation is False", "leave out enable_filesystem_isolation")
+            self.lacking(
+                "Landlock rule for files", "enable_filesystem_isolation is False", "leave out enable_filesystem_isolation"
+            )
         if abi >= 6:
             self.add("no signals or abstract sockets out", "Landlock", f"ABI {abi}")
         elif "pid" in self.namespaces and "net" in self.namespaces:
             self.add("no signals or abstract sockets out", "PID and network namespaces", f"Landlock ABI {abi} has no scopes")
         else:
-            signals = "a PID namespace keeps signals in" if "pid" in self.namespaces else "signals to processes of the same id stay open"
+            signals = (
+                "a PID namespace keeps signals in"
+                if "pid" in self.namespaces
+                else "signals to processes of the same id stay open"
+            )
             self.protections.append(
                 Protection("no signals or abstract sockets out", SUBSTITUTED, f"seccomp refuses sockets; {signals}",
                            f"Landlock ABI {abi} has no scopes", "Linux 6.12 or later")
@@ -387,7 +407,9 @@ class _Compiler:
                     mend="use level standard, leave out allow_subprocess_execution (--allow-subprocess), or allow_degraded=True",
                 )
             self.protections.append(
-                Protection("no process outlives the call", MISSING, "none", "no PID namespace and no cgroup leaf", "use level standard")
+                Protection(
+                    "no process outlives the call", MISSING, "none", "no PID namespace and no cgroup leaf", "use level standard"
+                )
             )
         detail = ", ".join(
             word
@@ -410,7 +432,9 @@ class _Compiler:
 
     def describe_namespaces(self) -> None:
         for name in self.namespaces:
-            self.add(NAMESPACE_NAMES[name], f"clone3(CLONE_NEW{'NS' if name == 'mnt' else name.upper()})", **{f"ns__{name}": "own"})
+            self.add(
+                NAMESPACE_NAMES[name], f"clone3(CLONE_NEW{'NS' if name == 'mnt' else name.upper()})", **{f"ns__{name}": "own"}
+            )
         mode = self.network_mode()
         if mode == "veth":
             self.add("network", "network namespace with an empty veth", "no address, no route; its outer end leads nowhere")
@@ -434,7 +458,9 @@ class _Compiler:
             try:
                 uid = pwd.getpwnam(self.permissions.sandbox_user).pw_uid
             except KeyError:
-                raise ValueError(f"PluginPermissionsV2.sandbox_user is {self.permissions.sandbox_user!r}: no such user") from None
+                raise ValueError(
+                    f"PluginPermissionsV2.sandbox_user is {self.permissions.sandbox_user!r}: no such user"
+                ) from None
             if uid == 0:
                 raise ValueError("PluginPermissionsV2.sandbox_user is root: give an unprivileged user")
         return {"user_namespace": "user" in self.namespaces, "allocated": self.host.root, "outside": uid}
@@ -492,7 +518,9 @@ class _Compiler:
         self.add("private /tmp, /var/tmp, /dev/shm, minimal /dev", "tmpfs per call")
         lines: list[Line] = []
         if self.level.view == "host-hidden":
-            lines.append(["host_root", sorted(name.strip("/") for name in (*HIDDEN, "/dev", "/proc", "/sys", "/tmp")), "ro,nosuid,nodev"])
+            lines.append(
+                ["host_root", sorted(name.strip("/") for name in (*HIDDEN, "/dev", "/proc", "/sys", "/tmp")), "ro,nosuid,nodev"]
+            )
             lines += [["directory", path, 0o755] for path in HIDDEN]
             lines.append(["bind_optional", "/sys/devices/system/cpu", "/sys/devices/system/cpu", "ro,nosuid,nodev,noexec"])
             shown = [path for path in self.interpreter_paths() if under(path, (*HIDDEN, "/tmp"))]
@@ -552,7 +580,11 @@ class _Compiler:
         lines: list[Line] = []
         for gate, paths in sorted(blocked.items()):
             lines += [["tmpfs", gate, "nosuid,nodev", "mode=755,size=64k,nr_inodes=256", paths], ["readonly", gate]]
-        self.add("reach of the interpreter", "a mount namespace shared by all calls", f"{', '.join(sorted(blocked))} hidden but for Python")
+        self.add(
+            "reach of the interpreter",
+            "a mount namespace shared by all calls",
+            f"{', '.join(sorted(blocked))} hidden but for Python",
+        )
         return {"lines": lines, "pivot": False}
 
     # -- limits ----------------------------------------------------------------------------------------------------
@@ -581,13 +613,15 @@ class _Compiler:
             self.add("cgroup leaf", "cgroup v2, clone3(CLONE_INTO_CGROUP)", "killed as one by cgroup.kill")
         else:
             mend = "run as root, or below a delegated cgroup v2 subtree"
-            self.lacking_limit("cgroup leaf", "no cgroup v2 tree that we may write", mend, "PID namespace" if "pid" in self.namespaces else "")
+            self.lacking_limit(
+                "cgroup leaf", "no cgroup v2 tree that we may write", mend, "PID namespace" if "pid" in self.namespaces else ""
+            )
         self.limit("memory", f"{limits.max_memory_mb:g} MB", "memory", "memory.max, swap 0, oom.group", "RLIMIT_DATA per process",
                    limit__Max_data_size=str(memory))  # fmt: skip
         tasks = self.tasks()
         self.limit("processes and threads", f"{self.subprocesses} subprocesses, {self.threads} threads", "pids", "pids.max",
                    "RLIMIT_NPROC" if tasks is not None else "", **({"limit__Max_processes": str(tasks)} if tasks is not None else {}))  # fmt: skip
-        self.limit("CPU", f"{limits.max_cpu_percent:g} % of one CPU", "cpu", "cpu.max", "RLIMIT_CPU: the same sum, not the rate",
+        self.limit("CPU", f"{limits.max_cpu_percent:g} % of one CPU", "cpu", "cpu.max", f"RLIMIT_CPU: {self.cpu_seconds()} s in all, not the rate",
                    limit__Max_cpu_time=str(self.cpu_seconds()))  # fmt: skip
         self.add("wall clock", "the warden kills the call", f"{limits.max_execution_time_seconds:g} s")
         self.add("open files", "RLIMIT_NOFILE", str(limits.max_open_files), limit__Max_open_files=str(limits.max_open_files))
@@ -598,13 +632,17 @@ class _Compiler:
                                                  for key, value in p.expected.items()}) for p in self.protections]  # fmt: skip
         for name, value in (("file operations", limits.max_file_operations), ("network requests", limits.max_network_requests)):
             self.protections.append(
-                Protection(name, MISSING, "none", f"{value}: counting them is not part of this version", "rely on the other limits")
+                Protection(
+                    name, MISSING, "none", f"{value}: counting them is not part of this version", "rely on the other limits"
+                )
             )
 
     def lacking_limit(self, name: str, reason: str, mend: str, substitute: str) -> None:
         if self.config.require_limits and self.strict:
             raise SandboxInitializationError(
-                f"{name} cannot be had: {reason}", protection=name, mend=f"{mend}, or leave out require_limits (--require-limits)"
+                f"{name} cannot be had: {reason}",
+                protection=name,
+                mend=f"{mend}, or leave out require_limits (--require-limits)",
             )
         self.protections.append(Protection(name, SUBSTITUTED if substitute else MISSING, substitute or "none", reason, mend))
 
@@ -615,8 +653,10 @@ class _Compiler:
         return None
 
     def cpu_seconds(self) -> int:
-        limits = self.limits
-        return max(1, -int(-limits.max_execution_time_seconds * limits.max_cpu_percent // 100))
+        """CPU seconds that a process may use in all: what it could at its rate, but never less than one CPU for the whole
+        time, so that the wall clock strikes first for a program that only spins."""
+        seconds = self.limits.max_execution_time_seconds * max(1.0, self.limits.max_cpu_percent / 100)
+        return int(seconds) + 2
 
     def rlimits(self) -> list[Line]:
         lines: list[Line] = [

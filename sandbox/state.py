@@ -29,7 +29,9 @@ def folder(kind: str) -> str:
     os.makedirs(path, mode=0o711, exist_ok=True)
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise PermissionError(f"{path} belongs to another user: remove it, or set XDG_RUNTIME_DIR, XDG_CACHE_HOME and XDG_STATE_HOME")
+        raise PermissionError(
+            f"{path} belongs to another user: remove it, or set XDG_RUNTIME_DIR, XDG_CACHE_HOME and XDG_STATE_HOME"
+        )
     if found.st_mode & 0o022:
         os.chmod(path, 0o711)
     return path

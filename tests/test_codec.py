@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from functools import partial
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath
 from struct import pack
 from typing import Any
@@ -94,7 +95,7 @@ def forge(
     return b"psi1" + pack("6I", *map(len, columns)) + b"".join(columns)
 
 
-def refused_soon(data: bytes, words: str = "", **options: Any) -> None:
+def refused_soon(data: bytes, words: str, **options: Any) -> None:
     start = clock.thread_time()
     with pytest.raises(CodecError, match=words):
         decode(data, **options)
@@ -235,6 +236,11 @@ def test_named_zones_come_back_as_offsets() -> None:
         def utcoffset(self, moment: datetime | None) -> timedelta:
             return timedelta(hours=2)
 
+        def dst(self, moment: datetime | None) -> None: ...
+
+        def tzname(self, moment: datetime | None) -> str:
+            return "/etc/shadow"
+
     assert_same(round_trip(datetime(2024, 7, 1, tzinfo=Zone())), datetime(2024, 7, 1, tzinfo=timezone(timedelta(hours=2))))
     with pytest.raises(CodecError, match=r"^result\[0\]: time with a time zone that gives it no offset"):
         codec.encode([time(1, tzinfo=ZoneInfo("Europe/Berlin"))])
@@ -245,8 +251,8 @@ def test_nan_keys_stay_apart_and_equal_keys_are_refused() -> None:
     assert [(math.isnan(key), value) for key, value in back.items()] == [(True, 1), (True, 2)]
     assert len(round_trip({float("nan"), float("nan")})) == 2
     for ops, numbers, decimals in [
-        (b"d**ifNN", [1], [1.0]),
-        (b"d**TiNN", [1], []),
+        (b"d*if*NN", [1], [1.0]),
+        (b"d*Ti*NN", [1], []),
         (b"d2*NN", [], [0.0, -0.0]),
         (b"d1*NN", [1, 1], []),
     ]:
@@ -310,9 +316,12 @@ SCALARS += [
 def test_numpy_scalars(scalar: Any) -> None:
     back = round_trip([scalar])[0]
     assert type(back) is type(scalar)
-    assert back == scalar
-    assert getattr(back, "dtype", None) == scalar.dtype
-    assert round_trip({scalar: 1}) == {scalar: 1}
+    assert back.dtype == scalar.dtype
+    if isinstance(scalar, str | bytes):  # numpy's own comparison forgets zeros at the end
+        assert back[:] == scalar[:]
+    else:
+        assert back == scalar
+        assert round_trip({scalar: 1}) == {scalar: 1}
 
 
 @pytest.mark.parametrize(
@@ -486,7 +495,7 @@ def record_message(op: bytes, name: str, *rest: str, tail: bytes = b"", ints: It
     ],
 )
 def test_forged_enums(data: bytes) -> None:
-    with pytest.raises(CodecError, match="not (a member of|an enum)"):
+    with pytest.raises(CodecError, match=r"not (a member of|an enum)"):
         decode(data, types=LISTED)
 
 
@@ -571,7 +580,7 @@ def test_the_error_names_the_way_to_the_value() -> None:
         (NamedPoint(1, 2), "result: NamedPoint (tests.test_codec.NamedPoint) is a named tuple: return tuple(value)"),
         (enum.Enum("Odd", {"A": print}).A, "result.value: builtin_function_or_method"),  # type: ignore[attr-defined]
         (memoryview(b""), "result: memoryview"),
-        ((x for x in ()), "result: generator"),
+        ((i for i in [1]), "result: generator"),
         (Point, "result: type"),
         (Fraction(1, 1 << 20_000), "result: Fraction of more than"),
         (PurePosixPath("a" * 40_000), "result: path of more than"),
@@ -651,7 +660,7 @@ def test_too_large(value: Any) -> None:
     assert caught.value.used > 4096
     data = codec.encode(value)
     assert caught.value.used <= len(data)
-    assert_same(repr(codec.decode(data, max_bytes=len(data))), repr(value))
+    assert np.array_equal(codec.decode(data, max_bytes=len(data)), value)
     with pytest.raises(ReplyTooLarge):
         codec.decode(data, max_bytes=len(data) - 1)
     assert codec.encode(value, max_bytes=len(data)) == data
@@ -740,7 +749,7 @@ def test_a_class_that_fails_while_it_is_looked_at() -> None:
         forge(b"l3", [2, 2, (1 << 32) - 1], text="ab"),
         forge(b"d11", [1, 2], [1, 2, 3]),
         forge(b"d11", [2, 1], [1, 2, 3]),
-        forge(b"d*1l1", [1, 0, 1], [1]),
+        forge(b"d*l11", [1, 0, 1], [1]),
         forge(b"S*l1", [1, 0]),
         forge(b"Z*d11", [1, 0, 0]),
         forge(b"D", [], [2024, 1, 1, 0, 0, 0, 0, 0]),
@@ -763,8 +772,8 @@ def test_a_class_that_fails_while_it_is_looked_at() -> None:
         forge(b"qqii", [], [1, 2]),
         forge(b"qiI", [4096], [1], raw=b"\x01" * 4096),
         forge(b"u", raw=bytes(15)),
-        forge(b"p", [3, 1], text="a"),
-        forge(b"p", [0, 40_000], text="a" * 40_000),
+        forge(b"P", [3, 1], text="a"),
+        forge(b"P", [0, 40_000], text="a" * 40_000),
         forge(b"e", [2000, 1], text="a" * 2001),
         forge(b"e", [1, 1], text="ab"),
         forge(b"C1*N", [1, 1, 1], [1], text="a"),
@@ -775,8 +784,9 @@ def test_a_class_that_fails_while_it_is_looked_at() -> None:
     ids=lambda data: repr(data[28:44]),
 )
 def test_malformed(data: bytes) -> None:
-    with pytest.raises(CodecError):
+    with pytest.raises(CodecError) as caught:
         decode(data)
+    assert ("unknown op" in str(caught.value)) == (data[28:29] in (b"?", b"\0") and len(data) == 29)
 
 
 def test_messages_quote_hostile_text_as_ascii() -> None:
@@ -885,7 +895,7 @@ def test_truncations() -> None:
 
 def test_claimed_sizes_cost_nothing() -> None:
     for ops in (b"l*", b"l1", b"l2", b"l3", b"S*", b"d*"):
-        refused_soon(forge(ops, [(1 << 32) - 1]), max_nodes=1 << 40)
+        refused_soon(forge(ops, [(1 << 32) - 1]), "malformed", max_nodes=1 << 40)
         refused_soon(forge(ops, [(1 << 32) - 1]), "more than 1000000 values")
 
 
@@ -905,10 +915,10 @@ def test_many_empty_containers_are_refused_before_they_are_built() -> None:
         (b"qii", [], [1, 3], "", b""),
         (b"qII", [2000, 2000], [], "", b"\x01" * 3999 + b"\x03"),
         (b"u", [], [], "", bytes(16)),
-        (b"p", [0, 1], [], "a", b""),
-        (b"p", [0, 30_000], [], "a/" * 15_000, b""),
-        (b"p", [2, 30_000], [], "a\\" * 15_000, b""),
-        (b"e*"[:1] + b"N", [1, 1], [], "ab", b""),
+        (b"P", [0, 1], [], "a", b""),
+        (b"P", [0, 30_000], [], "a/" * 15_000, b""),
+        (b"P", [2, 30_000], [], "a\\" * 15_000, b""),
+        (b"eN", [1, 1], [], "ab", b""),
         (b"C33", [1, 0, 0], [], "a", b""),
         (b"A", [3, 1, 1, 4], [], "<U1", b"a\0\0\0"),
         (b"U", [1], [], "a", b""),
@@ -936,34 +946,31 @@ def test_a_full_message_of_one_kind(ops: bytes, counts: list[int], ints: list[in
 def walkers(size: int, *, is_set: bool) -> list[int]:
     """Integers that CPython puts into a table of `size` slots in quadratic time.
 
-    The first half fills an orbit of the probe sequence i -> 5 i + 1, on which the others, which all begin at its start,
-    walk: when the high bits of the hash are used up, each of them has to pass all that is taken.
+    The first half takes the start of the orbit i -> 5 i + 1, which every probe sequence follows once the high bits of its
+    hash are used up. The others are searched for: their first probes hit what is taken, the last of them on that orbit,
+    and from there each has to walk past all that is left of it.
     """
-    dice = random.Random(4)
-    keys: list[int] = []
-    slot = 0
-    taken = set()
-    while len(taken) < size * 3 // 10:
-        for near in range(10 if is_set else 1):
-            if slot + near < size and slot + near not in taken:
-                taken.add(slot + near)
-                keys.append(slot + near)
-        slot = (slot * 5 + 1) % size
-    more = size * (55 if is_set else 62) // 100 - len(keys)
-    # The high bits are the same for all: one landing place, near the start of the orbit.
-    for high in range(1, 2000):
-        place, perturb = 0, high * size
-        passed = 0
-        while perturb and place in taken:
-            perturb >>= 5
-            place = (place * 5 + 1 + perturb) % size
-            passed += 1
-        if not perturb and place in taken:
+    window = 10 if is_set else 1  # LINEAR_PROBES + 1
+    taken = np.zeros(size + window, bool)
+    orbit = [0]
+    while taken.sum() < size * 0.48:
+        taken[orbit[-1] : orbit[-1] + window] = True
+        orbit.append((orbit[-1] * 5 + 1) % size)
+    taken[size:] = False
+    full = np.logical_and.reduce([taken[near : size + near] for near in range(window)])
+    early = np.zeros(size, bool)
+    early[orbit[: len(orbit) // 2]] = True
+    others = np.arange(size, size << (10 if is_set else 4))
+    place, perturb = others % size, others
+    while True:
+        hits = full[place]
+        others, place, perturb = others[hits], place[hits], perturb[hits] >> 5
+        if not perturb.any():
             break
-    else:
-        raise AssertionError("no such integers")
-    del dice
-    return keys + [key + high * size for key in keys[:1]] + [key + high * size for key in keys[1 : more + 1]]
+        place = (place * 5 + perturb + 1) % size
+    others = others[early[place]]
+    first: list[int] = np.flatnonzero(taken).tolist()
+    return first + others[: size * (58 if is_set else 65) // 100 - len(first)].tolist()  # type: ignore[no-any-return]
 
 
 def cpu_time(call: Callable[[], object]) -> float:
@@ -977,8 +984,9 @@ def test_a_real_flood_is_refused(is_set: bool) -> None:
     keys = walkers(1 << 15, is_set=is_set)
     build: Callable[[list[int]], object] = set if is_set else dict.fromkeys
     assert cpu_time(lambda: build(keys)) > 10 * cpu_time(lambda: build(list(range(len(keys)))))
-    data = forge(b"S1", [len(keys)], keys) if is_set else forge(b"d1*" + b"N" * len(keys), [len(keys)] * 2, keys)
-    refused_soon(data, "hashes collide")
+    count = len(keys)
+    ops, counts = (b"S1", [count]) if is_set else (b"d1*" + b"N" * count, [count] * 2)
+    refused_soon(forge(b"l*" + ops * 20, [20, *counts * 20], keys * 20), "hashes collide")
     # the same as tuples' members is no flood: their hashes are mixed
     assert len(round_trip(dict.fromkeys((key, 0) for key in keys))) == len(keys)
 
@@ -989,12 +997,8 @@ def test_equal_hashes_are_refused() -> None:
     raw = b"".join(key.to_bytes(12, "little") for key in keys)
     for ops in (b"S*", b"Z*"):
         refused_soon(forge(ops + b"I" * 20_000, [20_000] + [12] * 20_000, raw=raw), "equal hashes")
-    refused_soon(forge(b"d*1" + b"I" * 0, [0, 0]) if False else _colliding_dict(raw), "equal hashes")
-
-
-def _colliding_dict(raw: bytes) -> bytes:
-    count = len(raw) // 12
-    return forge(b"d*" + b"I" * count + b"1", [count] + [12] * count + [count], range(count), raw=raw)
+    as_keys = b"d*" + b"I" * 20_000 + b"1"
+    refused_soon(forge(as_keys, [20_000] + [12] * 20_000 + [20_000], range(20_000), raw=raw), "equal hashes")
 
 
 def test_many_small_containers_of_equal_hashes_are_refused() -> None:
@@ -1012,17 +1016,21 @@ def test_nested_frozensets_that_compare_for_ever_are_refused() -> None:
     refused_soon(forge(ops, counts, raw=raw), "equal hashes")
 
 
-def salted_ints(seed: int, count: int) -> list[int]:
+def random_ints(seed: int, count: int) -> list[int]:
     dice = random.Random(seed)
     return [dice.getrandbits(62) for _ in range(count)]
+
+
+def shifted(shift: int) -> list[int]:
+    return [i << shift for i in range(20_000)]
 
 
 LEGITIMATE: dict[str, Callable[[], list[Any]]] = {
     "range": lambda: list(range(100_000)),
     "backwards": lambda: list(range(100_000, 0, -1)),
     "negative": lambda: list(range(-50_000, 50_000)),
-    "random": lambda: salted_ints(5, 100_000),
-    **{f"shifted by {shift}": (lambda shift=shift: [i << shift for i in range(20_000)]) for shift in range(1, 49)},
+    "random": lambda: random_ints(5, 100_000),
+    **{f"shifted by {shift}": partial(shifted, shift) for shift in range(1, 49)},
     "decimal steps": lambda: [i * 1000 for i in range(100_000)],
     "powers of two": lambda: [1 << i for i in range(1500)],
     "float powers": lambda: [2.0**i for i in range(-1000, 1000)],
@@ -1143,7 +1151,7 @@ def test_frames_of_the_engine_are_hidden() -> None:
 
 
 def test_errno() -> None:
-    record = codec.decode_error(codec.encode_error(raised(lambda: open("/nowhere/at/all"))))
+    record = codec.decode_error(codec.encode_error(raised(lambda: Path("/nowhere/at/all").read_text())))
     assert (record.type, record.errno) == ("FileNotFoundError", 2)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import importlib.util
 import itertools
 import json
 import mmap
@@ -240,19 +241,21 @@ def test_the_standard_library_runs(profile: str, permissions: dict[str, bool]) -
     assert outcome.notified == []  # nothing an ordinary program does counts as a violation
 
 
-@pytest.mark.parametrize("profile", ["denylist", "allowlist", "tight"])
+@pytest.mark.skipif(importlib.util.find_spec("numpy") is None, reason="numpy is not installed")
+@every_profile
 def test_numpy_runs_with_threads(profile: str) -> None:
-    pytest.importorskip("numpy")  # only looked for in the parent by name: its threads start under the filter
+    """Imported and run under the filter, where its library starts its threads."""
 
-    def product() -> bool:
+    def product() -> list[Any]:
         os.environ["OPENBLAS_NUM_THREADS"] = "4"
-        code = "import numpy; a = numpy.ones((600, 600)); print((a @ a).sum() == 600.0**3, numpy.linalg.det(numpy.eye(9)))"
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        return run.stdout.split() == ["True", "1.0"]
+        import numpy
 
-    outcome = confined(product, compiled(profile, {**THREADS, "allow_subprocess": True}))
-    assert outcome.value is True
+        ones = numpy.ones((600, 600))
+        correct = (ones @ ones).sum() == 600.0**3 and numpy.linalg.det(numpy.eye(9)) == 1.0
+        return [bool(correct), len(os.listdir("/proc/self/task")) > 1]
+
+    outcome = confined(product, compiled(profile, THREADS))
+    assert outcome.value == [True, True]
     assert outcome.notified == []
 
 
@@ -353,7 +356,8 @@ def calls_to_refuse() -> dict[str, str]:
 def test_refused_calls_answer_eperm(profile: str, permissions: dict[str, bool]) -> None:
     outside = confined(calls_to_refuse, None).value
     inside = confined(calls_to_refuse, compiled(profile, permissions))
-    assert {name: answer for name, answer in outside.items() if answer in ("EPERM",)} == {}
+    if os.geteuid() == 0:
+        assert {name for name, answer in outside.items() if answer == "EPERM"} == set()
     wrong = {name: answer for name, answer in inside.value.items() if answer != "EPERM"}
     if profile == "tight":  # these it simply does not have
         for name in ("personality", "sched_setaffinity of another", "mknod S_IFCHR"):
@@ -410,7 +414,8 @@ def all_families() -> dict[str, str]:
 @pytest.mark.parametrize("permissions", VARIANTS, ids=lambda one: "+".join(key for key in one if one[key]) or "closed")
 def test_socket_families(profile: str, permissions: dict[str, bool]) -> None:
     outside = confined(all_families, None).value
-    assert {name for name, answer in outside.items() if "EPERM" in answer} == set()
+    if os.geteuid() == 0:
+        assert {name for name, answer in outside.items() if "EPERM" in answer} == set()
     assert outside[str(int(socket.AF_UNIX))] == outside[str(int(socket.AF_NETLINK))] == "ok"
     inside = confined(all_families, compiled(profile, permissions))
     permitted = {str(int(socket.AF_INET)), str(int(socket.AF_INET6))} if permissions["allow_network"] else set()
@@ -435,8 +440,10 @@ def test_kinds_of_sockets(profile: str) -> None:
         }
 
     outside = confined(kinds, None).value
-    assert outside["pair of datagrams"] == outside["raw"] == outside["raw pair"] == "ok"
-    assert "EPERM" not in outside.values()
+    assert outside["pair of datagrams"] == outside["raw pair"] == outside["tcp"] == "ok"
+    if os.geteuid() == 0:
+        assert outside["raw"] == "ok"
+        assert "EPERM" not in outside.values()
     inside = confined(kinds, compiled(profile, {**CLOSED, "allow_network": True})).value
     assert {name for name, answer in inside.items() if answer == "ok"} == {"tcp", "pair", "pair of packets"}
     assert {answer for name, answer in inside.items()} == {"ok", "EPERM"}
@@ -508,7 +515,7 @@ def test_others_are_left_alone(profile: str) -> None:
     victim = os.getpid()
 
     def attempts() -> dict[str, str]:
-        limits = struct.pack("=QQ", *resource.getrlimit(resource.RLIMIT_CORE))
+        limits = struct.pack("=qq", *resource.getrlimit(resource.RLIMIT_CORE))
         cpus = b"\xff" * 128
         return {
             "limit": call("prlimit64", victim, resource.RLIMIT_CORE, limits, None),

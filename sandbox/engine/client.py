@@ -13,6 +13,7 @@ import os
 import sys
 
 from sandbox import host, state
+from sandbox.cgroups import leaf
 from sandbox.engine import channel
 from sandbox.errors import ResourceError, SandboxException, SandboxInitializationError
 from sandbox.ns import userids
@@ -69,7 +70,9 @@ class Zygote:
         self.loop = loop
         self.sandboxes: dict[str, Sandbox] = {}
         self.error: SandboxException | None = None
+        self.opened = 0
         self.on_closed: Callable[[], None] | None = None
+        self.on_idle: Callable[[Zygote], None] | None = None
         self.control, inside = channel.pair()
         self.control.setblocking(False)
         self.pid = self._spawn(inside, outer_user_namespace, interpreter)
@@ -116,6 +119,7 @@ class Zygote:
         self._instruct(instruction, [])
 
     def open(self, sandbox: Sandbox, instruction: dict[str, object], fds: Sequence[int]) -> None:
+        self.opened += 1
         self.sandboxes[sandbox.name] = sandbox
         self._instruct(instruction, fds)
 
@@ -145,6 +149,8 @@ class Zygote:
         elif kind == "closed" and sandbox is not None:
             del self.sandboxes[sandbox.name]
             sandbox.gone()
+            if not self.sandboxes and self.on_idle is not None:
+                self.on_idle(self)
 
     def _died(self) -> None:
         if self.closed:
@@ -220,9 +226,9 @@ class Sandbox:
         }
         try:
             if self.recipe.cgroup is not None:
-                parent, leaf = self._make_leaf()
-                opened += [leaf]
-                fds.update(cgroup_parent=parent, cgroup=leaf)
+                parent, own = self._make_leaf()
+                opened.append(own)
+                fds.update(cgroup_parent=parent, cgroup=own)
                 instruction["cgroup"] = str(self.slot.number)
             if self.recipe.workspace["kind"] == "folder":
                 parent = self._make_folder(ids["owner"])
@@ -247,20 +253,28 @@ class Sandbox:
         wanted = self.recipe.ids
         if not wanted["allocated"]:
             if wanted["user_namespace"]:
-                return {"ids": {"setup": None, "plugin": [1000, 1000]}, "uid_map": "1000 0 1", "gid_map": "1000 0 1", "owner": [0, 0]}
+                return {
+                    "ids": {"setup": None, "plugin": [1000, 1000]},
+                    "uid_map": "1000 0 1",
+                    "gid_map": "1000 0 1",
+                    "owner": [0, 0],
+                }
             own = [os.getuid(), os.getgid()]
             return {"ids": {"setup": None, "plugin": own}, "owner": own}
         base = userids.id_region(userids.IDS_PER_SLOT * (userids.MAX_SANDBOXES + 1)) + userids.IDS_PER_SLOT * self.slot.number
         outside = wanted["outside"] if wanted["outside"] is not None else base + 1
         if wanted["user_namespace"]:
             id_map = f"0 {base} 1\n1000 {outside} 1"
-            return {"ids": {"setup": [0, 0], "plugin": [1000, 1000]}, "uid_map": id_map, "gid_map": id_map, "owner": [outside, outside]}
+            return {
+                "ids": {"setup": [0, 0], "plugin": [1000, 1000]},
+                "uid_map": id_map,
+                "gid_map": id_map,
+                "owner": [outside, outside],
+            }
         return {"ids": {"setup": None, "plugin": [outside, outside]}, "owner": [outside, outside]}
 
     def _make_leaf(self) -> tuple[int, int]:
         """(fd of the parent, fd of the leaf). A leaf of the same slot is a dead sandbox's: the ledger says so."""
-        from sandbox.engine.zygote import remove_leaf
-
         assert self.recipe.cgroup is not None
         tree = os.path.join(str(self.recipe.cgroup["tree"]), "psie")
         settings: dict[str, str] = self.recipe.cgroup["settings"]  # type: ignore[assignment]
@@ -270,18 +284,8 @@ class Sandbox:
             with open(tree + "/cgroup.subtree_control", "w") as file:
                 file.write(" ".join("+" + name for name in controllers))
         parent = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        name = str(self.slot.number)
-        self.leaf = parent, name
-        remove_leaf(parent, name)
-        os.mkdir(name, 0o755, dir_fd=parent)
-        leaf = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
-        for setting, value in settings.items():
-            fd = os.open(setting, os.O_WRONLY | os.O_CLOEXEC, dir_fd=leaf)
-            try:
-                os.write(fd, value.encode())
-            finally:
-                os.close(fd)
-        return parent, leaf
+        self.leaf = parent, str(self.slot.number)
+        return parent, leaf.make(*self.leaf, settings)
 
     def _make_folder(self, owner: list[int]) -> int:
         """The workspace as a folder on disk; returns an fd of its parent."""
@@ -327,7 +331,9 @@ class Sandbox:
         except (ConnectionResetError, channel.Malformed):
             data, fds = b"", []
         if not data:
-            self.fail(self.error or ResourceError("the sandbox's warden has died, and all of its calls with it: open a new sandbox"))
+            self.fail(
+                self.error or ResourceError("the sandbox's warden has died, and all of its calls with it: open a new sandbox")
+            )
             return
         kind, fields = channel.unpack(data)
         call = self.calls.get(int(fields.get("call", "0") or "0"))
@@ -419,9 +425,7 @@ class Sandbox:
     def clean_up(self) -> None:
         """Remove leaf and folder ourselves: there is no zygote to do it."""
         if self.leaf is not None:
-            from sandbox.engine.zygote import remove_leaf
-
-            remove_leaf(*self.leaf)
+            leaf.remove(*self.leaf)
             os.close(self.leaf[0])
             self.leaf = None
         if self.folder is not None:
@@ -461,6 +465,7 @@ class Call:
         self.on_sealed: Callable[[Call], None] | None = None
         self.on_done: Callable[[Call], None] | None = None
         self.on_violation: Callable[[Call, dict[str, str]], None] | None = None
+        self.source_file = ""  # where the caller's own code of this call lies, for its traceback
         self.done = False
         self._outgoing: list[bytes | memoryview] = []
         self._timer: Timer | None = None

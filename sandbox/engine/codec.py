@@ -19,6 +19,8 @@ What bounds the host's time:
 * the hashes of numbers, tuples and frozensets are not salted, so a hostile reply can choose colliding keys.
   `_Reader.check_keys` predicts what a hash table will cost before one is built, and refuses what would be slow.
 
+What is merely large is not slow: a numpy array or bytes is one value, read by one copy.
+
 Dict keys that are NaN stay separate keys, each one its own object, as they were; keys that are equal (1, 1.0 and True, or
 0.0 and -0.0) cannot come from a dict, and a message that has them is refused.
 """
@@ -392,6 +394,7 @@ class _Reader:
         # Comparing all values read so far with equal ones costs about `nodes + rivals`: see check_keys.
         self.rivals = 0
         self.comparisons = 0
+        self.steps_left = MAX_STEPS
 
     def value(self, depth: int) -> Any:
         reader = _READERS.get(next(self.ops))
@@ -459,8 +462,10 @@ class _Reader:
             self.comparisons += extra
             if self.comparisons > MAX_COMPARISONS:
                 raise CodecError("the reply has too many keys with equal hashes")
-        if len(hashes) > SMALL_TABLE and _is_slow_table(hashes, is_set=is_set):
-            raise CodecError("the reply has keys whose hashes collide")
+        if len(hashes) > SMALL_TABLE:
+            self.steps_left = _steps_left(hashes, self.steps_left, is_set=is_set)
+            if self.steps_left < 0:
+                raise CodecError("the reply has too many keys whose hashes collide")
 
     def weight(self) -> int:
         return self.nodes + self.rivals
@@ -472,8 +477,10 @@ class _Reader:
 _SALTED: frozenset[type] = frozenset((str, bytes)) if sys.flags.hash_randomization else frozenset()
 
 SMALL_TABLE = 4096  # up to here a table that is as bad as can be costs less than predicting it would
-STEPS_PER_KEY = 16  # random keys need 0.7 on average, floats with all their entropy in the high bits 8
-MAX_COMPARISONS = 16_000_000
+# Per message. A random key takes 0.7 steps on average, a float that differs from the others in its high bits only up to 8;
+# a flood of 20,000 keys takes 50 million, and four times that for twice the keys.
+MAX_STEPS = 4_000_000
+MAX_COMPARISONS = 8_000_000
 
 
 def _longest_run(ordered: list[int]) -> int:
@@ -484,8 +491,8 @@ def _longest_run(ordered: list[int]) -> int:
     return longest
 
 
-def _is_slow_table(hashes: list[int], *, is_set: bool) -> bool:
-    """Whether CPython would take many steps to put keys with these hashes, in this order, into a dict or a set.
+def _steps_left(hashes: list[int], steps_left: int, *, is_set: bool) -> int:
+    """What is left after the steps that CPython takes to put keys with these hashes, in this order, into a dict or a set.
 
     A table grows by powers of two and is rebuilt each time, inside one call that cannot be interrupted. So each size
     that it passes through is tried with the keys that it can hold: 2/3 of its slots for a dict, 3/5 for a set
@@ -494,19 +501,17 @@ def _is_slow_table(hashes: list[int], *, is_set: bool) -> bool:
     fill, slots = (3, 5) if is_set else (2, 3)
     walk = _walk_set if is_set else _walk_dict
     size = SMALL_TABLE
-    while True:
+    held = hashes[:0]
+    while len(held) < len(hashes) and steps_left >= 0:
         held = hashes[: size * fill // slots]
-        if walk(held, size):
-            return True
+        steps_left = walk(held, size, steps_left)
         size *= 2
-        if len(held) == len(hashes):
-            return is_set and walk(hashes, size)
+    return walk(hashes, size, steps_left) if is_set else steps_left
 
 
-def _walk_dict(hashes: list[int], size: int) -> bool:
+def _walk_dict(hashes: list[int], size: int, steps_left: int) -> int:
     mask = size - 1
     taken = bytearray(size)
-    steps_left = STEPS_PER_KEY * len(hashes)
     for key in hashes:
         slot = key & mask
         if taken[slot]:
@@ -516,16 +521,15 @@ def _walk_dict(hashes: list[int], size: int) -> bool:
                 slot = (slot * 5 + perturb + 1) & mask
                 steps_left -= 1
             if steps_left < 0:
-                return True
+                break
         taken[slot] = 1
-    return False
+    return steps_left
 
 
-def _walk_set(hashes: list[int], size: int) -> bool:
+def _walk_set(hashes: list[int], size: int, steps_left: int) -> int:
     """Sets look at 9 slots more after each one (LINEAR_PROBES), unless that is past the table's end."""
     mask = size - 1
     taken = bytearray(size)
-    steps_left = STEPS_PER_KEY * len(hashes)
     for key in hashes:
         slot = key & mask
         if taken[slot]:
@@ -535,10 +539,10 @@ def _walk_set(hashes: list[int], size: int) -> bool:
                 slot = (slot * 5 + perturb + 1) & mask
                 steps_left -= 1
             if steps_left < 0:
-                return True
+                break
             slot = free
         taken[slot] = 1
-    return False
+    return steps_left
 
 
 # --- Scalars -----------------------------------------------------------------------------------------------------------
@@ -999,11 +1003,11 @@ def _write_npscalar(w: _Writer, value: Any, depth: int) -> None:
     if isinstance(value, str):
         w.spend(SLOW)
         w.ops.append(NPSTR)
-        w.string(str(value))
+        w.string(str.__getitem__(value, slice(None)))  # its own str() drops zeros at the end
     elif isinstance(value, bytes):
         w.spend(SLOW)
         w.ops.append(NPBYTES)
-        w.blob(bytes(value))
+        w.blob(bytes.__getitem__(value, slice(None)))
     else:
         w.ops.append(NPSCALAR)
         _write_buffer(w, sys.modules["numpy"].asarray(value))

@@ -65,7 +65,9 @@ def set_up(recipe: dict[str, Any], ids: dict[str, Any], report: _socket.socket) 
     if rules is not None:
         step(
             "call: Landlock",
-            lambda: landlock.restrict(rules["rules"], abi=rules["abi"], deny_network=rules["deny_network"], scopes=rules["scopes"]),
+            lambda: landlock.restrict(
+                rules["rules"], abi=rules["abi"], deny_network=rules["deny_network"], scopes=rules["scopes"]
+            ),
         )
     step("call: capabilities to nothing", privileges.drop_capabilities)
     return notes

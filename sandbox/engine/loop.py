@@ -78,18 +78,23 @@ class PollLoop:
         self.timers.append(timer)
         return timer
 
+    def run_once(self, wait: float | None = None) -> None:
+        """One round: at most `wait` seconds for the next event, then whatever is due."""
+        self.timers = [timer for timer in self.timers if timer.callback is not None]
+        due = min((max(0.0, timer.when - monotonic()) for timer in self.timers), default=None)
+        waits = [seconds for seconds in (wait, due) if seconds is not None]
+        for fd, event in self.poll.poll(min(waits) * 1000 if waits else None):
+            if event & ~select.POLLOUT and fd in self.readers:
+                self.readers[fd]()
+            if event & ~select.POLLIN and fd in self.writers:
+                self.writers[fd]()
+        now = monotonic()
+        for timer in [timer for timer in self.timers if timer.when <= now]:
+            callback, timer.callback = timer.callback, None
+            if callback is not None:
+                callback(*timer.args)
+
     def run_until(self, finished: Callable[[], bool]) -> None:
         """Serve until `finished()`; it is asked after every round."""
         while not finished():
-            self.timers = [timer for timer in self.timers if timer.callback is not None]
-            wait = min((timer.when for timer in self.timers), default=None)
-            for fd, event in self.poll.poll(None if wait is None else max(0.0, wait - monotonic()) * 1000):
-                if event & ~select.POLLOUT and fd in self.readers:
-                    self.readers[fd]()
-                if event & ~select.POLLIN and fd in self.writers:
-                    self.writers[fd]()
-            now = monotonic()
-            for timer in [timer for timer in self.timers if timer.when <= now]:
-                callback, timer.callback = timer.callback, None
-                if callback is not None:
-                    callback(*timer.args)
+            self.run_once()

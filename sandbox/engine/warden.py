@@ -15,6 +15,7 @@ import select
 import sys
 from time import monotonic
 
+from sandbox.cgroups import leaf
 from sandbox.engine import channel, init, supervisor
 from sandbox.ns import mounts, network, privileges
 from sandbox.ns import syscalls as sc
@@ -96,8 +97,12 @@ class Warden:
         number = int(instruction["call"])
         flags = sum(NAMESPACES[name] for name in self.recipe["namespaces"])
         report, inside = channel.pair()
+        cgroup = self.fds.get("cgroup")
+        own = cgroup
         try:
-            pid, pidfd = sc.clone3(flags, self.fds.get("cgroup"))
+            if own is not None and "pid" not in self.recipe["namespaces"]:
+                cgroup = leaf.make(own, f"call-{number}", {})  # what a PID namespace does otherwise: end all of the call
+            pid, pidfd = sc.clone3(flags, cgroup)
         except OSError as error:
             for fd in (*fds, report.detach(), inside.detach()):
                 os.close(fd)
@@ -107,6 +112,8 @@ class Warden:
             init.run(self.recipe, self.instruction["ids"], inside, self.fds["lock"], fds, tty=bool(instruction["tty"]))
         for fd in (*fds, inside.detach()):
             os.close(fd)
+        if cgroup is not None and cgroup != own:
+            os.close(cgroup)
         call = Call(number, pid, pidfd, report)
         self.calls[pidfd] = call
         self.reports[report.fileno()] = call
@@ -199,6 +206,8 @@ class Warden:
         if call.worker is not None:
             sc.pidfd_send_signal(call.worker, signal.SIGKILL)
             os.close(call.worker)
+        if "cgroup" in self.fds and "pid" not in self.recipe["namespaces"]:
+            leaf.remove(self.fds["cgroup"], f"call-{call.number}")
         if not call.result and call.cause == "exit":
             call.cause = "killed"
             call.result = {"status": str(status)}

@@ -37,6 +37,7 @@ import os
 import select
 import sys
 
+from sandbox.cgroups import leaf
 from sandbox.engine import channel, warden
 from sandbox.ns import mounts, network, privileges
 from sandbox.ns import syscalls as sc
@@ -148,7 +149,7 @@ class Zygote:
         os.waitpid(sandbox.pid, 0)
         os.close(pidfd)
         if sandbox.leaf:
-            remove_leaf(*sandbox.leaf)
+            leaf.remove(*sandbox.leaf)
             os.close(sandbox.leaf[0])
         if sandbox.folder:
             warden.remove_folder(*sandbox.folder)
@@ -188,41 +189,6 @@ class Zygote:
             if round_ == 0:
                 for pidfd in self.sandboxes:
                     sc.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-
-def remove_leaf(parent: int, name: str) -> None:
-    """Kill what still lives in the cgroup leaf `name` and remove it (cgroup.kill, cgroups v2 document)."""
-    try:
-        leaf = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
-    except FileNotFoundError:
-        return
-    try:
-        kill_leaf(leaf)
-        events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=leaf)
-        try:
-            poll = select.poll()
-            poll.register(events, select.POLLPRI)
-            for _ in range(20):
-                if b"populated 1" not in os.pread(events, 4096, 0):
-                    break
-                poll.poll(100)
-        finally:
-            os.close(events)
-    finally:
-        os.close(leaf)
-    try:
-        os.rmdir(name, dir_fd=parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EBUSY):
-            raise
-
-
-def kill_leaf(leaf: int) -> None:
-    fd = os.open("cgroup.kill", os.O_WRONLY | os.O_CLOEXEC, dir_fd=leaf)
-    try:
-        os.write(fd, b"1")
-    finally:
-        os.close(fd)
 
 
 def main() -> None:

@@ -45,7 +45,8 @@ def set_rlimits(lines: list[list[object]]) -> None:
         hard = resource.getrlimit(which)[1]
         if hard != resource.RLIM_INFINITY:
             limit = min(limit, hard)
-        resource.setrlimit(which, (limit, limit))
+        # At the soft limit of CPU time the kernel sends SIGXCPU, which says why; at the hard one SIGKILL.
+        resource.setrlimit(which, (limit, limit + 1 if name == "RLIMIT_CPU" else limit))
 
 
 def empty_bounding_set() -> None:

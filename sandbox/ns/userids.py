@@ -136,7 +136,13 @@ def id_region(need: int) -> int:
     for start in starts:
         last = start + need - 1
         inside = any(low <= start and last <= high for low, high in mapped)
-        if start > 60000 - need and start >= 1000 and inside and not _overlaps(start, last, taken) and not _is_user(start, last):
+        if (
+            start > 60000 - need
+            and start >= 1000
+            and inside
+            and not _overlaps(start, last, taken)
+            and not _is_user(start, last)
+        ):
             return start
     raise ResourceError(
         f"this user namespace maps no {need} host ids that nobody uses: map more ids into the container, or run psie as a user"

@@ -1,0 +1,179 @@
+"""What the end of a call means: from wait status, reply and violations to the documented exception or status.
+
+The reason comes from the kernel (wait status, exhausted limits as errno) and from what psie itself did (deadline, output,
+result); nothing is guessed from texts. Must not know asyncio or the command line.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+
+from sandbox.engine import channel
+from sandbox.errors import (
+    PluginExecutionError,
+    ResourceError,
+    ResourceLimitExceededError,
+    SandboxException,
+    SecurityViolationError,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandbox.engine.client import Call
+    from sandbox.violations import SandboxViolation
+
+# Errors of a plugin that a limit of ours causes: errno -> (limit, name in Recipe.limits).
+LIMIT_ERRNO = {
+    errno.EFBIG: ("file_size", "file_bytes"),
+    errno.ENOSPC: ("disk", "disk_bytes"),
+    errno.EDQUOT: ("disk", "disk_bytes"),
+    errno.EMFILE: ("open_files", "open_files"),
+}
+NETWORK = {"socket", "socketpair", "connect", "bind", "listen", "accept", "accept4", "sendto", "sendmsg", "sendmmsg"}
+PERMISSION = {"fork", "vfork", "clone", "execve", "execveat"}
+
+
+def describe_violation(fields: dict[str, str]) -> SandboxViolation:
+    """A refused system call, as the supervisor tells it, in words."""
+    from datetime import UTC, datetime
+
+    from sandbox.seccomp.filter import syscall_name
+    from sandbox.violations import SandboxViolation, SandboxViolationType
+
+    number = int(fields["nr"])
+    name = syscall_name(number) if number >= 0 else "further system calls"
+    if name in NETWORK:
+        kind, severity, hint = SandboxViolationType.NETWORK_VIOLATION, "warning", "sockets are not permitted"
+    elif name in PERMISSION:
+        kind, severity, hint = (
+            SandboxViolationType.PERMISSION_DENIED,
+            "warning",
+            "new processes are not permitted: allow_subprocess_execution (--allow-subprocess)",
+        )
+    else:
+        kind, severity, hint = SandboxViolationType.SECURITY_BREACH, "critical", "no plugin has a reason for it"
+    details = {
+        "syscall": name,
+        "arguments": [int(fields[f"arg{i}"]) for i in range(3)],
+        "count": int(fields["count"]),
+        "errno": "EPERM",
+        "source": "kernel",
+        "call": int(fields["call"]),
+    }
+    return SandboxViolation(
+        type=kind, message=f"{name}() was refused: {hint}", timestamp=datetime.now(UTC), severity=severity, details=details
+    )
+
+
+def exit_of(call: Call) -> tuple[int | None, int | None]:
+    """(exit code, signal) of the worker; both None where it did not end by itself."""
+    if call.outcome is None or "status" not in call.outcome:
+        return None, None
+    code = os.waitstatus_to_exitcode(int(call.outcome["status"]))
+    return (code, None) if code >= 0 else (None, -code)
+
+
+def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | None:
+    """The exception that this end is, or None if the plugin ended by itself with a value or an exit status."""
+    limits = call.sandbox.recipe.limits
+    if call.error is not None:
+        return call.error
+    assert call.outcome is not None
+    cause = call.outcome.get("cause", "exit")
+    if cause == "timeout":
+        seconds = limits["seconds"]
+        return _limit("time", seconds, seconds, f"the plugin ran longer than {seconds:g} s")
+    if call.cause == "output":
+        return _limit(
+            "output", limits["output_bytes"], None, f"the plugin wrote more than {limits['output_bytes']} bytes of output"
+        )
+    if call.cause == "result":
+        return _limit(
+            "result", limits["result_bytes"], call.reply_size, f"the reply is larger than {limits['result_bytes']} bytes"
+        )
+    if call.cause == "violations":
+        return SecurityViolationError("the plugin passed the violation threshold and was killed", violations=violations)
+    if cause == "supervisor":
+        return ResourceError("the sandbox's supervisor has died, so the sandbox was killed: open a new one")
+    code, number = exit_of(call)
+    if number is not None or (cause == "killed" and code is None):
+        return _killed(number or signal.SIGKILL, limits, violations)
+    if call.reply_kind == channel.REPLY_ERROR and call.reply_complete:
+        return plugin_error(call, violations)
+    if call.reply_kind == channel.REPLY_UNFIT and call.reply_complete:
+        return _unfit(call)
+    return None
+
+
+def _limit(name: str, allowed: float, used: float | None, text: str) -> ResourceLimitExceededError:
+    return ResourceLimitExceededError(text, limit=name, allowed=allowed, used=used)
+
+
+def _killed(number: int, limits: dict[str, float], violations: list[SandboxViolation]) -> SandboxException:
+    if number == signal.SIGXCPU:
+        seconds = limits["cpu_seconds"]
+        return _limit("cpu", seconds, seconds, f"the plugin used more than {seconds:g} s of CPU")
+    if number == signal.SIGSYS:
+        return SecurityViolationError(
+            "the plugin was killed by seccomp: it used a foreign system call ABI", violations=violations
+        )
+    name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
+    return PluginExecutionError(f"the plugin was killed by {name}", exception_type="", exception_message="", signal=number)
+
+
+def flat(call: Call) -> dict[str, str]:
+    try:
+        return channel.unpack(bytes(call.reply))[1]
+    except channel.Malformed:
+        return {}
+
+
+def with_source(traceback_text: str, filename: str) -> str:
+    """The traceback with the source lines of the caller's own `filename`, which the sandbox could not read."""
+    import linecache
+
+    lines = traceback_text.splitlines()
+    shown = []
+    for position, line in enumerate(lines):
+        shown.append(line)
+        following = lines[position + 1] if position + 1 < len(lines) else ""
+        prefix = f'  File "{filename}", line '
+        if line.startswith(prefix) and not following.startswith("    "):
+            number = line[len(prefix) :].partition(",")[0]
+            source = linecache.getline(filename, int(number)).strip() if number.isdecimal() else ""
+            if source:
+                shown.append("    " + source)
+    return "\n".join(shown)
+
+
+def plugin_error(call: Call, violations: list[SandboxViolation]) -> SandboxException:
+    """An exception of the plugin. What it says about itself is text from a sandbox; errno and MemoryError decide the class."""
+    fields = flat(call)
+    limits = call.sandbox.recipe.limits
+    kind, message = fields.get("type", "?"), fields.get("message", "")
+    number = int(fields["errno"]) if fields.get("errno", "").isdecimal() else 0
+    if fields.get("memory") == "1":
+        return _limit("memory", limits["memory_bytes"], None, f"the plugin wanted more memory than its limit allows ({kind})")
+    if number in LIMIT_ERRNO:
+        name, key = LIMIT_ERRNO[number]
+        return _limit(name, limits[key], None, f"the plugin passed its limit of {name} ({key} {limits[key]:g}): {message}")
+    if number in (errno.EPERM, errno.EACCES) and violations:
+        return SecurityViolationError(
+            f"the plugin ended by a refused operation: {violations[-1].message}", violations=violations
+        )
+    return PluginExecutionError(
+        f"{kind}: {message}",
+        exception_type=kind,
+        exception_message=message,
+        traceback_text=with_source(fields.get("traceback", ""), call.source_file),
+    )
+
+
+def _unfit(call: Call) -> SandboxException:
+    fields = flat(call)
+    if fields.get("used", "").isdecimal():
+        allowed = call.sandbox.recipe.limits["result_bytes"]
+        return _limit("result", allowed, int(fields["used"]), f"the reply is larger than {allowed} bytes")
+    return PluginExecutionError(fields.get("text", "the reply cannot travel"), exception_type="CodecError")

@@ -1,0 +1,459 @@
+"""EnhancedPluginSandbox: the life of one sandbox, seen from the caller's event loop.
+
+Thin: the recipe says what a sandbox is, `sandbox.engine` makes it, this class turns its callbacks into awaitables, its
+ends into exceptions and its records into telemetry. Must not know how anything is enforced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+import os
+import sys
+import uuid
+from dataclasses import asdict
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+
+from sandbox import host, recipe, transport
+from sandbox.config import IsolationConfig, PluginLimitsV2, PluginPermissionsV2
+from sandbox.engine import channel, client, codec, outcome
+from sandbox.engine.service import Service, service
+from sandbox.engine.streams import Streams
+from sandbox.errors import (
+    PluginExecutionError,
+    ResourceError,
+    ResourceLimitExceededError,
+    SandboxException,
+    SandboxInitializationError,
+)
+from sandbox.telemetry import SandboxTelemetry
+from sandbox.text import TerminalEscaper
+from sandbox.violations import SandboxViolation
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+    from typing import Any, TextIO
+
+    from sandbox.recipe import Protection, Recipe
+
+
+class EnhancedPluginSandbox:
+    """A sandbox for untrusted functions: `async with` opens it, `execute_plugin_safe` runs one call in it.
+
+    Args:
+        limits: resource limits, see PluginLimitsV2 for units.
+        permissions: what the plugin may do.
+        config: level and switches.
+        sandbox_id: a name of yours; made up if None.
+        monitoring_handler: an object with any of on_violation_detected(violation) and on_sandbox_cleanup(telemetry),
+            called on the caller's event loop.
+        environment: further environment variables of the plugin; the caller's own are never passed on by themselves.
+
+    Each call has a fresh process in fresh namespaces; the workspace is kept between the calls of one `async with`.
+    Calls may run at the same time. What the plugin prints goes to sys.stdout and sys.stderr, escaped on a terminal.
+    """
+
+    def __init__(
+        self,
+        limits: PluginLimitsV2,
+        permissions: PluginPermissionsV2,
+        config: IsolationConfig,
+        sandbox_id: str | None = None,
+        *,
+        monitoring_handler: object = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        for name, value, kind in (
+            ("limits", limits, PluginLimitsV2),
+            ("permissions", permissions, PluginPermissionsV2),
+            ("config", config, IsolationConfig),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"EnhancedPluginSandbox: {name} is a {type(value).__name__}: give a {kind.__name__}")
+        if sandbox_id is not None and (not isinstance(sandbox_id, str) or not sandbox_id or "\0" in sandbox_id):
+            raise ValueError("EnhancedPluginSandbox: sandbox_id is not a text: give a name, or None for one made up")
+        self.limits = limits
+        self.permissions = permissions
+        self.config = config
+        self.sandbox_id = sandbox_id if sandbox_id is not None else f"sandbox-{uuid.uuid4().hex[:12]}"
+        self.environment = dict(environment or {})
+        self.monitoring_handler = monitoring_handler
+        self.recipe: Recipe | None = None
+        self.protections: tuple[Protection, ...] = ()
+        self._telemetry = SandboxTelemetry(sandbox_id=self.sandbox_id, plugin_id="", start_time=datetime.now(UTC))
+        self._service: Service | None = None
+        self._sandbox: client.Sandbox | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._standby: _Run | None = None
+        self._gone: concurrent.futures.Future[bool] | None = None
+        self._lifetime: asyncio.TimerHandle | None = None
+        self._expired = False
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> EnhancedPluginSandbox:
+        """Open the sandbox; its first worker then stands sealed and read back.
+
+        Raises:
+            SandboxInitializationError: the level cannot be had here, or a line of the set-up failed.
+            ResourceError: a bound on sandboxes or their memory would be passed, or a resource of the host is missing.
+            ValueError: settings contradict each other.
+        """
+        if self._sandbox is not None:
+            raise RuntimeError(f"sandbox {self.sandbox_id} is open already: use a new EnhancedPluginSandbox")
+        self._loop = asyncio.get_running_loop()
+        self.recipe = recipe.compile(self.config, self.limits, self.permissions, host.facts())
+        self.protections = self.recipe.protections
+        self._telemetry.start_time = datetime.now(UTC)
+        wire = client.wire_form(self.recipe)
+        self._service = service()
+        self._gone = concurrent.futures.Future()
+        self._standby = _Run(self)
+        try:
+            self._service.post(self._open, wire, self._standby)
+            await self._standby.stands()
+        except BaseException:
+            await self._close()
+            raise
+        seconds = self.config.max_sandbox_lifetime_minutes * 60
+        self._lifetime = self._loop.call_later(seconds, self._expire, seconds)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
+    ) -> None:
+        """Close the sandbox: running calls are killed, the workspace goes, and nothing is left."""
+        await self._close()
+
+    async def cleanup_sandbox(self) -> bool:
+        """Close the sandbox now; True when nothing of it is left (also when it was closed before)."""
+        return await self._close()
+
+    def _open(self, wire: dict[str, Any], standby: _Run) -> None:
+        """In the engine's thread: open the sandbox and start its first worker."""
+        assert self._service is not None
+        assert self.recipe is not None
+        try:
+            opened = client.Sandbox(self._service.zygote(self.recipe), self.recipe, wire, self.sandbox_id + uuid.uuid4().hex)
+        except SandboxException as error:
+            standby.refuse(error)
+            self._finished()
+            return
+        except OSError as error:
+            standby.refuse(
+                SandboxInitializationError(
+                    f"a sandbox could not be opened: {error.strerror}", errno=error.errno, path=error.filename
+                )
+            )
+            self._finished()
+            return
+        self._sandbox = opened
+        opened.on_gone = self._finished
+        standby.start()
+
+    def _finished(self) -> None:
+        """In the engine's thread: all of it has gone."""
+        assert self._gone is not None
+        if not self._gone.done():
+            self._gone.set_result(True)
+
+    async def _close(self) -> bool:
+        if self._lifetime is not None:
+            self._lifetime.cancel()
+        if self._gone is None or self._service is None:
+            return True
+
+        def close() -> None:
+            if self._sandbox is not None:
+                self._sandbox.close()
+
+        self._service.post(close)
+        clean = True
+        try:
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._gone)), client.GRACE)
+        except TimeoutError:
+            clean = False
+        if not self._telemetry.cleanup_successful:
+            self._telemetry.cleanup_successful = clean
+            self._notify("on_sandbox_cleanup", self._telemetry)
+        return clean
+
+    def _expire(self, seconds: float) -> None:
+        error = ResourceLimitExceededError(
+            f"the sandbox was open for its whole lifetime of {seconds / 60:g} minutes and was closed: open a new one",
+            limit="lifetime",
+            allowed=seconds,
+            used=seconds,
+        )
+        self._expired = True
+
+        def end() -> None:
+            if self._sandbox is not None:
+                self._sandbox.fail(error)
+
+        assert self._service is not None
+        self._service.post(end)
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    async def execute_plugin_safe(self, plugin_function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `plugin_function(*args, **kwargs)` in the sandbox and return its value.
+
+        If its first parameter is called `env` or `environment` it gets a dict first: sandbox_id, temp_directory,
+        data_directory, logs_directory, config, limits, permissions. An `async def` function is awaited inside. What can
+        come back is listed in `sandbox.engine.codec`. Cancelling the awaiting task kills the call.
+
+        Raises:
+            PluginExecutionError: the plugin raised, or died, or something cannot travel in or out.
+            SecurityViolationError: a protection ended it, or violation_threshold was passed.
+            ResourceLimitExceededError: a limit struck; `.limit` says which.
+            SandboxInitializationError: a fresh worker could not be set up.
+            RuntimeError: the sandbox is not open.
+        """
+        if self._sandbox is None or self.recipe is None or (self._gone is not None and self._gone.done() and not self._expired):
+            raise RuntimeError(f"sandbox {self.sandbox_id} is not open: use it inside `async with`")
+        instruction, payload = self._job(plugin_function, args, kwargs)
+        run, self._standby = self._standby or self._new_run(), None
+        self._telemetry.plugin_id = getattr(plugin_function, "__qualname__", type(plugin_function).__name__)
+        await run.stands()
+        assert run.call is not None
+        run.call.source_file = getattr(getattr(plugin_function, "__code__", None), "co_filename", "")
+        try:
+            await run.execute(instruction, payload, self.limits.max_execution_time_seconds)
+        finally:
+            self._record(run)
+        error = outcome.judge(run.call, run.violations)
+        if error is not None:
+            self._telemetry.exit_reason = str(error).splitlines()[0]
+            raise error
+        return self._value(run.call, plugin_function, args)
+
+    def _job(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, object], bytes]:
+        if not callable(function):
+            raise TypeError(f"execute_plugin_safe: a {type(function).__name__} cannot be called: give a function")
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise PluginExecutionError(
+                f"{function.__qualname__} is a generator: return a list instead", exception_type="TypeError"
+            )
+        assert self.recipe is not None
+        workspace = str(self.recipe.workspace["path"]).replace("{folder}", self._folder())
+        environment = {**self.recipe.environment, **self.environment}
+        environment = {name: value.replace("{folder}", self._folder()) for name, value in environment.items()}
+        if wants_environment(function):
+            args = (self._environment(workspace), *args)
+        instruction: dict[str, object] = {
+            "kind": "call",
+            "cwd": workspace,
+            "environment": environment,
+            "allowed_modules": self.recipe.modules["allowed"],
+            "blocked_modules": self.recipe.modules["blocked"],
+            "coroutine": inspect.iscoroutinefunction(function),
+            "max_bytes": int(self.recipe.limits["result_bytes"]),
+        }
+        return instruction, transport.pack(function, args, kwargs, self.recipe.interpreter["path"])  # type: ignore[arg-type]
+
+    def _folder(self) -> str:
+        return (self._sandbox.folder if self._sandbox is not None else None) or ""
+
+    def _environment(self, workspace: str) -> dict[str, Any]:
+        assert self.recipe is not None
+        temporary = "/tmp" if "mnt" in self.recipe.namespaces else workspace
+        return {
+            "sandbox_id": self.sandbox_id,
+            "temp_directory": temporary,
+            "data_directory": workspace,
+            "logs_directory": workspace,
+            "config": _plain(asdict(self.config)),
+            "limits": _plain(asdict(self.limits)),
+            "permissions": _plain(asdict(self.permissions)),
+        }
+
+    def _new_run(self) -> _Run:
+        assert self._service is not None
+        run = _Run(self)
+        self._service.post(run.start)
+        return run
+
+    def _value(self, call: client.Call, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if call.reply_kind != channel.REPLY_VALUE or not call.reply_complete:
+            code, _ = outcome.exit_of(call)
+            self._telemetry.exit_reason = "no reply"
+            raise PluginExecutionError(f"the plugin exited with status {code} instead of returning", exit_code=code)
+        try:
+            value = codec.decode(bytes(call.reply), max_bytes=call.reply_limit, types=transport.plain_types(function, args))
+        except codec.CodecError as error:
+            raise PluginExecutionError(f"the reply of the plugin is not one: {error}", exception_type="CodecError") from None
+        self._telemetry.exit_reason = "returned"
+        return value
+
+    def _record(self, run: _Run) -> None:
+        telemetry = self._telemetry
+        telemetry.end_time = datetime.now(UTC)
+        assert run.call is not None
+        seen = run.call.outcome or {}
+        telemetry.exit_code = outcome.exit_of(run.call)[0]
+        telemetry.peak_memory_mb = max(telemetry.peak_memory_mb, int(seen.get("maxrss_kb", 0)) / 1024)
+        self._see_violations(run)
+
+    def _see_violations(self, run: _Run) -> None:
+        known = {id(violation) for violation in self._telemetry.violations}
+        for violation in run.violations:
+            if id(violation) not in known:
+                self._telemetry.violations.append(violation)
+                self._notify("on_violation_detected", violation)
+
+    def _notify(self, name: str, value: object) -> None:
+        handler = getattr(self.monitoring_handler, name, None)
+        if handler is not None:
+            handler(value)
+
+    # -- what is known -----------------------------------------------------------------------------------------------
+
+    def get_telemetry(self) -> SandboxTelemetry:
+        """What was measured so far. Works before, between and after calls."""
+        return self._telemetry
+
+    def get_violations(self) -> list[SandboxViolation]:
+        """The violations so far, oldest first."""
+        return list(self._telemetry.violations)
+
+    def get_protections(self) -> tuple[Protection, ...]:
+        """The protections with their states, as read back from the running sandbox."""
+        return self.protections
+
+    @property
+    def temp_directory(self) -> Path:
+        """The workspace as a path that this process can use while the sandbox is open. Raises RuntimeError otherwise."""
+        if self._sandbox is None or self._sandbox.closing:
+            raise RuntimeError(f"sandbox {self.sandbox_id} is not open: it has no workspace")
+        if self._sandbox.folder is not None:
+            return Path(self._sandbox.folder) / "files"
+        return Path(f"/proc/{os.getpid()}/fd/{self._sandbox.workspace}")
+
+
+class _Run:
+    """One worker and its call, between the caller's loop and the engine's thread."""
+
+    def __init__(self, owner: EnhancedPluginSandbox) -> None:
+        self.owner = owner
+        self.call: client.Call | None = None
+        self.streams: Streams | None = None
+        self.violations: list[SandboxViolation] = []
+        self._sealed: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._raw: dict[tuple[str, str], SandboxViolation] = {}
+
+    async def stands(self) -> None:
+        """Wait for the sealed worker. Raises what kept it from standing."""
+        await asyncio.wrap_future(self._sealed)
+
+    async def execute(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
+        """Send the job and wait for the end of everything; a cancelled caller kills it first."""
+        assert self.owner._service is not None
+        assert self.call is not None
+        self.owner._service.post(self.call.send_job, instruction, payload, seconds)
+        waiting = asyncio.wrap_future(self._done)
+        try:
+            await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            self.owner._service.post(self.call.kill, "cancelled")
+            await waiting
+            raise
+
+    # In the engine's thread:
+
+    def refuse(self, error: SandboxException) -> None:
+        self._sealed.set_exception(error)
+
+    def start(self) -> None:
+        sandbox = self.owner._sandbox
+        recipe_ = self.owner.recipe
+        assert sandbox is not None
+        assert recipe_ is not None
+        sinks = tuple(_sink(self.owner, name) for name in ("stdout", "stderr"))
+        limit = int(recipe_.limits["output_bytes"])
+        self.streams = Streams(sandbox.loop, limit, self._too_much, sinks, None)  # type: ignore[arg-type]
+        try:
+            call = sandbox.call(self.streams.inside)
+        finally:
+            self.streams.close_inside()
+        self.call = call
+        call.on_sealed = self._on_sealed
+        call.on_done = self._on_done
+        call.on_violation = self._on_violation
+        if call.done:
+            self._on_done(call)
+
+    def _too_much(self) -> None:
+        if self.call is not None:
+            self.call.kill("output")
+
+    def _on_sealed(self, call: client.Call) -> None:
+        if call.read_back is not None and not self._sealed.done():
+            self._sealed.set_result(None)
+
+    def _on_done(self, call: client.Call) -> None:
+        if self.streams is not None:
+            self.streams.finish()
+        for key, fields in call.violations.items():
+            if key in self._raw:
+                self._raw[key].details["count"] = int(fields["count"])
+        if not self._sealed.done():
+            error = call.error or ResourceError("the worker ended before it stood: see psie explain")
+            self._sealed.set_exception(error)
+        self._done.set_result(None)
+
+    def _on_violation(self, call: client.Call, fields: dict[str, str]) -> None:
+        violation = outcome.describe_violation(fields)
+        self._raw[fields["nr"], fields["arg0"]] = violation
+        self.violations.append(violation)
+        if len(self.violations) > self.owner.config.violation_threshold:
+            call.kill("violations")
+
+
+def _sink(owner: EnhancedPluginSandbox, name: str) -> Callable[[bytes], None]:
+    """A function for the engine's thread that writes a plugin's output to sys.stdout or sys.stderr on the caller's loop."""
+    escaper = TerminalEscaper()
+
+    def write(data: bytes) -> None:
+        stream: TextIO | None = getattr(sys, name)
+        if stream is None:
+            return
+        shown = escaper.feed(data) if stream.isatty() else data
+        stream.write(shown.decode("utf-8", "backslashreplace"))
+        stream.flush()
+
+    def sink(data: bytes) -> None:
+        assert owner._loop is not None
+        try:
+            owner._loop.call_soon_threadsafe(write, data)
+        except RuntimeError:
+            return  # the caller's loop is closed: nobody listens any more
+
+    return sink
+
+
+def wants_environment(function: Callable[..., Any]) -> bool:
+    """Whether the function's first parameter is called env or environment."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return bool(parameters) and parameters[0].name in ("env", "environment") and parameters[0].kind in positional
+
+
+def _plain(value: Any) -> Any:
+    """Enums as their values, tuples as lists: a settings dataclass as plain data."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,143 @@
+"""A function and its arguments, made ready to travel into a sandbox; and the classes that may come back.
+
+cloudpickle sends functions by value. The caller's own modules go by value as well, because a sandbox does not see the
+caller's files; the standard library and installed packages go by reference. Must not know sandboxes.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+import threading
+import types
+from collections import ChainMap
+
+from sandbox.errors import PluginExecutionError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, NoReturn
+
+_lock = threading.Lock()
+_by_value: set[str] = set()
+_seen_modules = 0
+
+
+def _refuse_file(file: io.IOBase) -> NoReturn:
+    raise pickle.PicklingError(f"an open file ({getattr(file, 'name', '?')!r}) cannot travel: pass its content or its path")
+
+
+def _refuse_generator(generator: object) -> NoReturn:
+    raise pickle.PicklingError("a generator cannot travel: pass a list")
+
+
+def register_own_modules(library_path: Sequence[str]) -> None:
+    """Mark every module that is neither standard library nor an installed package to travel by value."""
+    global _seen_modules
+    import cloudpickle
+
+    if len(sys.modules) == _seen_modules:
+        return
+    folders = tuple(folder.rstrip("/") + "/" for folder in library_path)
+    for name, module in list(sys.modules.items()):
+        top = name.partition(".")[0]
+        if (
+            name in _by_value
+            or top in ("sandbox", "plugin_sandbox_isolation_enhanced", "__main__")
+            or not isinstance(module, types.ModuleType)
+        ):
+            continue
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and not file.startswith(folders):
+            cloudpickle.register_pickle_by_value(module)
+            _by_value.add(name)
+    _seen_modules = len(sys.modules)
+
+
+def _dumps(value: object) -> bytes:
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        dispatch_table = ChainMap(
+            {
+                io.TextIOWrapper: _refuse_file,
+                io.BufferedReader: _refuse_file,
+                io.BufferedWriter: _refuse_file,
+                io.BufferedRandom: _refuse_file,
+                io.FileIO: _refuse_file,
+                types.GeneratorType: _refuse_generator,
+            },
+            cloudpickle.Pickler.dispatch_table,
+        )
+
+    with io.BytesIO() as buffer:
+        Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+        return buffer.getvalue()
+
+
+def pack(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], library_path: Sequence[str]) -> bytes:
+    """The pickled (function, args, kwargs). Raises PluginExecutionError that names the part that cannot travel."""
+    with _lock:
+        register_own_modules(library_path)
+    try:
+        return _dumps((function, args, kwargs))
+    except Exception as error:
+        part, reason = _blame(function, args, kwargs, error)
+        raise PluginExecutionError(
+            f"{part} cannot travel into the sandbox: {reason}",
+            exception_type=type(error).__name__,
+            exception_message=str(error),
+        ) from None
+
+
+def _blame(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> tuple[str, str]:
+    name = getattr(function, "__qualname__", repr(function))
+    parts: list[tuple[str, object]] = [(f"args[{i}]", value) for i, value in enumerate(args)]
+    parts += [(f"kwargs[{key!r}]", value) for key, value in kwargs.items()]
+    closure = getattr(function, "__closure__", None) or ()
+    code = getattr(function, "__code__", None)
+    if code is not None:
+        names = zip(code.co_freevars, closure, strict=False)
+        parts += [
+            (f"the closure variable {free!r} of {name}()", cell.cell_contents) for free, cell in names if _is_filled(cell)
+        ]
+        own_globals = getattr(function, "__globals__", {})
+        parts += [(f"the global {used!r} of {name}()", own_globals[used]) for used in code.co_names if used in own_globals]
+    for part, value in parts:
+        try:
+            _dumps(value)
+        except Exception as reason:
+            return part, _first_line(reason)
+    return f"the function {name}()", _first_line(error)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  (empty cells raise)
+    except ValueError:
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def plain_types(function: Callable[..., Any], args: Sequence[object]) -> Mapping[str, type]:
+    """The enums and dataclasses that a reply may come back as: those of the function's own module and of its arguments."""
+    from dataclasses import is_dataclass
+    from enum import Enum
+
+    names: dict[str, type] = {}
+    module = sys.modules.get(getattr(function, "__module__", "") or "")
+    candidates = [*vars(module).values()] if module is not None else []
+    candidates += [*getattr(function, "__globals__", {}).values(), *(type(value) for value in args)]
+    for cell in getattr(function, "__closure__", None) or ():
+        if _is_filled(cell):
+            candidates.append(cell.cell_contents)
+    for candidate in candidates:
+        if isinstance(candidate, type) and (issubclass(candidate, Enum) or is_dataclass(candidate)):
+            names[f"{candidate.__module__}:{candidate.__qualname__}"] = candidate
+    return names
