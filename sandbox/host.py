@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from sandbox import state
 from sandbox.version import __version__
@@ -18,6 +18,8 @@ from sandbox.version import __version__
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from sandbox.recipe import Protection
 
 UNIFIED = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 SYSCALLS = (
@@ -279,3 +281,19 @@ def forget() -> None:
 def differences(expected: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Where a running worker is not what its recipe says: {name: (expected, seen)}. What was not seen differs."""
     return {name: (value, seen.get(name, "nothing")) for name, value in expected.items() if seen.get(name) != value}
+
+
+def confirm(protections: tuple[Protection, ...], seen: Mapping[str, str]) -> tuple[Protection, ...]:
+    """The protections of a recipe as the running worker showed them. Call it when `differences` has found none."""
+    confirmed = []
+    for protection in protections:
+        if protection.expected:
+            shown = ", ".join(f"{name}={seen[name]}" for name in protection.expected)
+            protection = replace(protection, detail=f"{protection.detail}; seen: {shown}".lstrip("; "))
+        elif protection.mechanism == "Landlock" and seen.get("probe", "none") != "none":
+            protection = replace(protection, detail=f"{protection.detail}; a write elsewhere answered {seen['probe']}".lstrip("; "))
+        elif protection.name == "own /proc" and "no /proc" in seen.get("notes", "") and protection.state == "enforced":
+            detail = "a fresh one cannot be mounted here: none is stronger"
+            protection = replace(protection, state="substituted", mechanism="no /proc at all", detail=detail)
+        confirmed.append(protection)
+    return tuple(confirmed)

@@ -86,6 +86,7 @@ class Protection:
     detail: str = ""
     mend: str = ""
     expected: dict[str, str] = field(default_factory=dict)
+    by_host: bool = True  # a better host would have it; False: this version has it nowhere
 
     def to_dict(self) -> dict[str, str]:
         shown = {"name": self.name, "state": self.state, "mechanism": self.mechanism, "detail": self.detail}
@@ -122,9 +123,9 @@ class Recipe:
         return asdict(self)
 
     @property
-    def warnings(self) -> list[str]:
-        """Protections that are not as the level says, in words."""
-        return [f"{p.name}: {p.state} ({p.detail or p.mechanism})" for p in self.protections if p.state != ENFORCED]
+    def weakened(self) -> list[Protection]:
+        """Protections that this host cannot enforce as the level says."""
+        return [protection for protection in self.protections if protection.state != ENFORCED and protection.by_host]
 
 
 def compile(
@@ -631,11 +632,8 @@ class _Compiler:
         self.protections = [replace(p, expected={key.replace("Max_", "Max ").replace("_", " ") if key.startswith("limit/") else key: value
                                                  for key, value in p.expected.items()}) for p in self.protections]  # fmt: skip
         for name, value in (("file operations", limits.max_file_operations), ("network requests", limits.max_network_requests)):
-            self.protections.append(
-                Protection(
-                    name, MISSING, "none", f"{value}: counting them is not part of this version", "rely on the other limits"
-                )
-            )
+            detail = f"{value}: counting them is not part of this version"
+            self.protections.append(Protection(name, MISSING, "none", detail, by_host=False))
 
     def lacking_limit(self, name: str, reason: str, mend: str, substitute: str) -> None:
         if self.config.require_limits and self.strict:

@@ -120,6 +120,9 @@ class EnhancedPluginSandbox:
         except BaseException:
             await self._close()
             raise
+        assert self._standby.call is not None
+        assert self._standby.call.read_back is not None
+        self.protections = host.confirm(self.recipe.protections, self._standby.call.read_back)
         seconds = self.config.max_sandbox_lifetime_minutes * 60
         self._lifetime = self._loop.call_later(seconds, self._expire, seconds)
         return self

@@ -974,6 +974,8 @@ def test_terminal_input_cannot_be_faked(tmp_path: Path) -> None:
     leader, terminal = os.openpty()
 
     def attempt() -> str:
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)  # one's own terminal: what the kernel would permit
         try:
             fcntl.ioctl(terminal, termios.TIOCSTI, b"x")
         except OSError as error:

@@ -36,10 +36,11 @@ import os
 FRAME = 65536  # bytes of data per frame
 MESSAGE = 65536  # bytes per message that the host accepts
 INSTRUCTION = 1 << 20  # bytes per instruction
+REPLY_TEXT = 1 << 19  # bytes of a reply that is no value
 
 REPLY_VALUE = b"v"  # a piece of an encoded value
-REPLY_ERROR = b"e"  # a flat message "error": type, message, traceback, errno
-REPLY_UNFIT = b"u"  # a flat message "unfit": text, allowed, used; the value cannot travel
+REPLY_ERROR = b"e"  # a piece of an encoded exception
+REPLY_UNFIT = b"u"  # a piece of a flat message "unfit": text, allowed, used; the value cannot travel
 REPLY_END = b"."  # nothing follows
 
 SO_PASSCRED = 16

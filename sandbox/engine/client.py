@@ -8,13 +8,12 @@ Must not know levels, and must not import anything of the sandbox's side but the
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import sys
 
 from sandbox import host, state
 from sandbox.cgroups import leaf
-from sandbox.engine import channel
+from sandbox.engine import channel, spawn
 from sandbox.errors import ResourceError, SandboxException, SandboxInitializationError
 from sandbox.ns import userids
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 # Seconds that a killed sandbox may take to vanish, and that the caller's own clock waits longer than the warden's.
 GRACE = 5.0
-SPAWN_FD = 10  # fds of ours that posix_spawn shall copy lie above those it copies to
 
 MENDS = {
     errno.ENOSPC: "raise user.max_user_namespaces and its neighbours (sysctl -a | grep '^user.max_'), or close other sandboxes",
@@ -66,46 +64,20 @@ def close_fds(fds: Sequence[int]) -> None:
 class Zygote:
     """A zygote process of ours. `recipe` decides its interpreter, template and outer user namespace."""
 
-    def __init__(self, loop: Loop, *, outer_user_namespace: bool, interpreter: Sequence[str]) -> None:
+    def __init__(self, loop: Loop, pid: int, control: _socket.socket) -> None:
+        """Take over a zygote that `sandbox.engine.spawn` has started."""
         self.loop = loop
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self.control = control
+        self.control.setblocking(False)
         self.sandboxes: dict[str, Sandbox] = {}
-        self.error: SandboxException | None = None
         self.opened = 0
+        self.error: SandboxException | None = None
+        self.closed = False
         self.on_closed: Callable[[], None] | None = None
         self.on_idle: Callable[[Zygote], None] | None = None
-        self.control, inside = channel.pair()
-        self.control.setblocking(False)
-        self.pid = self._spawn(inside, outer_user_namespace, interpreter)
-        inside.close()
-        self.pidfd = os.pidfd_open(self.pid)
         loop.add_reader(self.control.fileno(), self._readable)
-        self.closed = False
-
-    def _spawn(self, inside: _socket.socket, outer_user_namespace: bool, interpreter: Sequence[str]) -> int:
-        """Execute it with nothing but its two fds and /dev/null; see sandbox.engine.zygote.main."""
-        own = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        code = f"import sys; sys.path[:0] = {[own, *sys.path]!r}; from sandbox.engine.zygote import main; main()"
-        arguments = [interpreter[0], "-I", "-S", "-c", code]
-        if outer_user_namespace:
-            arguments = ["/usr/bin/unshare", "--user", "--map-root-user", *arguments]
-        environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
-        environment.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
-        caller = os.pidfd_open(os.getpid())
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, SPAWN_FD) for fd in (inside.fileno(), caller)]
-        actions: list[tuple[Any, ...]] = [
-            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
-            (os.POSIX_SPAWN_DUP2, 0, 1),
-            (os.POSIX_SPAWN_DUP2, high[0], 3),
-            (os.POSIX_SPAWN_DUP2, high[1], 4),
-        ]
-        if not os.environ.get("PSIE_DEBUG"):
-            actions.append((os.POSIX_SPAWN_DUP2, 0, 2))
-        try:
-            return os.posix_spawn(arguments[0], arguments, environment, file_actions=actions)
-        except FileNotFoundError:
-            raise ResourceError(f"{arguments[0]} is missing: install util-linux") from None
-        finally:
-            close_fds([caller, *high])
 
     def set_up(self, recipe: Recipe, modules: Sequence[str]) -> None:
         """Send it what it prepares once. Sandboxes may be opened at once: they wait in the socket."""
@@ -544,7 +516,7 @@ class Call:
             return
         self.reply_kind = kind
         self.reply_size += len(data)
-        most = self.reply_limit if kind == channel.REPLY_VALUE else channel.FRAME
+        most = self.reply_limit if kind == channel.REPLY_VALUE else channel.REPLY_TEXT
         if self.reply_size > most:
             self.reply = bytearray()
             if not self.cause:
@@ -680,8 +652,7 @@ def link_request() -> bytes:
     if request is None:
         import subprocess
 
-        own = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        code = f"import sys; sys.path[:0] = {[own, *sys.path]!r}; import runpy; runpy.run_module('sandbox.engine.nethelper', run_name='__main__')"
+        code = f"import runpy, sys; sys.path[:0] = {[spawn.ROOT, *sys.path]!r}; runpy.run_module('sandbox.engine.nethelper', run_name='__main__')"
         helper = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
         if helper.returncode:
             raise ResourceError(f"pyroute2 cannot encode a link: {helper.stderr.strip().splitlines()[-1:]}; reinstall pyroute2")

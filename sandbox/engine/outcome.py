@@ -10,7 +10,7 @@ import errno
 import os
 import signal
 
-from sandbox.engine import channel
+from sandbox.engine import channel, codec
 from sandbox.errors import (
     PluginExecutionError,
     ResourceError,
@@ -123,13 +123,6 @@ def _killed(number: int, limits: dict[str, float], violations: list[SandboxViola
     return PluginExecutionError(f"the plugin was killed by {name}", exception_type="", exception_message="", signal=number)
 
 
-def flat(call: Call) -> dict[str, str]:
-    try:
-        return channel.unpack(bytes(call.reply))[1]
-    except channel.Malformed:
-        return {}
-
-
 def with_source(traceback_text: str, filename: str) -> str:
     """The traceback with the source lines of the caller's own `filename`, which the sandbox could not read."""
     import linecache
@@ -150,29 +143,31 @@ def with_source(traceback_text: str, filename: str) -> str:
 
 def plugin_error(call: Call, violations: list[SandboxViolation]) -> SandboxException:
     """An exception of the plugin. What it says about itself is text from a sandbox; errno and MemoryError decide the class."""
-    fields = flat(call)
     limits = call.sandbox.recipe.limits
-    kind, message = fields.get("type", "?"), fields.get("message", "")
-    number = int(fields["errno"]) if fields.get("errno", "").isdecimal() else 0
-    if fields.get("memory") == "1":
-        return _limit("memory", limits["memory_bytes"], None, f"the plugin wanted more memory than its limit allows ({kind})")
-    if number in LIMIT_ERRNO:
-        name, key = LIMIT_ERRNO[number]
-        return _limit(name, limits[key], None, f"the plugin passed its limit of {name} ({key} {limits[key]:g}): {message}")
-    if number in (errno.EPERM, errno.EACCES) and violations:
-        return SecurityViolationError(
-            f"the plugin ended by a refused operation: {violations[-1].message}", violations=violations
-        )
+    try:
+        error = codec.decode_error(call.reply)
+    except codec.CodecError:
+        return PluginExecutionError("the plugin raised an exception that it does not describe", exception_type="?")
+    if error.type.endswith("MemoryError"):
+        return _limit("memory", limits["memory_bytes"], None, f"the plugin wanted more memory than its limit allows ({error.type})")
+    if error.errno in LIMIT_ERRNO:
+        name, key = LIMIT_ERRNO[error.errno]
+        return _limit(name, limits[key], None, f"the plugin passed its limit of {name} ({key} {limits[key]:g}): {error.message}")
+    if error.errno in (errno.EPERM, errno.EACCES) and violations:
+        return SecurityViolationError(f"the plugin ended by a refused operation: {violations[-1].message}", violations=violations)
     return PluginExecutionError(
-        f"{kind}: {message}",
-        exception_type=kind,
-        exception_message=message,
-        traceback_text=with_source(fields.get("traceback", ""), call.source_file),
+        f"{error.type}: {error.message}",
+        exception_type=error.type,
+        exception_message=error.message,
+        traceback_text=with_source(error.traceback, call.source_file),
     )
 
 
 def _unfit(call: Call) -> SandboxException:
-    fields = flat(call)
+    try:
+        _, fields = channel.unpack(bytes(call.reply))
+    except channel.Malformed:
+        fields = {}
     if fields.get("used", "").isdecimal():
         allowed = call.sandbox.recipe.limits["result_bytes"]
         return _limit("result", allowed, int(fields["used"]), f"the reply is larger than {allowed} bytes")

@@ -13,6 +13,7 @@ from collections import deque
 
 from sandbox.engine.client import Zygote
 from sandbox.engine.loop import PollLoop
+from sandbox.engine.spawn import spawn_zygote
 from sandbox.errors import ResourceError
 
 TYPE_CHECKING = False
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS = 30.0  # a zygote without a sandbox for so long is let go
 SANDBOXES_PER_ZYGOTE = 1000  # forks share hash seed and address layout: after so many a fresh one takes over
-CALL_MODULES = ("cloudpickle", "sandbox.engine.codec", "msgspec", "pickle")
+CALL_MODULES = ("cloudpickle", "sandbox.engine.codec", "traceback")
 
 
 class ThreadLoop(PollLoop):
@@ -76,8 +77,13 @@ class Service:
         if zygote is None or zygote.closed or zygote.opened >= SANDBOXES_PER_ZYGOTE:
             if zygote is not None:
                 self._retire(zygote)
-            executable = str(recipe.interpreter["executable"])
-            zygote = Zygote(self.loop, outer_user_namespace=recipe.outer_user_namespace, interpreter=[executable])
+            try:
+                pid, control = spawn_zygote(
+                    str(recipe.interpreter["executable"]), outer_user_namespace=recipe.outer_user_namespace
+                )
+            except FileNotFoundError as error:
+                raise ResourceError(f"{error.filename} is missing: install util-linux") from None
+            zygote = Zygote(self.loop, pid, control)
             zygote.set_up(recipe, CALL_MODULES)
             zygote.on_idle = self._idle
             self.zygotes[key] = zygote

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from types import CodeType
     from typing import Any, NoReturn
 
-MESSAGE_CHARACTERS = 8192
-TRACEBACK_CHARACTERS = 65536 - 2 * MESSAGE_CHARACTERS
+TEXT_CHARACTERS = 8192  # of a message about a value that cannot travel
 
 
 def run(
@@ -48,10 +47,7 @@ def run(
             os._exit(0)
         payload = receive_payload(job, int(instruction["size"]))  # type: ignore[call-overload]
         prepare_process(recipe, instruction)
-        if instruction["kind"] == "run":
-            status = run_file(job, instruction, payload)
-        else:
-            status = run_call(job, instruction, payload)
+        status = {"run": run_file, "call": run_call, "function": run_function}[str(instruction["kind"])](job, instruction, payload)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
@@ -184,7 +180,7 @@ def guarded(job: _socket.socket, action: Callable[[], None]) -> int:
     except BaseException as error:
         if error.__traceback__ is not None:
             error.__traceback__ = own_frames_off(error.__traceback__)
-        send_error(job, error, "")
+        send_error(job, error)
         try:
             sys.excepthook(type(error), error, error.__traceback__)
         except SystemExit as stop:
@@ -228,24 +224,63 @@ def run_call(job: _socket.socket, instruction: dict[str, Any], payload: bytearra
     """Call a pickled function and send its value; the status is 0 also where it raised: the reply tells."""
     import pickle
 
-    try:
+    def value() -> object:
         function, arguments, keywords = pickle.loads(payload)
         payload.clear()
-        value = function(*arguments, **keywords)
+        result = function(*arguments, **keywords)
         if instruction["coroutine"]:
             import asyncio
 
-            value = asyncio.run(value)
+            result = asyncio.run(result)
+        return result
+
+    return reply(job, value, instruction["max_bytes"])
+
+
+def run_function(job: _socket.socket, instruction: dict[str, Any], source: bytearray) -> int:
+    """Load `source` as a module and call one function of it."""
+    import importlib.util
+
+    path = instruction["path"]
+    name = os.path.splitext(os.path.basename(path))[0]
+    sys.path.insert(0, os.path.dirname(path))
+
+    def value() -> object:
+        module = type(sys)(name)
+        module.__file__ = path
+        module.__spec__ = importlib.util.spec_from_loader(name, loader=None, origin=path)
+        sys.modules[name] = module
+        exec(compile(bytes(source), path, "exec", dont_inherit=True), module.__dict__)
+        function = getattr(module, instruction["function"], None)
+        if not callable(function):
+            raise AttributeError(f"{path} has no function {instruction['function']}")
+        result = function(*instruction["args"], **instruction["kwargs"])
+        if hasattr(result, "__await__"):
+            import asyncio
+
+            result = asyncio.run(result)
+        return result
+
+    return reply(job, value, instruction["max_bytes"], show=True)
+
+
+def reply(job: _socket.socket, action: Callable[[], object], max_bytes: int, *, show: bool = False) -> int:
+    """Send what `action` returns or raises; with `show` an exception is also told on stderr, as `python` would."""
+    try:
+        value = action()
     except SystemExit as stop:
         status = exit_status(stop.code)
         flush()
         return status
     except BaseException as error:
-        send_error(job, error, format_traceback(error))
+        error.__traceback__ = own_frames_off(error.__traceback__)
+        send_error(job, error)
+        if show:
+            sys.excepthook(type(error), error, error.__traceback__)
         flush()
-        return 0
+        return 1 if show else 0
     flush()
-    send_value(job, value, instruction["max_bytes"])
+    send_value(job, value, max_bytes)
     return 0
 
 
@@ -255,49 +290,33 @@ def send_value(job: _socket.socket, value: object, max_bytes: int) -> None:
     try:
         data = codec.encode(value, max_bytes=max_bytes)
     except codec.ReplyTooLarge as error:
-        send_flat(job, channel.REPLY_UNFIT, {"text": str(error), "allowed": error.allowed, "used": error.used})
+        send_unfit(job, {"text": str(error), "allowed": error.allowed, "used": error.used})
         return
     except codec.CodecError as error:
-        send_flat(job, channel.REPLY_UNFIT, {"text": str(error)[:MESSAGE_CHARACTERS]})
+        send_unfit(job, {"text": str(error)[:TEXT_CHARACTERS]})
         return
     except MemoryError as error:
-        send_error(job, error, "")
+        send_error(job, error)
         return
+    send_frames(job, channel.REPLY_VALUE, data)
+
+
+def send_frames(job: _socket.socket, kind: bytes, data: bytes) -> None:
+    """A whole reply. Where the plugin has closed the socket, the caller sees an end without a reply."""
     view = memoryview(data)
-    for start in range(0, len(view), channel.FRAME):
-        job.send(channel.REPLY_VALUE + view[start : start + channel.FRAME])
-    job.send(channel.REPLY_END)
-
-
-def send_flat(job: _socket.socket, kind: bytes, fields: dict[str, object]) -> None:
     try:
-        job.send(kind + channel.pack("", fields))
+        for start in range(0, len(view), channel.FRAME):
+            job.send(kind + view[start : start + channel.FRAME])
         job.send(channel.REPLY_END)
     except OSError:
-        return  # the plugin closed the socket: the caller sees the end without a reply
+        return
 
 
-def send_error(job: _socket.socket, error: BaseException, traceback_text: str) -> None:
-    try:
-        message = str(error)
-    except BaseException:
-        message = "<the exception's own text raised an exception>"
-    kind = type(error)
-    number = error.errno if isinstance(error, OSError) and isinstance(error.errno, int) else ""
-    fields = {
-        "type": (kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}")[:500],
-        "message": message[:MESSAGE_CHARACTERS],
-        "traceback": traceback_text[-TRACEBACK_CHARACTERS:],
-        "errno": number,
-        "memory": int(isinstance(error, MemoryError)),
-    }
-    send_flat(job, channel.REPLY_ERROR, fields)
+def send_unfit(job: _socket.socket, fields: dict[str, object]) -> None:
+    send_frames(job, channel.REPLY_UNFIT, channel.pack("unfit", fields))
 
 
-def format_traceback(error: BaseException) -> str:
-    try:
-        import traceback
+def send_error(job: _socket.socket, error: BaseException) -> None:
+    from sandbox.engine import codec
 
-        return "".join(traceback.format_exception(type(error), error, own_frames_off(error.__traceback__)))
-    except BaseException as problem:
-        return f"<no traceback: {type(problem).__name__}>"
+    send_frames(job, channel.REPLY_ERROR, codec.encode_error(error))

@@ -49,6 +49,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+# Looked up once, here, where libseccomp's table can still be reached.
+CALLS = (
+    *("clone3", "pivot_root", "open_tree", "move_mount", "mount_setattr", "seccomp"),
+    *("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"),
+)
 # Seconds that the wardens get to end by themselves when the caller has gone.
 GRACE = 0.5
 
@@ -99,6 +104,7 @@ class Zygote:
             prepare_interpreter(instruction["path"], instruction["prefix"], instruction["modules"])
         except Exception as error:
             raise mounts.LineFailed("zygote: preload", ValueError(f"{type(error).__name__}: {error}")) from None
+        sc.resolve(*CALLS)
         # The memory keeps the outer user namespace as its owner; not dumpable, nobody of the same id may look into it.
         sc.prctl(sc.PR_SET_DUMPABLE, 0)
         if instruction["link"]:

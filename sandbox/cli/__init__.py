@@ -1,0 +1,31 @@
+"""The command `psie`. One module per command group; click and all else that is heavy is imported inside the commands.
+
+`psie run` is on a budget of milliseconds: its options are read here by a few lines that know the same table of options
+as click does, and a zygote is started before anything else is imported. Whatever those lines do not understand goes to
+click, which explains it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """The console script. Exits with the plugin's status, or as the README's table of statuses says."""
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        from sandbox.version import __version__
+
+        print(f"psie {__version__}")
+        return
+    if arguments[:1] == ["run"]:
+        from sandbox.cli import options
+
+        given = options.parse(arguments[1:], options.RUN)
+        if given is not None:
+            from sandbox.cli import run
+
+            sys.exit(run.run(given))
+    from sandbox.cli import app
+
+    sys.exit(app.main(arguments))

@@ -1,0 +1,5 @@
+"""`python -m sandbox.cli`: the command without its script."""
+
+from sandbox.cli import main
+
+main()

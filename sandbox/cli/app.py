@@ -1,0 +1,101 @@
+"""The click side of `psie`: help, mistakes, and every command but the fast path of `psie run`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sandbox.cli import options
+from sandbox.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+FAILED = 125
+
+
+def with_options(table: Sequence[tuple[str, str, str, str]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that gives a command the options of a table."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name, kind, placeholder, text in reversed(table):
+            names = [name, *(short for short, long in options.SHORT.items() if long == name)]
+            if kind == options.FLAG:
+                function = click.option(*names, is_flag=True, help=text)(function)
+            else:
+                function = click.option(*names, metavar=placeholder, multiple=kind == options.MANY, help=text)(function)
+        return function
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="psie", message="%(prog)s %(version)s")
+def group() -> None:
+    """Run Python code that nobody has to trust, in a sandbox of namespaces, cgroup v2, seccomp and Landlock."""
+
+
+@group.command()
+@with_options(options.RUN)
+@click.argument("file")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def run(**given: Any) -> None:
+    """Run FILE as `python FILE ARGS` would, in a sandbox.
+
+    The exit status is the plugin's own; 124 timed out; 125 psie failed or the command line is wrong; 126 a security
+    violation ended it; 137 out of memory; 128+n killed by signal n.
+    """
+    from sandbox.cli import run as command
+
+    sys.exit(command.run(given))
+
+
+@group.command()
+@with_options(options.CALL)
+@click.argument("target", metavar="FILE:FUNCTION")
+def call(**given: Any) -> None:
+    """Call FUNCTION of FILE in a sandbox and print what it returns as JSON.
+
+    What the plugin prints goes to stderr, so that stdout holds the reply alone.
+    """
+    from sandbox.cli import call as command
+
+    sys.exit(command.call(given))
+
+
+@group.command()
+@click.option("--level", metavar="LEVEL", help="minimal, standard, strict or maximum; all if left out.")
+@click.option("--config", metavar="FILE.toml", help="Settings: tables [isolation], [limits], [permissions].")
+@click.option("--json", "as_json", is_flag=True, help="The recipes as JSON.")
+def explain(**given: Any) -> None:
+    """Show each protection of a level, its mechanism, and what this host makes of it."""
+    from sandbox.cli import explain as command
+
+    sys.exit(command.explain(**given))
+
+
+@group.command()
+def levels() -> None:
+    """Print the table of levels: what each one promises where the host can do everything."""
+    from sandbox.cli import explain as command
+
+    sys.exit(command.levels())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the group; a mistake on the command line is one sentence and status 125."""
+    try:
+        result = group.main(list(arguments), prog_name="psie", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.Abort:
+        return 130
+    except click.ClickException as error:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            click.echo(error.format_message())
+            return 0
+        click.echo(f"psie: {error.format_message().rstrip('.')}; see psie --help", err=True)
+        return FAILED
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,89 @@
+"""`psie call FILE:FUNCTION`: one function of a file, its reply as JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from sandbox.cli import run as run_command
+from sandbox.cli.session import Session, complain
+from sandbox.cli.settings import UsageError
+from sandbox.engine import channel, codec
+from sandbox.errors import SandboxException
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def call(given: dict[str, Any]) -> int:
+    """Run it and return the exit status: 0, or as for `psie run`."""
+    try:
+        file, colon, function = given["target"].rpartition(":")
+        if not colon or not function.isidentifier():
+            raise UsageError(f"{given['target']}: give FILE:FUNCTION, as in plugin.py:main")
+        path = run_command.plugin_path(file)
+        source = run_command.source_of(path)
+        args = [from_json(f"--arg {text}", text) for text in given["arg"]]
+        kwargs = dict(keyword(text) for text in given["kwarg"])
+        session = Session(given, None, read_only=run_command.siblings(path))
+        job: dict[str, object] = {
+            "kind": "function",
+            "path": path,
+            "function": function,
+            "args": args,
+            "kwargs": kwargs,
+            "max_bytes": int(session.recipe.limits["result_bytes"]),
+        }
+        status = session.finish(job, source)
+        return status if status else print_reply(session)
+    except (run_command.Failed, SandboxException, ValueError, TypeError, ImportError) as error:
+        return complain(error)
+    except OSError as error:
+        return complain(run_command.Failed(f"{error.filename or 'the sandbox'}: {error.strerror}"))
+
+
+def from_json(where: str, text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{where}: this is no JSON ({error}): quote a text, as in '\"text\"'") from None
+
+
+def keyword(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"--kwarg {text}: give NAME=JSON")
+    return name, from_json(f"--kwarg {text}", value)
+
+
+def print_reply(session: Session) -> int:
+    call = session.call
+    assert call is not None
+    if call.reply_kind == channel.REPLY_ERROR:
+        return 1
+    if call.reply_kind != channel.REPLY_VALUE or not call.reply_complete:
+        raise run_command.Failed("the plugin ended without a reply")
+    value = codec.decode(bytes(call.reply), max_bytes=call.reply_limit)
+    try:
+        print(json.dumps(value, default=plain, ensure_ascii=os.isatty(1)))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def plain(value: object) -> object:
+    """What JSON does not have: sets become lists, bytes base64, arrays nested lists, the rest its text."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)
+    if isinstance(value, (bytes, bytearray)):
+        import base64
+
+        return base64.b64encode(value).decode()
+    if isinstance(value, codec.DataclassRecord):
+        return value.fields
+    if isinstance(value, codec.EnumRecord):
+        return value.value
+    tolist = getattr(value, "tolist", None)
+    return tolist() if tolist is not None else str(value)

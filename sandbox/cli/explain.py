@@ -1,0 +1,108 @@
+"""`psie explain` and `psie levels`: what a level means, here and at its best. Both are generated from the recipes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+from sandbox import host, recipe
+from sandbox.cli import settings
+from sandbox.cli.session import complain
+from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
+from sandbox.errors import SandboxException
+from sandbox.text import escape_text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def explain(level: str | None, config: str | None, as_json: bool) -> int:
+    """Print the recipe of one level or of all; 0 also where a level cannot be had: the text says so."""
+    try:
+        given = {"level": level, "config": config}
+        base, limits, permissions = settings.settings(given)
+        levels = [base.level] if level is not None or config is not None else list(IsolationLevel)
+        facts = host.facts()
+        recipes = [recipe.compile(replace(base, level=each), limits, permissions, facts, strict=False) for each in levels]
+        refusals = [refusal(replace(base, level=each), limits, permissions, facts) for each in levels]
+    except (SandboxException, ValueError, TypeError, OSError) as error:
+        return complain(error)
+    if as_json:
+        data = [{**each.to_dict(), "refused": refused} for each, refused in zip(recipes, refusals, strict=True)]
+        print(json.dumps(data[0] if level is not None else data, indent=2))
+        return 0
+    who = "root" if facts.root else f"user {facts.uid}"
+    for each, refused in zip(recipes, refusals, strict=True):
+        print(f"level {each.level} as {who}, Linux {facts.kernel}")
+        rows = [[p.state, p.name, p.mechanism, p.detail] for p in each.protections]
+        print_table(["state", "protection", "mechanism", "detail"], rows)
+        for protection in each.weakened:
+            if protection.mend:
+                print(f"  {protection.name}: to have it enforced, {escape_text(protection.mend, keep='')}")
+        if refused:
+            print(f"  this level is refused here: {refused}")
+        print()
+    return 0
+
+
+def refusal(
+    config: IsolationConfig, limits: PluginLimitsV2, permissions: PluginPermissionsV2, facts: host.HostFacts
+) -> str:
+    try:
+        recipe.compile(config, limits, permissions, facts)
+    except SandboxException as error:
+        return str(error)
+    return ""
+
+
+def levels() -> int:
+    """The levels table: what each level promises on a host that can do everything."""
+    ideal = replace(
+        host.facts(),
+        root=True,
+        user_namespaces="",
+        fresh_proc="",
+        overlay="",
+        missing_syscalls=(),
+        landlock_abi=7,
+        seccomp_notify=True,
+        cgroup="/sys/fs/cgroup",
+        cgroup_writable=True,
+        controllers=("memory", "pids", "cpu"),
+    )
+    compiled = [
+        recipe.compile(IsolationConfig(level=level), PluginLimitsV2(), PluginPermissionsV2(), ideal) for level in IsolationLevel
+    ]
+    names: dict[str, str] = {}
+    table: list[dict[str, str]] = []
+    for each in compiled:
+        column: dict[str, str] = {}
+        for protection in each.protections:
+            key = "seccomp" if protection.name.startswith("seccomp ") else protection.name
+            names.setdefault(key, key)
+            shown = protection.detail if key == "view of the files" else protection.mechanism
+            column[key] = protection.name.removeprefix("seccomp ") if key == "seccomp" else shown if protection.state == recipe.ENFORCED else "-"
+        table.append(column)
+    wanted = [name for name in names if name not in ("file operations", "network requests", "reach of the interpreter")]
+    rows = [[name, *(column.get(name, "-") for column in table)] for name in wanted]
+    print_table(["protection", *(each.level for each in compiled)], rows)
+    return 0
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns side by side, wrapped to the terminal where there is one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    table = Table(box=None, pad_edge=True, show_edge=False, header_style="bold")
+    for title in head:
+        table.add_column(title, overflow="fold")
+    colours = {recipe.ENFORCED: "green", recipe.SUBSTITUTED: "yellow", recipe.MISSING: "red"}
+    for row in rows:
+        cells = [escape_text(cell, keep="").replace("[", "\\[") for cell in row]
+        colour = colours.get(row[0])
+        table.add_row(f"[{colour}]{cells[0]}[/{colour}]" if colour else cells[0], *cells[1:])
+    console.print(table)

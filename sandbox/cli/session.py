@@ -1,0 +1,333 @@
+"""One sandbox for the command line, from its options to its exit status, on a loop of its own.
+
+Must not import click, asyncio or anything else that the start path cannot afford; what only an ending needs (violations
+in words, the result file) is imported there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from time import monotonic, time
+
+from sandbox import host, recipe
+from sandbox.cli import run as run_command
+from sandbox.cli import settings
+from sandbox.engine import client, spawn
+from sandbox.engine.loop import PollLoop
+from sandbox.errors import ResourceLimitExceededError, SandboxException, SecurityViolationError
+from sandbox.text import TerminalEscaper, escape_text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Callable
+    from typing import Any
+
+    from sandbox.cli.terminal import Terminal
+    from sandbox.engine.streams import Streams
+    from sandbox.violations import SandboxViolation
+
+FAILED = run_command.FAILED
+TIMED_OUT = 124
+VIOLATED = 126
+OUT_OF_MEMORY = 137
+OUTPUT_EXCEEDED = 128 + signal.SIGXFSZ
+
+
+def say(text: str) -> None:
+    """One line on stderr, safe for a terminal."""
+    try:
+        sys.stderr.write(f"psie: {escape_text(text, keep='')}\n")
+        sys.stderr.flush()
+    except OSError:
+        return  # nobody listens
+
+
+def complain(error: Exception) -> int:
+    say(str(error))
+    return FAILED
+
+
+def run(given: dict[str, Any], started: tuple[int, _socket.socket, bool] | None) -> int:
+    """`psie run`. Returns the exit status."""
+    try:
+        path = run_command.plugin_path(given["file"])
+        source = run_command.source_of(path)
+        session = Session(given, started, read_only=run_command.siblings(path))
+        job: dict[str, object] = {"kind": "run", "path": path, "argv": list(given["args"])}
+        return session.finish(job, source)
+    except (run_command.Failed, SandboxException, ValueError, TypeError, ImportError) as error:
+        return complain(error)
+    except OSError as error:
+        return complain(run_command.Failed(f"{error.filename or 'the sandbox'}: {error.strerror}"))
+
+
+class Session:
+    """A recipe, a zygote, one sandbox, one call."""
+
+    def __init__(
+        self, given: dict[str, Any], started: tuple[int, _socket.socket, bool] | None, *, read_only: list[str]
+    ) -> None:
+        self.given = given
+        self.start = time()
+        self.config, self.limits, self.permissions = settings.settings(given)
+        self.environment = settings.environment(given["env"])
+        folders = settings.readable(given["ro"])
+        self.result_file = check_result_file(given["result_file"])
+        facts = host.facts()
+        self.recipe = recipe.compile(
+            self.config, self.limits, self.permissions, facts, read_only=[*read_only, *folders]
+        )
+        self.loop = PollLoop()
+        self.zygote = self._zygote(started)
+        self.modules: tuple[str, ...] = ()
+        self.call: client.Call | None = None
+        self.streams: Streams | None = None
+        self.terminal: Terminal | None = None
+        self.violations: dict[tuple[str, str], dict[str, str]] = {}
+        self.interrupts = 0
+        self.ended_by: int | None = None
+        self.reader_gone = False
+        self.job_sent = 0.0
+
+    def _zygote(self, started: tuple[int, _socket.socket, bool] | None) -> client.Zygote:
+        """The one that was started early, if it was started as this recipe needs it."""
+        outer = self.recipe.outer_user_namespace
+        executable = str(self.recipe.interpreter["executable"])
+        if started is not None and started[2] == outer:
+            return client.Zygote(self.loop, started[0], started[1])
+        if started is not None:
+            started[1].close()
+            os.waitpid(started[0], 0)
+        return client.Zygote(self.loop, *spawn.spawn_zygote(executable, outer_user_namespace=outer))
+
+    def finish(self, job: dict[str, object], payload: bytes) -> int:
+        """Set up, run, tear down; the exit status."""
+        self.zygote.set_up(self.recipe, self.modules)
+        sandbox = client.Sandbox(self.zygote, self.recipe, client.wire_form(self.recipe), "run")
+        self.warn()
+        try:
+            self._start(sandbox, job, payload)
+            self.loop.run_until(lambda: bool(self.call and self.call.done))
+        finally:
+            if self.streams is not None:
+                self.streams.finish()
+            if self.terminal is not None:
+                self.terminal.close()
+            sandbox.close()
+            self.loop.run_until(lambda: sandbox.is_gone)
+            self.zygote.close()
+            self.loop.run_until(lambda: self.zygote.pidfd == -1)
+        return self._status()
+
+    def protections(self) -> tuple[recipe.Protection, ...]:
+        """As they came out of the read-back; as compiled where no worker ever stood."""
+        read_back = self.call.read_back if self.call is not None else None
+        return host.confirm(self.recipe.protections, read_back) if read_back is not None else self.recipe.protections
+
+    def warn(self) -> None:
+        if self.recipe.weakened and not self.given["quiet"]:
+            listed = "; ".join(f"{protection.name}: {protection.mechanism}" for protection in self.recipe.weakened)
+            say(f"not as on a host with everything (psie explain says why): {listed}")
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def _start(self, sandbox: client.Sandbox, job: dict[str, object], payload: bytes) -> None:
+        tty = "raw" in self.given and os.isatty(0) and os.isatty(1)
+        if tty:
+            from sandbox.cli.terminal import Terminal
+
+            self.terminal = Terminal(self.loop, self._output(1), raw=self.given["raw"], on_interrupts=self._kill)
+            inside = self.terminal.inside
+        else:
+            from sandbox.engine.streams import Streams
+
+            limit = int(self.recipe.limits["output_bytes"])
+            first = 1 if "raw" in self.given else 2  # `psie call` keeps stdout for the reply
+            sinks = (self._output(first), self._output(2))
+            self.streams = Streams(self.loop, limit, lambda: self._kill("output"), sinks, 0 if "raw" in self.given else None)
+            inside = self.streams.inside
+        self._catch_signals()
+        self.call = call = sandbox.call(inside, tty=tty)
+        (self.terminal or self.streams).close_inside()  # type: ignore[union-attr]
+        workspace = str(self.recipe.workspace["path"]).replace("{folder}", sandbox.folder or "")
+        environment = {name: value.replace("{folder}", sandbox.folder or "") for name, value in self.recipe.environment.items()}
+        environment["TERM"] = os.environ.get("TERM", "dumb") if self.given.get("raw") else "dumb"
+        instruction = {
+            **job,
+            "cwd": workspace,
+            "environment": {**environment, **self.environment},
+            "allowed_modules": self.recipe.modules["allowed"],
+            "blocked_modules": self.recipe.modules["blocked"],
+        }
+
+        def send(sealed: client.Call) -> None:
+            self.job_sent = monotonic()
+            sealed.send_job(instruction, payload, self.recipe.limits["seconds"])
+
+        call.on_sealed = send
+        call.on_violation = self._violation
+
+    def _violation(self, call: client.Call, fields: dict[str, str]) -> None:
+        if len(call.violations) > self.config.violation_threshold:
+            call.kill("violations")
+
+    def _kill(self, cause: str) -> None:
+        if self.call is not None:
+            self.call.kill(cause)
+
+    def _output(self, fd: int) -> Callable[[bytes], None]:
+        escaper = None if self.given.get("raw") or not os.isatty(fd) else TerminalEscaper()
+
+        def write(data: bytes) -> None:
+            view = memoryview(escaper.feed(data) if escaper is not None else data)
+            try:
+                while view and not self.reader_gone:
+                    view = view[write_some(fd, view) :]
+            except BrokenPipeError:
+                self.reader_gone = True
+                self._kill("reader")
+
+        return write
+
+    def _catch_signals(self) -> None:
+        """Ctrl-C once for the plugin, twice to kill; the others end the sandbox."""
+
+        def interrupt(number: int, frame: object) -> None:
+            self.interrupts += 1
+            if self.call is None:
+                return
+            if self.interrupts == 1:
+                self.call.signal(signal.SIGINT)
+            else:
+                self.ended_by = signal.SIGINT
+                self.call.kill("interrupt")
+
+        def end(number: int, frame: object) -> None:
+            self.ended_by = number
+            self._kill("interrupt")
+
+        signal.signal(signal.SIGINT, interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, end)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _status(self) -> int:
+        from sandbox.engine import outcome
+
+        assert self.call is not None
+        violations = [outcome.describe_violation(fields) for fields in self.call.violations.values()]
+        error = outcome.judge(self.call, violations)
+        status = self._exit_code(error)
+        if self.call.cause == "interrupt" or self.reader_gone:
+            error = None
+        if error is not None and (status != 1 or not isinstance(error, SandboxException) or not is_plain_exception(error)):
+            say(str(error).splitlines()[0])
+        if self.result_file is not None:
+            write_result(self, self.result_file, status, error, violations)
+        if self.given.get("summary"):
+            print_summary(self, status)
+        return status
+
+    def _exit_code(self, error: SandboxException | None) -> int:
+        from sandbox.engine import outcome
+
+        assert self.call is not None
+        if self.ended_by is not None:
+            return 128 + self.ended_by
+        if self.reader_gone:
+            return 128 + signal.SIGPIPE
+        code, number = outcome.exit_of(self.call)
+        if isinstance(error, SecurityViolationError):
+            return VIOLATED
+        if isinstance(error, ResourceLimitExceededError):
+            known = {"time": TIMED_OUT, "memory": OUT_OF_MEMORY, "output": OUTPUT_EXCEEDED, "cpu": 128 + signal.SIGXCPU}
+            return known.get(error.limit, code or 1)
+        if self.call.error is not None or self.call.outcome is None:
+            return FAILED
+        if number is not None:
+            return 128 + number
+        if self.call.outcome.get("cause") == "killed":
+            return 128 + signal.SIGKILL
+        return code if code is not None else FAILED
+
+
+def is_plain_exception(error: SandboxException) -> bool:
+    """An exception of the plugin that its own traceback on stderr has told already."""
+    return bool(getattr(error, "exception_type", ""))
+
+
+def write_some(fd: int, view: memoryview) -> int:
+    """One write(2); waits where the caller's descriptor is non-blocking."""
+    try:
+        return os.write(fd, view)
+    except BlockingIOError:
+        import select
+
+        select.select([], [fd], [])
+        return 0
+
+
+def check_result_file(path: str | None) -> str | None:
+    """Refuse before the run what could not be written after it."""
+    if path is None:
+        return None
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise settings.UsageError(f"--result-file {path}: there is no folder {folder}: make it first")
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise settings.UsageError(f"--result-file {path}: this cannot be written: give a file in a folder of yours")
+    return os.path.abspath(path)
+
+
+def write_result(
+    session: Session, path: str, status: int, error: SandboxException | None, violations: list[SandboxViolation]
+) -> None:
+    """The whole file or none of it."""
+    import json
+    from datetime import UTC, datetime
+
+    from sandbox.engine import outcome
+    from sandbox.telemetry import SandboxTelemetry
+
+    call = session.call
+    assert call is not None
+    reason = str(error).splitlines()[0] if error is not None else "exited"
+    telemetry = SandboxTelemetry(
+        sandbox_id=call.sandbox.name,
+        plugin_id=os.path.basename(session.given.get("file") or session.given.get("target", "")),
+        start_time=datetime.fromtimestamp(session.start, UTC),
+        end_time=datetime.now(UTC),
+        peak_memory_mb=int((call.outcome or {}).get("maxrss_kb", 0)) / 1024,
+        violations=violations,
+        exit_code=outcome.exit_of(call)[0],
+        exit_reason=reason,
+        cleanup_successful=call.sandbox.is_gone,
+    )
+    result = {
+        "exit_code": status,
+        "reason": reason,
+        "level": session.recipe.level,
+        "protections": [protection.to_dict() for protection in session.protections()],
+        "violations": [violation.to_dict() for violation in violations],
+        "telemetry": telemetry.to_dict(),
+    }
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(result, file, indent=2)
+        file.write("\n")
+    os.replace(temporary, path)
+
+
+def print_summary(session: Session, status: int) -> None:
+    """At most five lines on stderr: what held the plugin."""
+    protections = session.protections()
+    states = {state: [p.name for p in protections if p.state == state] for state in (recipe.ENFORCED, recipe.SUBSTITUTED, recipe.MISSING)}
+    seconds = monotonic() - session.job_sent
+    say(f"level {session.recipe.level}, status {status}, {seconds * 1000:.0f} ms; read back from the running sandbox:")
+    for state, names in states.items():
+        if names:
+            say(f"{state}: {', '.join(names)}")

@@ -1,0 +1,55 @@
+"""Starting a zygote: the one thing that can begin before anybody knows a recipe.
+
+The command line starts one as its first act and imports the rest while the new interpreter comes up. Must be light.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+
+from sandbox.engine import channel
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+    from typing import Any
+
+UNSHARE = "/usr/bin/unshare"  # util-linux; a C program, because an interpreter more would cost 10 ms
+FIRST_FREE = 10  # fds of ours that posix_spawn shall copy lie above those it copies to
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def spawn_zygote(executable: str, *, outer_user_namespace: bool) -> tuple[int, _socket.socket]:
+    """(pid, control socket) of a new zygote, executed with nothing but its two fds and /dev/null.
+
+    With PSIE_DEBUG in the environment its errors go to our stderr. Raises FileNotFoundError if util-linux is missing.
+    """
+    control, inside = channel.pair()
+    code = f"import sys; sys.path[:0] = {[ROOT, *sys.path]!r}; from sandbox.engine.zygote import main; main()"
+    arguments = [executable, "-I", "-S", "-c", code]
+    if outer_user_namespace:
+        arguments = [UNSHARE, "--user", "--map-root-user", *arguments]
+    environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+    environment.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+    caller = os.pidfd_open(os.getpid())
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE) for fd in (inside.fileno(), caller)]
+    actions: list[tuple[Any, ...]] = [
+        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
+        (os.POSIX_SPAWN_DUP2, 0, 1),
+        (os.POSIX_SPAWN_DUP2, high[0], 3),
+        (os.POSIX_SPAWN_DUP2, high[1], 4),
+    ]
+    if not os.environ.get("PSIE_DEBUG"):
+        actions.append((os.POSIX_SPAWN_DUP2, 0, 2))
+    try:
+        pid = os.posix_spawn(arguments[0], arguments, environment, file_actions=actions)
+    except BaseException:
+        control.close()
+        raise
+    finally:
+        inside.close()
+        for fd in (caller, *high):
+            os.close(fd)
+    return pid, control

@@ -1,0 +1,228 @@
+"""What the integration tests share: opening sandboxes, finding the engine's processes, and seeing that nothing is left.
+
+The engine's processes carry the caller's `sys.path` on their command line, so a path that nobody else has marks those of
+this test run: several runs can go side by side. Must not know what any single test is about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, host, state
+from sandbox.engine import service
+
+LEVELS = tuple(IsolationLevel)
+ROOT = os.getuid() == 0
+REPOSITORY = Path(__file__).parents[2]
+TOKEN = f"/nonexistent/psie-test-{os.getpid()}-{os.urandom(4).hex()}"
+SETTLE = 5.0  # seconds that a loaded machine gets to bury what has been killed
+
+if TOKEN not in sys.path:
+    sys.path.append(TOKEN)
+
+Settings = Mapping[str, Any]
+
+
+def open_sandbox(
+    level: IsolationLevel,
+    *,
+    limits: Settings | None = None,
+    permissions: Settings | None = None,
+    config: Settings | None = None,
+    **more: Any,
+) -> EnhancedPluginSandbox:
+    """A sandbox that is still to be opened, with what differs from the defaults."""
+    return EnhancedPluginSandbox(
+        PluginLimitsV2(**(limits or {})),
+        PluginPermissionsV2(**(permissions or {})),
+        IsolationConfig(level=level, **(config or {})),
+        **more,
+    )
+
+
+def call(level: IsolationLevel, function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """`function(*args)` in a sandbox of its own."""
+
+    async def main() -> Any:
+        async with open_sandbox(level, **settings) as sandbox:
+            return await sandbox.execute_plugin_safe(function, *args)
+
+    return asyncio.run(main())
+
+
+def wait_until(condition: Callable[[], object], seconds: float = SETTLE) -> bool:
+    """Poll until `condition()` is true; False if it is not within `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+async def wait_for(condition: Callable[[], object], seconds: float = SETTLE) -> None:
+    """Poll on an event loop until `condition()` is true. Raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+# -- processes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    pid: int
+    parent: int
+    state: str
+    name: str
+
+
+def all_processes() -> dict[int, Process]:
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            with contextlib.suppress(OSError):
+                head, _, rest = Path(f"/proc/{entry}/stat").read_text().rpartition(")")
+                status, parent, *_ = rest.split()
+                found[int(entry)] = Process(int(entry), int(parent), status, head.partition("(")[2])
+    return found
+
+
+def engine_processes(token: str = TOKEN) -> dict[int, Process]:
+    """The living processes that a caller with `token` in its sys.path has started through psie, directly or not."""
+    marked = {}
+    for pid, process in all_processes().items():
+        with contextlib.suppress(OSError):
+            if token.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                marked[pid] = process
+    return marked
+
+
+def roles(caller: int, token: str = TOKEN) -> dict[str, list[int]]:
+    """The pids of the engine's processes by what they are, as the way they descend from `caller` tells."""
+    marked = engine_processes(token)
+    found: dict[str, list[int]] = {"zygote": [], "warden": [], "supervisor": [], "init": [], "worker": [], "other": []}
+    parents = {process.parent for process in marked.values()}
+
+    def role(pid: int) -> str:
+        parent = marked[pid].parent
+        if parent == caller:
+            return "zygote"
+        if parent not in marked:
+            return "other"
+        above = role(parent)
+        if above == "zygote":
+            return "warden"
+        if above == "warden":
+            return "init" if pid in parents else "supervisor"
+        return "worker" if above == "init" else "other"
+
+    for pid in marked:
+        found[role(pid)].append(pid)
+    return found
+
+
+# -- what is left --------------------------------------------------------------------------------------------------------
+
+
+def slot_is_free(number: int) -> bool:
+    """Whether no process of any sandbox holds this place of the ledger: fcntl(2), F_OFD_GETLK."""
+    try:
+        fd = os.open(os.path.join(state.folder("run"), "ledger"), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        request = struct.pack("hhqqiq", fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0, 0)
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
+        return bool(struct.unpack("hhqqiq", answer)[0] == fcntl.F_UNLCK)
+    finally:
+        os.close(fd)
+
+
+def ownerless(folder: str) -> frozenset[str]:
+    """The entries of `folder`, named by slots, that belong to no living sandbox."""
+    try:
+        names = [name for name in os.listdir(folder) if name.isdecimal()]
+    except FileNotFoundError:
+        return frozenset()
+    left = [name for name in names if slot_is_free(int(name))]
+    return frozenset(f"{folder}/{name}" for name in left if os.path.exists(f"{folder}/{name}"))
+
+
+def own_fds() -> frozenset[str]:
+    """This process's descriptors without those that the engine keeps for its zygotes."""
+    running = service._service
+    kept: set[int] = set()
+    if running is not None:
+        kept = {running.loop.wake_reader, running.loop.wake_writer}
+        for zygote in list(running.zygotes.values()):
+            kept |= {zygote.control.fileno(), zygote.pidfd}
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in kept:
+            with contextlib.suppress(OSError):
+                found.add(f"{name} {os.readlink('/proc/self/fd/' + name)}")
+    return frozenset(found)
+
+
+def foreign_files() -> frozenset[str]:
+    """Entries of the shared temporary folders that a plugin, or psie, may have made."""
+    found = set()
+    for folder in ("/tmp", "/var/tmp", "/dev/shm"):
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(folder):
+                with contextlib.suppress(OSError):
+                    owner = entry.stat(follow_symlinks=False).st_uid
+                    if entry.name.startswith("psie") or owner >= 1 << 16 or (not ROOT and owner == os.getuid()):
+                        found.add(entry.path)
+    return frozenset(found)
+
+
+def snapshot() -> dict[str, frozenset[str]]:
+    """Everything of ours that could be left behind; the zygotes, which wait for the next sandbox, are not."""
+    own = os.getpid()
+    living = [f"{process.pid} {process.name}" for process in engine_processes().values() if process.parent != own]
+    zombies = [f"{p.pid} zombie {p.name}" for p in all_processes().values() if p.parent == own and p.state == "Z"]
+    tree = host.facts().cgroup
+    return {
+        "processes": frozenset([*living, *zombies]),
+        "mounts": frozenset(Path("/proc/self/mountinfo").read_text().splitlines()),
+        "descriptors": own_fds(),
+        "links": frozenset(name for _, name in socket.if_nameindex()),
+        "cgroups": ownerless(tree + "/psie") if tree else frozenset(),
+        "workspaces": ownerless(os.path.join(state.folder("lib"), "work")),
+        "temporary files": foreign_files(),
+    }
+
+
+def news(before: dict[str, frozenset[str]]) -> dict[str, list[str]]:
+    """What is there now and was not before."""
+    now = snapshot()
+    return {kind: sorted(now[kind] - before[kind]) for kind in now if now[kind] - before[kind]}
+
+
+@contextlib.contextmanager
+def nothing_left() -> Iterator[None]:
+    """What is done inside leaves nothing behind."""
+    before = snapshot()
+    yield
+    left: dict[str, list[str]] = {}
+
+    def clean() -> bool:
+        nonlocal left
+        left = news(before)
+        return not left
+
+    assert wait_until(clean), f"left behind: {left}"
