@@ -27,7 +27,7 @@ def call(given: dict[str, Any]) -> int:
         source = run_command.source_of(path)
         args = [from_json(f"--arg {text}", text) for text in given["arg"]]
         kwargs = dict(keyword(text) for text in given["kwarg"])
-        session = Session(given, None, read_only=run_command.siblings(path))
+        session = Session(given, None, read_only=run_command.siblings(path, source))
         job: dict[str, object] = {
             "kind": "function",
             "path": path,

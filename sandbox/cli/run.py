@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 FAILED = 125
-SIBLINGS = 200  # files and packages beside the plugin that it may import
 
 
 class Failed(Exception):
@@ -61,18 +60,38 @@ def source_of(path: str) -> bytes:
         raise Failed(f"{path} cannot be read: {error.strerror}") from None
 
 
-def siblings(path: str) -> list[str]:
-    """What the plugin may import from beside it: modules and packages; not whatever else lies in that folder."""
+def siblings(path: str, source: bytes) -> list[str]:
+    """The plugin's file and the modules and packages beside it that it names, or that those name in turn.
+
+    A folder holds more than one plugin's business: what no text of the plugin mentions stays out of the sandbox.
+    """
+    import re
+
     folder = os.path.dirname(os.path.realpath(path))
     found = [os.path.realpath(path)]
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                is_module = entry.name.endswith((".py", ".so")) and entry.is_file()
-                if is_module or os.path.isfile(os.path.join(entry.path, "__init__.py")):
-                    found.append(entry.path)
-                if len(found) > SIBLINGS:
-                    return found[:1]
+        beside = {name.partition(".")[0]: name for name in sorted(os.listdir(folder))}
     except OSError:
-        return found[:1]
+        return found
+    texts = [source]
+    while texts:
+        for word in set(re.findall(rb"[^\W\d]\w*", texts.pop())):
+            name = beside.pop(word.decode("utf-8", "replace"), None)
+            entry = os.path.join(folder, name) if name is not None else ""
+            if not entry or entry in found:
+                continue
+            if os.path.isdir(entry):
+                found.append(entry)
+                texts += [read_text(os.path.join(entry, inner)) for inner in sorted(os.listdir(entry)) if inner.endswith(".py")]
+            elif entry.endswith((".py", ".so")):
+                found.append(entry)
+                texts += [read_text(entry)] if entry.endswith(".py") else []
     return found
+
+
+def read_text(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""

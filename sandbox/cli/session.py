@@ -55,7 +55,7 @@ def run(given: dict[str, Any], started: tuple[int, _socket.socket, bool] | None)
     try:
         path = run_command.plugin_path(given["file"])
         source = run_command.source_of(path)
-        session = Session(given, started, read_only=run_command.siblings(path))
+        session = Session(given, started, read_only=run_command.siblings(path, source))
         job: dict[str, object] = {"kind": "run", "path": path, "argv": list(given["args"])}
         return session.finish(job, source)
     except (run_command.Failed, SandboxException, ValueError, TypeError, ImportError) as error:

@@ -35,7 +35,8 @@ import os
 
 FRAME = 65536  # bytes of data per frame
 MESSAGE = 65536  # bytes per message that the host accepts
-INSTRUCTION = 1 << 20  # bytes per instruction
+INSTRUCTION = 65536  # bytes per instruction: below the size from which malloc(3) maps pages for one
+RECIPE = 1 << 20  # bytes per instruction to a zygote, which may hold a whole recipe with its filter
 REPLY_TEXT = 1 << 19  # bytes of a reply that is no value
 
 REPLY_VALUE = b"v"  # a piece of an encoded value
@@ -119,9 +120,11 @@ def instruct(sock: _socket.socket, instruction: dict[str, object], fds: Sequence
     send_bytes(sock, marshal.dumps(instruction), fds)
 
 
-def receive_instruction(sock: _socket.socket, max_fds: int = 16) -> tuple[dict[str, object] | None, list[int]]:
+def receive_instruction(
+    sock: _socket.socket, max_fds: int = 16, limit: int = INSTRUCTION
+) -> tuple[dict[str, object] | None, list[int]]:
     """(instruction, fds); None when the sender has gone."""
-    data, fds, _ = receive_bytes(sock, INSTRUCTION, max_fds)
+    data, fds, _ = receive_bytes(sock, limit, max_fds)
     return (marshal.loads(data) if data else None), fds
 
 

@@ -73,6 +73,7 @@ class Zygote:
         self.control.setblocking(False)
         self.sandboxes: dict[str, Sandbox] = {}
         self.opened = 0
+        self.recipes: dict[int, dict[str, Any]] = {}  # what it has learned, by number
         self.error: SandboxException | None = None
         self.closed = False
         self.on_closed: Callable[[], None] | None = None
@@ -90,6 +91,16 @@ class Zygote:
         }
         self._instruct(instruction, [])
 
+    def teach(self, wire: dict[str, Any]) -> int:
+        """The number under which the zygote knows this wire form of a recipe."""
+        for number, known in self.recipes.items():
+            if known is wire:
+                return number
+        number = len(self.recipes) + 1
+        self.recipes[number] = wire
+        self._instruct({"number": number, "recipe": wire}, [])
+        return number
+
     def open(self, sandbox: Sandbox, instruction: dict[str, object], fds: Sequence[int]) -> None:
         self.opened += 1
         self.sandboxes[sandbox.name] = sandbox
@@ -99,7 +110,7 @@ class Zygote:
         try:
             channel.instruct(self.control, instruction, fds)
         except OSError:
-            self._died()
+            return  # it has died; what it said before, and that it has, is read in the loop
 
     def _readable(self) -> None:
         try:
@@ -193,7 +204,6 @@ class Sandbox:
             "sandbox": self.name,
             "mount_namespace": "mnt" in self.recipe.namespaces,
             "binds": self.recipe.sandbox_mounts,
-            "recipe": wire,
             **ids,
         }
         try:
@@ -207,7 +217,8 @@ class Sandbox:
                 opened.append(parent)
                 fds["folder_parent"] = parent
                 instruction["folder"] = str(self.slot.number)
-                instruction["recipe"] = place(wire, self.folder or "")
+                wire = place(wire, self.folder or "")
+            instruction["recipe_number"] = self.zygote.teach(wire)
             instruction["fds"] = list(fds)
             hub.setblocking(False)
             violations.setblocking(False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _signal as signal
 import _socket
-import gc
 import os
 import resource
 import select
@@ -113,7 +112,6 @@ def run(
 
 def watch(pid: int, report: _socket.socket) -> NoReturn:
     """Reap everything, forward signals to the worker, and leave when the worker or the warden has gone."""
-    gc.disable()
     sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
     wake, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)

@@ -144,11 +144,10 @@ class Warden:
     def start_supervisor(self) -> None:
         here, there = channel.pair()
         own_pid = os.getpid()
-        pid = os.fork()
+        pid, pidfd = sc.clone3(0)
         if pid == 0:
             supervisor.run(there, self.fds["violations"], own_pid)
         there.close()
-        pidfd = os.pidfd_open(pid)
         self.supervisor = pid, pidfd, here
         self.poll.register(pidfd, select.POLLIN)
 

@@ -74,8 +74,9 @@ def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> Non
 
 
 def freeze() -> None:
-    """What exists now is never collected, and so never written to, in any child."""
+    """What exists now is never collected, and so never written to, in any child; a worker turns the collector on again."""
     gc.collect()
+    gc.disable()
     gc.freeze()
 
 
@@ -93,6 +94,7 @@ class Sandbox:
 class Zygote:
     def __init__(self) -> None:
         self.control = channel.from_fd(CONTROL)
+        self.recipes: dict[int, dict[str, Any]] = {}
         self.host_namespace: int | None = None
         self.link_socket: _socket.socket | None = None
         self.sandboxes: dict[int, Sandbox] = {}  # by the warden's pidfd
@@ -122,10 +124,15 @@ class Zygote:
         freeze()
         channel.send(self.control, "ready", {"notes": "; ".join(notes)})
 
+    def learn(self, instruction: dict[str, Any]) -> None:
+        """Keep a recipe that the sandboxes to come name by its number."""
+        self.recipes[int(instruction["number"])] = instruction["recipe"]
+        gc.freeze()
+
     def open(self, instruction: dict[str, Any], fds: list[int]) -> None:
         """Clone a warden; the fds are: hub, violations, slot lock or cgroup parent and leaf or folder, as `fds` names them."""
         given = dict(zip(instruction["fds"], fds, strict=True))
-        recipe = instruction["recipe"]
+        recipe = self.recipes[instruction["recipe_number"]]
         own_pid = os.getpid()
         try:
             pid, pidfd = sc.clone3(sc.CLONE_NEWNS if instruction["mount_namespace"] else 0)
@@ -174,10 +181,13 @@ class Zygote:
                 if fd == CALLER:
                     return
                 if fd == CONTROL:
-                    instruction, fds = channel.receive_instruction(self.control)
+                    instruction, fds = channel.receive_instruction(self.control, limit=channel.RECIPE)
                     if instruction is None:
                         return
-                    self.open(instruction, fds)
+                    if "recipe" in instruction:
+                        self.learn(instruction)
+                    else:
+                        self.open(instruction, fds)
                 elif fd in self.sandboxes:
                     self.buried(fd)
 
@@ -207,7 +217,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the caller's Ctrl-C is the caller's to handle
     zygote = Zygote()
     try:
-        instruction, _ = channel.receive_instruction(zygote.control)
+        instruction, _ = channel.receive_instruction(zygote.control, limit=channel.RECIPE)
         if instruction is None:
             os._exit(0)
         try:

@@ -26,16 +26,12 @@ PID_PLACEHOLDER = 0x7EEDF00D
 
 
 def helper_namespace() -> _socket.socket:
-    """A netlink socket in a network namespace of its own; this process stays where it is."""
-    here = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        sc.unshare(sc.CLONE_NEWNET)
-        try:
-            link_socket = _socket.socket(AF_NETLINK, _socket.SOCK_RAW, NETLINK_ROUTE)
-        finally:
-            sc.setns(here, sc.CLONE_NEWNET)
-    finally:
-        os.close(here)
+    """Move to a network namespace of one's own and return a netlink socket in it: the place of the outer ends.
+
+    There is no way back: rootless, the host's namespace belongs to a user namespace that is not ours.
+    """
+    sc.unshare(sc.CLONE_NEWNET)
+    link_socket = _socket.socket(AF_NETLINK, _socket.SOCK_RAW, NETLINK_ROUTE)
     os.set_inheritable(link_socket.fileno(), False)
     return link_socket
 

@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from sandbox import IsolationLevel
+
 from . import harness
-from .unprivileged import User, make_user
+from .unprivileged import User, temporary_user
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "rootless: also run by a user without rights, see test_rootless.py")
-    config.addinivalue_line("markers", "leaves(reason): this test looks after its own leftovers")
 
 
 @pytest.fixture(params=harness.LEVELS, ids=lambda level: level.value)
-def level(request: pytest.FixtureRequest) -> harness.IsolationLevel:
-    chosen: harness.IsolationLevel = request.param
+def level(request: pytest.FixtureRequest) -> IsolationLevel:
+    chosen: IsolationLevel = request.param
     return chosen
 
 
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No test leaves a process, mount, descriptor, network link, cgroup, workspace or temporary file behind."""
-    if request.node.get_closest_marker("leaves"):
-        yield
-        return
-    with harness.nothing_left():
+    """No test leaves a process, mount, descriptor, network link, cgroup, workspace or temporary file behind.
+
+    At level minimal zombies matter too: they count towards the process limit of the id that the next sandbox gets.
+    """
+    callspec = getattr(request.node, "callspec", None)
+    with harness.nothing_left(zombies=callspec is not None and callspec.params.get("level") is IsolationLevel.MINIMAL):
         yield
 
 
 @pytest.fixture(scope="session")
-def user(tmp_path_factory: pytest.TempPathFactory) -> User:
+def user() -> Iterator[User]:
     """A user without rights, with an interpreter, the repository and a home that it can reach."""
     if not harness.ROOT:
         pytest.skip("needs root to become another user")
-    return make_user(tmp_path_factory.mktemp("user"))
+    with temporary_user() as somebody:
+        yield somebody
 
 
 @pytest.fixture

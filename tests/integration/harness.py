@@ -21,11 +21,13 @@ from typing import Any
 
 from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, host, state
 from sandbox.engine import service
+from sandbox.ns import userids
 
 LEVELS = tuple(IsolationLevel)
 ROOT = os.getuid() == 0
 REPOSITORY = Path(__file__).parents[2]
 TOKEN = f"/nonexistent/psie-test-{os.getpid()}-{os.urandom(4).hex()}"
+ID_REGION = userids.id_region(userids.IDS_PER_SLOT * (userids.MAX_SANDBOXES + 1)) if ROOT else 0
 SETTLE = 5.0  # seconds that a loaded machine gets to bury what has been killed
 
 if TOKEN not in sys.path:
@@ -87,6 +89,7 @@ class Process:
     parent: int
     state: str
     name: str
+    uid: int
 
 
 def all_processes() -> dict[int, Process]:
@@ -94,9 +97,9 @@ def all_processes() -> dict[int, Process]:
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
             with contextlib.suppress(OSError):
-                head, _, rest = Path(f"/proc/{entry}/stat").read_text().rpartition(")")
-                status, parent, *_ = rest.split()
-                found[int(entry)] = Process(int(entry), int(parent), status, head.partition("(")[2])
+                fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{entry}/status").read_text().splitlines()[:12])
+                uid = int(fields["Uid"].split()[0])
+                found[int(entry)] = Process(int(entry), int(fields["PPid"]), fields["State"][0], fields["Name"], uid)
     return found
 
 
@@ -151,6 +154,12 @@ def slot_is_free(number: int) -> bool:
         os.close(fd)
 
 
+def is_orphan(process: Process) -> bool:
+    """Whether it has, or as a zombie had, the id of a sandbox that is no more. Only root's sandboxes have ids of their own."""
+    number = (process.uid - ID_REGION) // userids.IDS_PER_SLOT
+    return ROOT and 0 < number <= userids.MAX_SANDBOXES and slot_is_free(number)
+
+
 def ownerless(folder: str) -> frozenset[str]:
     """The entries of `folder`, named by slots, that belong to no living sandbox."""
     try:
@@ -190,14 +199,19 @@ def foreign_files() -> frozenset[str]:
     return frozenset(found)
 
 
-def snapshot() -> dict[str, frozenset[str]]:
-    """Everything of ours that could be left behind; the zygotes, which wait for the next sandbox, are not."""
+def snapshot(*, zombies: bool = False) -> dict[str, frozenset[str]]:
+    """Everything of ours that could be left behind; the zygotes, which wait for the next sandbox, are not.
+
+    With `zombies` also what has died, but was not waited for by whoever has inherited it.
+    """
     own = os.getpid()
-    living = [f"{process.pid} {process.name}" for process in engine_processes().values() if process.parent != own]
-    zombies = [f"{p.pid} zombie {p.name}" for p in all_processes().values() if p.parent == own and p.state == "Z"]
+    every = all_processes()
+    left = [process for process in engine_processes().values() if process.parent != own]
+    left += [process for process in every.values() if process.state == "Z" and process.parent == own]
+    left += [process for process in every.values() if is_orphan(process) and (zombies or process.state != "Z")]
     tree = host.facts().cgroup
     return {
-        "processes": frozenset([*living, *zombies]),
+        "processes": frozenset(f"{process.pid} {process.name} ({process.state})" for process in left),
         "mounts": frozenset(Path("/proc/self/mountinfo").read_text().splitlines()),
         "descriptors": own_fds(),
         "links": frozenset(name for _, name in socket.if_nameindex()),
@@ -207,22 +221,22 @@ def snapshot() -> dict[str, frozenset[str]]:
     }
 
 
-def news(before: dict[str, frozenset[str]]) -> dict[str, list[str]]:
+def news(before: dict[str, frozenset[str]], *, zombies: bool = False) -> dict[str, list[str]]:
     """What is there now and was not before."""
-    now = snapshot()
+    now = snapshot(zombies=zombies)
     return {kind: sorted(now[kind] - before[kind]) for kind in now if now[kind] - before[kind]}
 
 
 @contextlib.contextmanager
-def nothing_left() -> Iterator[None]:
+def nothing_left(*, zombies: bool = False) -> Iterator[None]:
     """What is done inside leaves nothing behind."""
-    before = snapshot()
+    before = snapshot(zombies=zombies)
     yield
     left: dict[str, list[str]] = {}
 
     def clean() -> bool:
         nonlocal left
-        left = news(before)
+        left = news(before, zombies=zombies)
         return not left
 
     assert wait_until(clean), f"left behind: {left}"

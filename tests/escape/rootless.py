@@ -1,0 +1,108 @@
+"""Runs the attacks once more as an unprivileged user, when this session is root's: the second half of the matrix."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from escape import kit
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SECONDS = 100
+NEEDED = "import pytest, pytest_timeout, cloudpickle, msgspec, prctl, pyseccomp, sandbox"
+
+
+class Session:
+    """A pytest session of an id that nobody has, with a home of its own."""
+
+    def __init__(self) -> None:
+        self.uid = 60100 + os.getpid() % 4000
+        self.home = tempfile.mkdtemp(prefix="psie-rootless-")
+        os.chown(self.home, self.uid, self.uid)
+        os.chmod(self.home, 0o700)
+        self.report = Path(self.home) / "report.json"
+        self.environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": self.home,
+            "TMPDIR": "/tmp",
+            "XDG_RUNTIME_DIR": self.home,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": f"{REPOSITORY}:{sysconfig.get_path('purelib')}",
+            "PSIE_ESCAPE_REPORT": str(self.report),
+            **({"PSIE_ESCAPE_PLACE": str(kit.place())} if kit.place() else {}),
+        }
+        self.process: subprocess.Popen[str] | None = None
+        self.reason = ""
+
+    def interpreter(self) -> str | None:
+        """One that the id can run, with everything that is needed."""
+        for executable in (sys.executable, "/usr/bin/python3"):
+            try:
+                found = self._popen([executable, "-c", NEEDED])
+            except OSError as error:
+                self.reason = f"{executable}: {error}"
+                continue
+            _, self.reason = found.communicate()
+            if found.returncode == 0:
+                return executable
+        return None
+
+    def _popen(self, arguments: list[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            arguments,
+            user=self.uid,
+            group=self.uid,
+            extra_groups=[],
+            env=self.environment,
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self) -> None:
+        executable = self.interpreter()
+        if executable is not None:
+            options = ["-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "--color=no"]
+            self.process = self._popen([executable, "-m", "pytest", *options, "tests/escape"])
+
+    def result(self) -> tuple[int, str]:
+        """(exit status, output) of the session; its matrix is kept for the summary."""
+        assert self.process is not None
+        output, errors = self.process.communicate(timeout=SECONDS)
+        if self.report.exists():
+            kit.ROOTLESS.append(kit.Matrix.from_plain(json.loads(self.report.read_text())))
+        return self.process.returncode, output + errors
+
+    def close(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+_session: Session | None = None
+
+
+def start() -> None:
+    global _session
+    if kit.ROOT and _session is None:
+        _session = Session()
+        _session.start()
+
+
+def current() -> Session | None:
+    return _session
+
+
+def stop() -> None:
+    global _session
+    if _session is not None:
+        _session.close()
+        _session = None

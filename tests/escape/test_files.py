@@ -1,0 +1,489 @@
+"""Writes only to the workspace; the view of the files; private /tmp; /proc; what a plugin leaves behind on the disk."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sandbox.config import IsolationLevel
+
+from escape import kit
+from escape.kit import (
+    ALL,
+    MINIMAL,
+    NAMESPACED,
+    SECRET,
+    STRICTER,
+    Attack,
+    Outside,
+    Scene,
+    Where,
+    attack,
+    attempt,
+    calls,
+    carry_out,
+    first_escape,
+    matrix,
+)
+
+WRITES = "writes only to the workspace"
+VIEW = "view of the files"
+PROC = "own /proc, masked"
+PRIVATE = "private /tmp, /dev/shm"
+
+
+# -- writing outside -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_folder(where: Where) -> Iterator[Scene]:
+    """A folder of the caller's that everybody may write, with a file in it, where STANDARD shows it. Harm: any change."""
+    with tempfile.TemporaryDirectory(prefix="files-", dir=kit.place()) as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        file = folder / "file"
+        file.write_text("content")
+        file.chmod(0o666)
+        os.mkfifo(folder / "fifo", 0o666)
+        (folder / "fifo").chmod(0o666)
+        reader = os.open(folder / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+
+        def state() -> object:
+            found = file.stat()
+            entries = sorted(os.listdir(folder))
+            attributes = os.listxattr(file)
+            return (
+                (found.st_mode, found.st_mtime_ns, found.st_uid, found.st_gid, found.st_nlink),
+                (entries, attributes, file.read_text(), folder.stat().st_mode, folder.stat().st_mtime_ns),
+                _drain(reader),
+            )
+
+        before = state()
+
+        def harm() -> str:
+            if not file.exists():
+                return "the file is gone"
+            after = state()
+            return "" if after == before else f"{before} became {after}"
+
+        try:
+            yield Scene({"folder": name}, harm)
+        finally:
+            os.close(reader)
+
+
+def _drain(reader: int) -> bytes:
+    try:
+        return os.read(reader, 100)
+    except BlockingIOError:
+        return b""
+
+
+@attack(WRITES, scene=open_folder, refusals=("EXDEV", "ENXIO"))
+def write_outside(folder: str) -> str:
+    import os
+
+    here = os.getcwd()
+
+    def link_in() -> None:
+        os.symlink(folder + "/file", "link")
+        with open("link", "a") as file:
+            file.write("evil")
+
+    def hard_link() -> None:
+        os.link(folder + "/file", here + "/hard")
+        with open(here + "/hard", "a") as file:
+            file.write("evil")
+
+    def move_in() -> None:
+        with open("mine", "w"):
+            os.rename("mine", folder + "/mine")
+
+    return first_escape(
+        {
+            "append": lambda: open(folder + "/file", "a"),
+            "truncate": lambda: os.truncate(folder + "/file", 0),
+            "create": lambda: open(folder + "/new", "x"),
+            "unlink": lambda: os.unlink(folder + "/file"),
+            "rename": lambda: os.rename(folder + "/file", folder + "/other"),
+            "move in": move_in,
+            "mkdir": lambda: os.mkdir(folder + "/sub"),
+            "symlink": lambda: os.symlink("x", folder + "/link"),
+            "by link": link_in,
+            "by hard link": hard_link,
+        }
+    )
+
+
+@attack(WRITES, scene=open_folder, refusals=("ENXIO",))
+def write_into_a_pipe_of_the_host(folder: str) -> str:
+    """A read-only mount does not stop this."""
+    import os
+
+    def write() -> int:
+        fd = os.open(folder + "/fifo", os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            return os.write(fd, b"evil")
+        finally:
+            os.close(fd)
+
+    return attempt(write)
+
+
+@attack(WRITES, scene=open_folder, refusals=("EOPNOTSUPP",))
+def change_what_files_outside_say(folder: str) -> str:
+    """Mode, times, group, attributes: Landlock knows none of them."""
+    import os
+
+    file = folder + "/file"
+    return first_escape(
+        {
+            "chmod": lambda: os.chmod(file, 0o4777),
+            "chmod 0": lambda: os.chmod(file, 0),
+            "chown": lambda: os.chown(file, -1, os.getgid()),
+            "utime": lambda: os.utime(file, (1, 1)),
+            "setxattr": lambda: os.setxattr(file, "user.evil", b"1"),
+            "chmod of the folder": lambda: os.chmod(folder, 0o700),
+        }
+    )
+
+
+@attack(WRITES, scene=open_folder)
+def chmod_by_descriptor(folder: str) -> str:
+    import os
+
+    def by_descriptor() -> None:
+        fd = os.open(folder + "/file", os.O_RDONLY)
+        try:
+            os.fchmod(fd, 0o777)
+        finally:
+            os.close(fd)
+
+    def by_proc() -> None:
+        fd = os.open(folder + "/file", os.O_RDONLY)
+        try:
+            os.chmod(f"/proc/self/fd/{fd}", 0o777)
+        finally:
+            os.close(fd)
+
+    return first_escape({"fchmod": by_descriptor, "/proc/self/fd": by_proc})
+
+
+@contextmanager
+def state_folder(where: Where) -> Iterator[Scene]:
+    """psie's ledger: whoever locks it stops every further sandbox of this user."""
+    from sandbox import state
+
+    path = os.path.join(state.folder("run"), "ledger")
+    if not os.path.exists(path):
+        Path(path).touch(0o600)
+    yield Scene({"path": path if where.inside else str(_like(path, where.folder))})
+
+
+def _like(path: str, folder: Path) -> Path:
+    copy = folder / "ledger"
+    copy.touch(stat.S_IMODE(os.stat(path).st_mode))
+    return copy
+
+
+@attack(WRITES, scene=state_folder)
+def lock_the_ledger(path: str) -> str:
+    import fcntl
+    import os
+    import struct
+
+    def lock() -> None:
+        fd = os.open(path, os.O_RDONLY)
+        request = struct.pack("hhqqiq", fcntl.F_RDLCK, os.SEEK_SET, 1 << 40, 1, 0, 0)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+
+    return attempt(lock)
+
+
+@attack(WRITES)
+def setuid_file() -> str:
+    """In the workspace, where it would outlive the plugin."""
+    import os
+
+    def chmod() -> None:
+        with open("program", "w"):
+            os.chmod("program", 0o4755)
+
+    return first_escape({"chmod": chmod, "create": lambda: os.close(os.open("other", os.O_CREAT | os.O_WRONLY, 0o4755))})
+
+
+@attack(WRITES)
+def device_node() -> str:
+    """A null device: in a tmpfs of a user namespace even root's would not open."""
+    import os
+    import stat
+
+    return attempt(lambda: os.mknod("null", stat.S_IFCHR | 0o666, os.makedev(1, 3)))
+
+
+@attack(PROC)
+def kernel_settings() -> str:
+    """Opened for writing only: nothing is written."""
+    import os
+
+    paths = ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/sys/kernel/hostname", "/proc/sys/vm/drop_caches")
+    return first_escape({path: lambda path=path: os.close(os.open(path, os.O_WRONLY)) for path in paths})
+
+
+@attack(PROC, rootless_levels=NAMESPACED)
+def memory_of_the_kernel() -> str:
+    """Readable by root outside; masked or absent inside."""
+    import os
+
+    def read(path: str) -> bytes:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            return os.read(fd, 16) or (_ for _ in ()).throw(FileNotFoundError(2, path))
+        finally:
+            os.close(fd)
+
+    paths = ("/proc/kcore", "/proc/timer_list", "/proc/kmsg", "/dev/mem", "/dev/kmsg", "/dev/port")
+    return first_escape({path: lambda path=path: read(path) for path in paths})
+
+
+@attack(PROC, NAMESPACED, scene=calls("getpid"))
+def keys_of_the_user(numbers: dict[str, int]) -> str:
+    def read(path: str) -> str:
+        with open(path) as file:
+            return file.read() or (_ for _ in ()).throw(FileNotFoundError(2, path))
+
+    return first_escape({path: lambda path=path: read(path) for path in ("/proc/keys", "/proc/key-users")})
+
+
+# -- reading -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def secret_in(folder: Path | None) -> Iterator[Scene]:
+    with tempfile.TemporaryDirectory(prefix="secret-", dir=folder) as name:
+        os.chmod(name, 0o755)
+        file = Path(name) / "secret"
+        file.write_text(SECRET)
+        file.chmod(0o644)
+        yield Scene({"path": str(file), "pid": os.getpid()})
+
+
+@attack(VIEW, NAMESPACED, scene=lambda where: secret_in(Path("/var/tmp")))
+def read_what_standard_hides(path: str, pid: int) -> str:
+    """/root, /home, /run and /var: by name, and by every detour that /proc and open folders offer."""
+    import os
+
+    def climb() -> str:
+        fd = os.open("/", os.O_RDONLY)
+        for _ in range(8):
+            fd = os.open("..", os.O_RDONLY, dir_fd=fd)
+        with open(os.open(path.lstrip("/"), os.O_RDONLY, dir_fd=fd)) as file:
+            return file.read()
+
+    def read(name: str) -> str:
+        with open(name) as file:
+            return file.read()
+
+    detours = {"name": lambda: read(path), "climbing": climb}
+    for process in ["self", "thread-self", "1", str(pid), *(name for name in os.listdir("/proc") if name.isdigit())][:40]:
+        detours[f"root of {process}"] = lambda process=process: read(f"/proc/{process}/root{path}")
+        detours[f"cwd of {process}"] = lambda process=process: read(f"/proc/{process}/cwd/../../../../../..{path}")
+        detours[f"task of {process}"] = lambda process=process: read(f"/proc/{process}/task/{process}/root{path}")
+    return first_escape(detours)
+
+
+@attack(VIEW, STRICTER, scene=lambda where: secret_in(kit.place()))
+def read_anything_but_libraries(path: str, pid: int) -> str:
+    return attempt(lambda: open(path).read())
+
+
+@attack(VIEW, STRICTER)
+def read_the_hosts_settings() -> str:
+    """Names of the host's users and groups, its mounts, its devices, its own files below /etc."""
+    import os
+
+    def users() -> str:
+        with open("/etc/passwd") as file:
+            names = [line.split(":")[0] for line in file]
+        if len(names) <= 2:
+            raise FileNotFoundError(2, "only the plugin's own")
+        return ",".join(names)
+
+    found = {path: lambda path=path: os.listdir(path) for path in ("/home", "/sys/class/net", "/etc/ssh", "/boot", "/opt")}
+    return first_escape({"users": users, **found, "fstab": lambda: open("/etc/fstab").read()})
+
+
+@attack(VIEW, NAMESPACED)
+def write_into_the_template() -> str:
+    """All sandboxes of a kind share one root: nothing of it may be writable. Outside only the working directory is tried."""
+    import os
+
+    own = ("/tmp", "/var/tmp", "/dev/shm", "/workspace", "/run")
+    with open("/proc/self/mountinfo") as file:
+        points = sorted({line.split()[4] for line in file})
+    inside = os.getcwd() == "/workspace"
+    folders = [*points, "/", "/etc", "/usr", "/root", "/home", "/var", "/usr/lib", "/bin"] if inside else [os.getcwd()]
+    actions = {}
+    for folder in folders:
+        if folder not in own and not folder.startswith("/proc") and os.path.isdir(folder):
+            actions[f"create in {folder}"] = lambda folder=folder: open(folder + "/psie-escape", "x")
+            actions[f"mode of {folder}"] = lambda folder=folder: os.chmod(folder, 0o777)
+    return first_escape({**actions, "run": lambda: open("/run/x", "x")} if inside else actions)
+
+
+@matrix(__name__)
+def test_attack(one: Attack, level: IsolationLevel, outside: Outside, tmp_path: Path) -> None:
+    carry_out(one, level, outside, tmp_path)
+
+
+# -- what needs more than one call ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", NAMESPACED)
+def test_temporary_files_are_private(level: IsolationLevel) -> None:
+    """Neither the host nor the next call nor another sandbox sees them."""
+
+    def leave() -> list[str]:
+        made = []
+        for folder in ("/tmp", "/var/tmp", "/dev/shm"):
+            with open(folder + "/psie-escape-left", "x"):
+                made.append(folder + "/psie-escape-left")
+        return made
+
+    def find(paths: list[str]) -> list[str]:
+        import os
+
+        return [path for path in paths if os.path.exists(path)]
+
+    async def go() -> None:
+        async with kit.sandbox(level) as one, kit.sandbox(level) as other:
+            made = await one.execute_plugin_safe(leave)
+            assert len(made) == 3
+            assert find(made) == []
+            assert await one.execute_plugin_safe(find, made) == []
+            assert await other.execute_plugin_safe(find, made) == []
+
+    _unless_closed(level)
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_workspaces_are_private(level: IsolationLevel) -> None:
+    """A sandbox beside it cannot reach a workspace, not even with the help of its owner, who opens all modes."""
+
+    def leave() -> str:
+        import os
+
+        for path in (".", ".."):
+            try:
+                os.chmod(path, 0o777)
+            except OSError:
+                pass
+        with open("left", "w") as file:
+            file.write("data of one")
+        os.chmod("left", 0o666)
+        return os.path.realpath("left")
+
+    def change(path: str) -> str:
+        import os
+
+        if os.path.realpath("left") == path:
+            return "stopped: another folder of the same name" if not os.path.exists(path) else "escaped: it is there"
+        return first_escape({"write": lambda: open(path, "a"), "unlink": lambda: os.unlink(path)})
+
+    async def go() -> str:
+        async with kit.sandbox(level) as one, kit.sandbox(level) as other:
+            path = await one.execute_plugin_safe(leave)
+            answer = await other.execute_plugin_safe(change, path)
+            assert (one.temp_directory / "left").read_text() == "data of one"
+            return str(answer)
+
+    _unless_closed(level)
+    assert asyncio.run(go()).startswith("stopped")
+
+
+def make_a_mess(target: str) -> str:
+    """Deep trees, closed folders, names that are none, links to a folder of the host's."""
+    import os
+
+    here = os.getcwd()
+    os.symlink(target, "link")
+    os.makedirs("closed/inner")
+    os.symlink(target, "closed/inner/link")
+    os.symlink("/", "closed/root")
+    for name in ("new\nline", "\x1b]0;evil\x07", "-rf", " ", ".psie-1", ".psie-2", "a" * 255):
+        os.mkdir(name)
+    os.mkdir(os.fsencode(here) + b"/\xff\xfe")
+    os.makedirs(".psie-1/.psie-1/.psie-2")
+    try:
+        os.mkfifo("fifo")
+    except OSError:
+        pass  # the tight profile has no such call
+    for path in ("closed/inner", "closed"):
+        os.chmod(path, 0)
+    for _ in range(3000):
+        os.mkdir("d")
+        os.chdir("d")
+    os.symlink(target, "link")
+    return here
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_nothing_is_left_and_nothing_else_is_taken(level: IsolationLevel, tmp_path: Path) -> None:
+    """The host's cleaning follows no link, and no tree is too deep or too closed for it."""
+    (tmp_path / "precious").write_text("of the caller")
+    _unless_closed(level)
+
+    async def go() -> Path:
+        async with kit.sandbox(level) as one:
+            await one.execute_plugin_safe(make_a_mess, str(tmp_path))
+            return Path(os.path.realpath(one.temp_directory))
+
+    before = time.monotonic()
+    folder = asyncio.run(go())
+    assert time.monotonic() - before < 8
+    assert (tmp_path / "precious").read_text() == "of the caller"
+    if level is MINIMAL:
+        assert not os.path.lexists(folder)
+        assert not os.path.lexists(folder.parent)
+    kit.still_works(level)
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_a_call_does_not_follow_links_of_the_one_before(level: IsolationLevel, tmp_path: Path) -> None:
+    """The working directory is the workspace, also where the plugin before tried to make something else of it."""
+
+    def replace() -> str:
+        import os
+
+        return first_escape({"rename": lambda: os.rename(os.getcwd(), os.getcwd() + "-gone"), "rmdir": lambda: os.rmdir(os.getcwd())})
+
+    def where() -> str:
+        import os
+
+        return os.getcwd()
+
+    async def go() -> tuple[str, str, str]:
+        async with kit.sandbox(level) as one:
+            before = await one.execute_plugin_safe(where)
+            answer = await one.execute_plugin_safe(replace)
+            return before, answer, await one.execute_plugin_safe(where)
+
+    _unless_closed(level)
+    before, answer, after = asyncio.run(go())
+    assert answer.startswith("stopped")
+    assert before == after
+
+
+def _unless_closed(level: IsolationLevel) -> None:
+    if kit.why_closed(level):
+        pytest.skip(f"level {level.value} cannot be opened: {kit.why_closed(level)}")
+

@@ -1,0 +1,466 @@
+"""Limits and their substitutes: memory, processes, time, disk, files, output, replies, and floods of all of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sandbox.config import IsolationLevel
+from sandbox.errors import PluginExecutionError, ResourceLimitExceededError, SecurityViolationError
+
+from escape import kit
+from escape.kit import (
+    ALL,
+    NAMESPACED,
+    ROOT,
+    STANDARD,
+    SYSCALLS,
+    Attack,
+    Outside,
+    Scene,
+    Where,
+    attack,
+    attempt,
+    calls,
+    carry_out,
+    first_escape,
+    given,
+    matrix,
+    syscall,
+)
+
+MEMORY = "memory"
+PROCESSES = "processes and threads"
+DISK = "disk and files"
+TIME = "time"
+OUTPUT = "output and replies"
+
+SMALL = {"max_memory_mb": 64.0}
+LIMIT = (ResourceLimitExceededError,)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------
+
+
+@attack(MEMORY, limits=SMALL, ends=LIMIT)
+def private_memory() -> str:
+    try:
+        block = bytearray(256 << 20)
+    except MemoryError:
+        return "stopped: no more"
+    return f"escaped: {len(block) >> 20} MB"
+
+
+@attack(MEMORY, limits=SMALL, ends=(*LIMIT, PluginExecutionError), refusals=("ENOMEM", "ENOSPC"))
+def shared_memory() -> str:
+    """RLIMIT_DATA does not count it."""
+    import mmap
+
+    def take() -> int:
+        area = mmap.mmap(-1, 256 << 20)
+        for start in range(0, len(area), 4096):
+            area[start] = 1
+        return len(area) >> 20
+
+    return attempt(take)
+
+
+@attack(MEMORY, limits=SMALL, ends=(*LIMIT, PluginExecutionError), refusals=("ENOMEM", "ENOSPC", "EFBIG"))
+def memory_files() -> str:
+    import os
+
+    def take() -> int:
+        total = 0
+        for _ in range(32):
+            fd = os.memfd_create("x")
+            for _ in range(8):
+                total += os.write(fd, bytes(1 << 20))
+        return total >> 20
+
+    return attempt(take)
+
+
+@attack(MEMORY, limits={**SMALL, "max_disk_usage_mb": 50.0}, ends=(*LIMIT, PluginExecutionError), refusals=("ENOMEM", "ENOSPC", "EDQUOT"), levels=NAMESPACED)
+def memory_behind_temporary_files() -> str:
+    """The disk limit, once in each private tmpfs: together they are no more than the limit either."""
+    import os
+
+    total = 0
+    folders = ("/tmp", "/var/tmp", "/dev/shm", os.getcwd()) if os.getcwd() == "/workspace" else (os.getcwd(),)
+    try:
+        for folder in folders:
+            for number in range(10):
+                with open(f"{folder}/{number}", "wb", buffering=0) as file:
+                    for _ in range(8):
+                        total += file.write(bytes(1 << 20))
+                if total > 60 << 20:
+                    return f"escaped: {total >> 20} MB"
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        if folder == folders[-1]:
+            return "stopped: ENOSPC"
+    for folder in folders[1:]:
+        try:
+            with open(folder + "/more", "wb", buffering=0) as file:
+                for _ in range(9):
+                    total += file.write(bytes(1 << 20))
+        except OSError:
+            continue
+    return f"escaped: {total >> 20} MB" if total > 60 << 20 else "stopped: ENOSPC"
+
+
+# -- processes and threads -----------------------------------------------------------------------------------------------
+
+
+@attack(PROCESSES, limits={"max_thread_count": 4}, rootless_levels=NAMESPACED)
+def many_threads() -> str:
+    import threading
+
+    stop = threading.Event()
+    threads = []
+    try:
+        for _ in range(30):
+            thread = threading.Thread(target=stop.wait)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError:
+        return "stopped: no more"
+    finally:
+        stop.set()
+    return f"escaped: {len(threads)} threads"
+
+
+@attack(
+    PROCESSES,
+    permissions={"allow_subprocess_execution": True},
+    limits={"max_subprocess_count": 3, "max_thread_count": 2},
+    rootless_levels=NAMESPACED,
+    refusals=("EAGAIN",),
+)
+def fork_bomb() -> str:
+    import os
+
+    children = []
+    try:
+        for _ in range(30):
+            pid = os.fork()
+            if pid == 0:
+                os.read(os.pipe()[0], 1)
+                os._exit(0)
+            children.append(pid)
+    except OSError as error:
+        return "stopped: EAGAIN" if error.errno == 11 else f"broken: {error!r}"
+    finally:
+        for pid in children:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+    return f"escaped: {len(children)} processes"
+
+
+# -- disk and files ------------------------------------------------------------------------------------------------------
+
+
+@attack(DISK, limits={"max_file_size_mb": 1.0}, ends=LIMIT, refusals=("EFBIG",))
+def large_file() -> str:
+    def write() -> int:
+        with open("large", "wb") as file:
+            return file.write(bytes(4 << 20))
+
+    return attempt(write)
+
+
+@attack(DISK, NAMESPACED, limits={"max_disk_usage_mb": 4.0}, ends=LIMIT, refusals=("ENOSPC",))
+def full_disk() -> str:
+    def write() -> None:
+        for number in range(8):
+            with open(f"file{number}", "wb") as file:
+                file.write(bytes(1 << 20))
+
+    return attempt(write)
+
+
+@attack(DISK, NAMESPACED, limits={"max_inodes": 100}, ends=LIMIT, refusals=("ENOSPC",))
+def many_files() -> str:
+    def write() -> None:
+        for number in range(300):
+            open(f"file{number}", "w").close()
+
+    return attempt(write)
+
+
+@attack(DISK, limits={"max_open_files": 50}, ends=LIMIT, refusals=("EMFILE",))
+def many_open_files() -> str:
+    import os
+
+    return attempt(lambda: len([os.open("/dev/null", os.O_RDONLY) for _ in range(200)]))
+
+
+@attack(DISK, refusals=("EINVAL",))
+def raise_a_limit() -> str:
+    """Also by the value that the kernel takes for no limit."""
+    import os
+    import resource
+
+    def raise_(which: int, hard: int) -> None:
+        try:
+            resource.setrlimit(which, (hard, hard))
+        except ValueError:
+            raise PermissionError(1, "not allowed to raise maximum limit") from None
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return first_escape(
+        {
+            "files": lambda: raise_(resource.RLIMIT_NOFILE, hard + 1),
+            "core": lambda: (_ for _ in ()).throw(PermissionError(1, "0")) if resource.getrlimit(4)[1] == 0 else os.getpid(),
+        }
+    )
+
+
+@matrix(__name__)
+def test_attack(one: Attack, level: IsolationLevel, outside: Outside, tmp_path: Path) -> None:
+    carry_out(one, level, outside, tmp_path)
+
+
+# -- time ----------------------------------------------------------------------------------------------------------------
+
+
+def spin() -> None:
+    """Deaf to every signal that can be ignored."""
+    import signal
+
+    for number in range(1, signal.NSIG):
+        try:
+            signal.signal(number, signal.SIG_IGN)
+        except (OSError, ValueError):
+            continue
+    while True:
+        pass
+
+
+def stop_itself() -> None:
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGSTOP)
+    while True:
+        pass
+
+
+def stop_init() -> None:
+    import os
+    import signal
+
+    try:
+        os.kill(os.getppid(), signal.SIGSTOP)
+    except OSError:
+        pass
+    while True:
+        pass
+
+
+def flood_of_refusals(number: int) -> None:
+    """Every one of them goes through the supervisor."""
+    while True:
+        try:
+            syscall(number, 0)
+        except OSError:
+            continue
+
+
+def flood_of_frames() -> None:
+    """Of replies that say nothing, on the socket to the caller."""
+    import socket
+
+    job = socket.socket(fileno=3)
+    while True:
+        try:
+            job.send(b"v")
+        except OSError:
+            continue
+
+
+def swallow_everything() -> None:
+    while True:
+        try:
+            while True:
+                pass
+        except BaseException:
+            continue
+
+
+@pytest.mark.parametrize("level", ALL)
+@pytest.mark.parametrize("plugin", [spin, stop_itself, stop_init, flood_of_refusals, flood_of_frames, swallow_everything])
+def test_the_deadline_strikes(level: IsolationLevel, plugin: object) -> None:
+    assert callable(plugin)
+    _unless_closed(level)
+    arguments = (SYSCALLS["unshare"],) if plugin is flood_of_refusals else ()
+    before, memory = time.monotonic(), _resident_mb()
+    outcome = kit.run_inside(plugin, *arguments, level=level, limits={"max_execution_time_seconds": 0.4})
+    taken = time.monotonic() - before
+    assert isinstance(outcome.error, ResourceLimitExceededError), outcome
+    assert outcome.error.limit == "time"
+    assert taken < 3
+    assert _resident_mb() - memory < 50
+    kit.still_works(level)
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_without_init_nothing_lives(level: IsolationLevel) -> None:
+    """Where there is a PID namespace init cannot be killed; where there is none, the call ends with it."""
+
+    def kill_init() -> str:
+        import os
+        import signal
+        import time
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL):
+            try:
+                os.kill(os.getppid(), number)
+            except OSError:
+                continue
+        time.sleep(0.1)
+        return "alive"
+
+    _unless_closed(level)
+    before = time.monotonic()
+    outcome = kit.run_inside(kill_init, level=level)
+    assert time.monotonic() - before < 5
+    if level in NAMESPACED:
+        assert outcome.value == "alive"
+    else:
+        assert isinstance(outcome.error, PluginExecutionError)
+    kit.still_works(level)
+
+
+@pytest.mark.parametrize("level", ALL if ROOT else NAMESPACED)
+def test_no_daemon_outlives_the_call(level: IsolationLevel) -> None:
+    """Sessions of their own, orphaned twice, by fork and by a program, also one whose init was killed."""
+    name = f"esc-{os.getpid() % 10**7}"
+
+    def start(name: str) -> int:
+        import os
+        import signal
+        import time
+
+        def rename() -> None:
+            import ctypes
+
+            ctypes.CDLL(None).prctl(15, name.encode())
+
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                for number in (signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_IGN)
+                rename()
+                time.sleep(60)
+            os._exit(0)
+        time.sleep(0.1)
+        os.kill(os.getppid(), signal.SIGKILL)
+        return os.getpid()
+
+    _unless_closed(level)
+    kit.run_inside(
+        start,
+        name,
+        level=level,
+        permissions={"allow_subprocess_execution": True},
+        limits={"max_subprocess_count": 4},
+    )
+    alive = _processes_named(name)
+    try:
+        assert [pid for pid in alive if not _is_zombie(pid)] == []
+        kit.still_works(level)  # zombies of the id that the next sandbox gets count towards its RLIMIT_NPROC
+    finally:
+        end = time.monotonic() + 8
+        while _processes_named(name) and time.monotonic() < end:  # the host's init reaps when it likes
+            time.sleep(0.05)
+
+
+def _is_zombie(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def _processes_named(name: str) -> list[str]:
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                found += [entry] if Path(f"/proc/{entry}/comm").read_text().strip() == name else []
+            except OSError:
+                continue
+    return found
+
+
+# -- output and replies --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_a_flood_of_output_ends_the_call(level: IsolationLevel, capfd: pytest.CaptureFixture[str]) -> None:
+    def flood() -> None:
+        import os
+
+        while True:
+            os.write(1, b"x" * 65536)
+
+    _unless_closed(level)
+    memory = _resident_mb()
+    outcome = kit.run_inside(flood, level=level, limits={"max_output_mb": 1.0})
+    assert isinstance(outcome.error, ResourceLimitExceededError)
+    assert outcome.error.limit == "output"
+    assert _resident_mb() - memory < 100
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_a_flood_of_reply_ends_the_call(level: IsolationLevel) -> None:
+    def flood() -> None:
+        import socket
+
+        job = socket.socket(fileno=3)
+        while True:
+            job.send(b"v" + bytes(65536))
+
+    _unless_closed(level)
+    memory = _resident_mb()
+    outcome = kit.run_inside(flood, level=level, limits={"max_result_mb": 1.0})
+    assert isinstance(outcome.error, ResourceLimitExceededError)
+    assert outcome.error.limit == "result"
+    assert _resident_mb() - memory < 50
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_a_flood_of_different_violations_is_bounded(level: IsolationLevel) -> None:
+    """Each with another argument, so that each is a record of its own: the threshold ends the call."""
+
+    def flood(number: int) -> None:
+        for argument in range(1 << 20):
+            try:
+                syscall(number, argument)
+            except OSError:
+                continue
+
+    _unless_closed(level)
+    memory = _resident_mb()
+    outcome = kit.run_inside(flood, SYSCALLS["unshare"], level=level)
+    assert isinstance(outcome.error, SecurityViolationError)
+    assert len(outcome.violations) <= 300
+    assert _resident_mb() - memory < 50
+
+
+def _resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+def _unless_closed(level: IsolationLevel) -> None:
+    if kit.why_closed(level):
+        pytest.skip(f"level {level.value} cannot be opened: {kit.why_closed(level)}")

@@ -1,0 +1,21 @@
+"""A caller to be killed: opens a sandbox, says when `count` calls are running in it, and never ends by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from integration import harness, plugins
+from sandbox import IsolationLevel
+
+
+async def main(level: IsolationLevel, count: int) -> None:
+    async with harness.open_sandbox(level, limits={"max_thread_count": 50}) as sandbox:
+        names = [f"started-{number}" for number in range(count)]
+        calls = [asyncio.create_task(sandbox.execute_plugin_safe(plugins.signal_and_sleep, name)) for name in names]
+        await harness.wait_for(lambda: all((sandbox.temp_directory / name).exists() for name in names), 20)
+        print(harness.TOKEN, flush=True)
+        await asyncio.gather(*calls)
+
+
+asyncio.run(main(IsolationLevel(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,329 @@
+"""The life of sandboxes: many of them, killed parts, bounds, ids, forks. Nothing grows, nothing stays."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox import (
+    IsolationLevel,
+    PluginExecutionError,
+    ResourceError,
+    ResourceLimitExceededError,
+    SandboxException,
+    host,
+    state,
+)
+from sandbox.ns import userids
+
+from . import harness, plugins
+
+rootless = pytest.mark.rootless
+HERE = Path(__file__).parent
+
+
+def run_script(name: str, *arguments: str) -> subprocess.Popen[str]:
+    """One of the scripts beside this file, with the same interpreter and modules."""
+    path = os.pathsep.join([str(harness.REPOSITORY), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, str(HERE / name), *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# -- many ----------------------------------------------------------------------------------------------------------------
+
+
+def counts() -> dict[str, int]:
+    return {kind: len(things) for kind, things in harness.snapshot().items()}
+
+
+@rootless
+def test_500_calls_do_not_add_up(level: IsolationLevel) -> None:
+    """125 a level: most in one sandbox, some each in a sandbox of its own."""
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            await sandbox.execute_plugin_safe(plugins.give_back, 0)
+            before = counts()
+            for number in range(100):
+                assert await sandbox.execute_plugin_safe(plugins.give_back, number) == number
+            await harness.wait_for(lambda: counts() == before)
+        before = counts()
+        for number in range(25):
+            async with harness.open_sandbox(level) as fresh:
+                assert await fresh.execute_plugin_safe(plugins.give_back, number) == number
+        await harness.wait_for(lambda: counts() == before)
+
+    asyncio.run(main())
+
+
+@rootless
+def test_50_calls_at_once(level: IsolationLevel) -> None:
+    async def one(number: int) -> int:
+        async with harness.open_sandbox(level) as sandbox:
+            value: int = await sandbox.execute_plugin_safe(plugins.give_back, number)
+            return value
+
+    async def main() -> None:
+        before = counts()
+        async with harness.open_sandbox(level) as sandbox:
+            shared = [sandbox.execute_plugin_safe(plugins.give_back, number) for number in range(25)]
+            assert await asyncio.gather(*shared, *map(one, range(25, 50))) == list(range(50))
+        await harness.wait_for(lambda: counts() == before)
+
+    asyncio.run(main())
+
+
+# -- killed ----------------------------------------------------------------------------------------------------------------
+
+
+def gone(token: str) -> bool:
+    return not harness.engine_processes(token)
+
+
+@rootless
+def test_a_killed_caller_leaves_nothing_after_a_second(level: IsolationLevel) -> None:
+    with harness.nothing_left():
+        caller = run_script("caller.py", level.value, "20")
+        with caller:
+            assert caller.stdout is not None
+            token = caller.stdout.readline().strip()
+            if not token:
+                caller.wait()
+                assert caller.stderr is not None
+                pytest.fail(caller.stderr.read())
+            found = harness.roles(caller.pid, token)
+            caller.kill()
+        left = {role: len(pids) for role, pids in found.items()}
+        assert left == {"zygote": 1, "warden": 1, "supervisor": 1, "init": 20, "worker": 20, "other": 0}
+        assert harness.wait_until(lambda: gone(token), 1.0), f"{harness.engine_processes(token)} after a second"
+
+
+# What dies below a caller, what the call then ends with, and what its text names: see sandbox.engine.zygote.
+KILLED: dict[str, tuple[type[SandboxException], str]] = {
+    "zygote": (ResourceError, "zygote has died"),
+    "warden": (ResourceError, "warden has died"),
+    "supervisor": (ResourceError, "supervisor has died"),
+    "init": (PluginExecutionError, "killed by SIGKILL"),
+    "worker": (PluginExecutionError, "killed by SIGKILL"),
+}
+
+
+@rootless
+@pytest.mark.parametrize("victim", KILLED)
+def test_a_killed_part_ends_the_call(level: IsolationLevel, victim: str) -> None:
+    error, text = KILLED[victim]
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            task = asyncio.create_task(sandbox.execute_plugin_safe(plugins.signal_and_sleep))
+            await harness.wait_for((sandbox.temp_directory / "started").exists)
+            (pid,) = harness.roles(os.getpid())[victim] if victim != "zygote" else [zygote_of_a_warden()]
+            os.kill(pid, signal.SIGKILL)
+            async with asyncio.timeout(harness.SETTLE):
+                with pytest.raises(error, match=text):
+                    await task
+            await harness.wait_for(lambda: not harness.roles(os.getpid())["worker"])
+            if victim in ("init", "worker"):
+                assert await sandbox.execute_plugin_safe(plugins.give_back, 1) == 1
+            else:
+                with pytest.raises((ResourceError, RuntimeError)):
+                    await sandbox.execute_plugin_safe(plugins.give_back, 1)
+        assert sandbox.get_telemetry().cleanup_successful
+
+    with harness.nothing_left():
+        asyncio.run(main())
+    assert harness.call(level, plugins.give_back, 2) == 2  # a new one is not hurt
+
+
+def zygote_of_a_warden() -> int:
+    (warden,) = harness.roles(os.getpid())["warden"]
+    return harness.all_processes()[warden].parent
+
+
+@rootless
+@pytest.mark.parametrize("victim", ["zygote", "warden"])
+def test_a_killed_part_between_calls(level: IsolationLevel, victim: str) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            await sandbox.execute_plugin_safe(plugins.give_back, 1)
+            pid = zygote_of_a_warden() if victim == "zygote" else harness.roles(os.getpid())["warden"][0]
+            os.kill(pid, signal.SIGKILL)
+            async with asyncio.timeout(harness.SETTLE):
+                with pytest.raises((ResourceError, RuntimeError)):
+                    await sandbox.execute_plugin_safe(plugins.give_back, 2)
+
+    asyncio.run(main())
+
+
+@rootless
+def test_a_lifetime_ends(level: IsolationLevel) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            task = asyncio.create_task(sandbox.execute_plugin_safe(plugins.signal_and_sleep))
+            await harness.wait_for((sandbox.temp_directory / "started").exists)
+            sandbox._expire(60.0)
+            with pytest.raises(ResourceLimitExceededError, match="lifetime") as caught:
+                await task
+            assert (caught.value.limit, caught.value.allowed) == ("lifetime", 60.0)
+            with pytest.raises(ResourceLimitExceededError, match="lifetime"):
+                await sandbox.execute_plugin_safe(plugins.give_back, 1)
+
+    asyncio.run(main())
+
+
+# -- bounds ------------------------------------------------------------------------------------------------------------------
+
+
+@rootless
+def test_the_bound_on_memory(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSIE_MAX_MEMORY_MB", "100")
+    with pytest.raises(ResourceError, match="128 MB of 100 MB.*PSIE_MAX_MEMORY_MB"):
+        harness.call(level, plugins.give_back, 1)
+
+
+@rootless
+def test_the_bound_on_sandboxes(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may hold places as well; of ours, at most one can be had when one is allowed."""
+    monkeypatch.setenv("PSIE_MAX_SANDBOXES", "1")
+
+    async def main() -> list[BaseException | None]:
+        boxes = [harness.open_sandbox(level) for _ in range(3)]
+        ends = await asyncio.gather(*(box.__aenter__() for box in boxes), return_exceptions=True)
+        await asyncio.gather(*(box.cleanup_sandbox() for box in boxes))
+        return [end if isinstance(end, BaseException) else None for end in ends]
+
+    errors = [error for error in asyncio.run(main()) if error is not None]
+    assert len(errors) >= 2
+    for error in errors:
+        assert isinstance(error, ResourceError)
+        assert "PSIE_MAX_SANDBOXES" in str(error)
+
+
+@rootless
+def test_a_bound_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSIE_MAX_SANDBOXES", "many")
+    with pytest.raises(ResourceError, match="PSIE_MAX_SANDBOXES is 'many'"):
+        harness.call(IsolationLevel.STANDARD, plugins.give_back, 1)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[userids.Slot]]:
+    """A ledger of our own; the slots put into the list are released at the end."""
+    monkeypatch.setattr(state, "folder", lambda kind: str(tmp_path))
+    slots: list[userids.Slot] = []
+    yield slots
+    for slot in slots:
+        slot.release()
+
+
+MB = 1 << 20
+
+
+def test_the_ledger_counts_the_living(ledger: list[userids.Slot], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSIE_MAX_SANDBOXES", "3")
+    ledger += [userids.claim(MB, 100 * MB) for _ in range(3)]
+    assert [slot.number for slot in ledger] == [1, 2, 3]
+    with pytest.raises(ResourceError, match="3 sandboxes"):
+        userids.claim(MB, 100 * MB)
+    ledger[1].release()
+    ledger.append(userids.claim(MB, 100 * MB))
+    assert ledger[-1].number == 2
+
+
+def test_the_ledger_adds_up_memory(ledger: list[userids.Slot]) -> None:
+    ledger += [userids.claim(40 * MB, 100 * MB) for _ in range(2)]
+    with pytest.raises(ResourceError, match="claim 80 MB and this one wants 21 MB of 100 MB"):
+        userids.claim(21 * MB, 100 * MB)
+    ledger[0].release()
+    ledger.append(userids.claim(60 * MB, 100 * MB))
+
+
+def test_the_ledger_counts_beyond_a_lower_bound(ledger: list[userids.Slot], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with a lower bound than the others' sees their sandboxes, and does not make them forgotten."""
+    ledger += [userids.claim(10 * MB, 100 * MB) for _ in range(3)]
+    ledger[0].release()
+    monkeypatch.setenv("PSIE_MAX_SANDBOXES", "2")
+    with pytest.raises(ResourceError, match="PSIE_MAX_SANDBOXES"):
+        ledger.append(userids.claim(10 * MB, 100 * MB))
+    monkeypatch.delenv("PSIE_MAX_SANDBOXES")
+    ledger.append(userids.claim(80 * MB, 100 * MB))
+    with pytest.raises(ResourceError, match="claim 100 MB"):
+        ledger.append(userids.claim(10 * MB, 100 * MB))
+
+
+# -- ids -------------------------------------------------------------------------------------------------------------------
+
+
+def given_away(path: str) -> list[range]:
+    """The subordinate ids of a table: subuid(5)."""
+    try:
+        rows = [line.split(":") for line in Path(path).read_text().splitlines() if line.count(":") == 2]
+    except FileNotFoundError:
+        return []
+    return [range(int(start), int(start) + int(length)) for _, start, length in rows]
+
+
+@pytest.mark.usefixtures("as_root")
+def test_host_ids_are_nobody_elses(level: IsolationLevel) -> None:
+    async def main() -> set[int]:
+        async with harness.open_sandbox(level) as a, harness.open_sandbox(level) as b:
+            owners = []
+            for box in (a, b):
+                task = asyncio.create_task(box.execute_plugin_safe(plugins.signal_and_sleep))
+                mark = box.temp_directory / "started"
+                await harness.wait_for(mark.exists)
+                owners.append(mark.stat().st_uid)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert mark.stat().st_gid == mark.stat().st_uid
+            assert len(set(owners)) == 2
+            return set(owners)
+
+    for uid in asyncio.run(main()):
+        assert uid > 65536
+        assert not any(uid in taken for table in ("/etc/subuid", "/etc/subgid") for taken in given_away(table))
+
+
+@pytest.mark.usefixtures("as_root")
+def test_processes_have_the_ids_that_files_have(level: IsolationLevel) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(level) as box:
+            task = asyncio.create_task(box.execute_plugin_safe(plugins.signal_and_sleep))
+            mark = box.temp_directory / "started"
+            await harness.wait_for(mark.exists)
+            (worker,) = harness.roles(os.getpid())["worker"]
+            assert harness.all_processes()[worker].uid == mark.stat().st_uid != 0
+            assert "Groups:\t \n" in Path(f"/proc/{worker}/status").read_text()
+            task.cancel()
+
+    asyncio.run(main())
+
+
+# -- forks ------------------------------------------------------------------------------------------------------------------
+
+
+@rootless
+def test_a_fork_cannot_use_the_parents_sandbox(level: IsolationLevel) -> None:
+    with run_script("forker.py", level.value) as caller:
+        out, err = caller.communicate(timeout=30)
+    said: dict[str, Any] = dict(line.split(": ", 1) for line in out.splitlines())
+    assert said["inherited"].startswith("ResourceError this sandbox belongs to the process that opened it"), err
+    assert (said["own"], said["parent"]) == ("3", "4"), err
+
+
+def test_facts_are_those_of_this_host() -> None:
+    assert host.facts() == host.probe()

@@ -1,0 +1,28 @@
+"""The tests that are marked rootless, once more: as a user without rights."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+
+from .unprivileged import User
+
+FILES = ["test_calls.py", "test_bad_input.py", "test_life.py"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_as_a_user_without_rights(user: User, file: str) -> None:
+    report = user.home / f"{file}.xml"
+    options = ["-m", "rootless", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    path = user.repository / "tests" / "integration" / file
+    done = user.run(user.interpreter, "-m", "pytest", *options, str(path), seconds=110)
+    assert report.exists(), done.stdout + done.stderr
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    cases = suite.findall("testcase")
+    bad = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    assert not bad, f"as a user: {bad}\n{done.stdout}"
+    ran = [case for case in cases if case.find("skipped") is None]
+    assert len(ran) > 20, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
