@@ -363,7 +363,7 @@ class _Compiler:
         else:
             rules += [[path, "read"] for path in self.libraries()]
         if self.permissions.allow_file_access and self.permissions.allow_file_creation:
-            rules.append(["{workspace}", "write"])
+            rules.append([WORKSPACE if own_mounts else "{folder}/files", "write"])
             if own_mounts:
                 rules += [["/tmp", "write"], ["/var/tmp", "write"], ["/dev/shm", "write"]]
 
@@ -496,7 +496,7 @@ class _Compiler:
         """The caller's folders and files that are not visible anyway: (source, target, flags)."""
         if "mnt" not in self.namespaces:
             return []
-        hidden = HIDDEN if self.level.view == "host-hidden" else ("/",)
+        hidden = (*HIDDEN, "/tmp") if self.level.view == "host-hidden" else ("/",)
         return [[path, path, "ro,nosuid,nodev"] for path in outermost(self.read_only) if under(path, hidden)]
 
     def workspace(self) -> dict[str, object]:

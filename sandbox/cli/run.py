@@ -80,9 +80,10 @@ def siblings(path: str, source: bytes) -> list[str]:
             entry = os.path.join(folder, name) if name is not None else ""
             if not entry or entry in found:
                 continue
-            if os.path.isdir(entry):
-                found.append(entry)
-                texts += [read_text(os.path.join(entry, inner)) for inner in sorted(os.listdir(entry)) if inner.endswith(".py")]
+            if os.path.isdir(entry) and os.access(entry, os.R_OK | os.X_OK):
+                modules = [inner for inner in sorted(os.listdir(entry)) if inner.endswith(".py")]
+                found += [entry] if modules else []
+                texts += [read_text(os.path.join(entry, inner)) for inner in modules]
             elif entry.endswith((".py", ".so")):
                 found.append(entry)
                 texts += [read_text(entry)] if entry.endswith(".py") else []

@@ -217,7 +217,7 @@ class Sandbox:
                 opened.append(parent)
                 fds["folder_parent"] = parent
                 instruction["folder"] = str(self.slot.number)
-                wire = place(wire, self.folder or "")
+                instruction["folder_path"] = self.folder
             instruction["recipe_number"] = self.zygote.teach(wire)
             instruction["fds"] = list(fds)
             hub.setblocking(False)
@@ -601,23 +601,25 @@ def expectations(protections: Sequence[Protection]) -> dict[str, str]:
     return merged
 
 
-def place(wire: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The wire form with the places of a workspace that is a folder on disk filled in."""
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, str):
-            return value.replace("{workspace}", folder + "/files").replace("{folder}", folder)
-        if isinstance(value, (list, tuple)):
-            return [fill(item) for item in value]
-        if isinstance(value, dict):
-            return {key: fill(item) for key, item in value.items()}
-        return value
-
-    return {key: fill(value) for key, value in wire.items()}
+_wires: dict[str, dict[str, Any]] = {}
+WIRES = 64  # different recipes of a process that are kept in their wire form
 
 
 def wire_form(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that warden, init and worker carry out, as an instruction, with compiled filter and request."""
+    """The part of a recipe that warden, init and worker carry out, as an instruction, with compiled filter and request.
+
+    Equal recipes have one and the same wire form, so that a zygote learns each only once.
+    """
+    key = repr(recipe)
+    wire = _wires.get(key)
+    if wire is None:
+        if len(_wires) >= WIRES:
+            _wires.clear()
+        wire = _wires[key] = _wire_form(recipe)
+    return wire
+
+
+def _wire_form(recipe: Recipe) -> dict[str, Any]:
     from sandbox.seccomp import filter as seccomp_filter
 
     seccomp = recipe.seccomp
@@ -631,7 +633,7 @@ def wire_form(recipe: Recipe) -> dict[str, Any]:
     network = dict(recipe.network)
     if network["mode"] == "veth":
         network["request"] = link_request()
-    wire = {
+    return {
         "namespaces": list(recipe.namespaces),
         "call_mounts": recipe.call_mounts,
         "workspace": recipe.workspace,
@@ -641,19 +643,6 @@ def wire_form(recipe: Recipe) -> dict[str, Any]:
         "landlock": recipe.landlock,
         "seccomp": {"profile": seccomp["profile"], "bpf": program},
     }
-    if recipe.workspace["kind"] == "tmpfs":
-        return {
-            **wire,
-            "landlock": _with_workspace(recipe.landlock, str(recipe.workspace["path"])),
-        }
-    return wire
-
-
-def _with_workspace(landlock: dict[str, object] | None, path: str) -> dict[str, object] | None:
-    if landlock is None:
-        return None
-    rules: list[list[str]] = landlock["rules"]  # type: ignore[assignment]
-    return {**landlock, "rules": [[rule_path.replace("{workspace}", path), rights] for rule_path, rights in rules]}
 
 
 def link_request() -> bytes:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS = 30.0  # a zygote without a sandbox for so long is let go
 SANDBOXES_PER_ZYGOTE = 1000  # forks share hash seed and address layout: after so many a fresh one takes over
-CALL_MODULES = ("cloudpickle", "sandbox.engine.codec", "traceback")
+CALL_MODULES = ("cloudpickle", "traceback")
 
 
 class ThreadLoop(PollLoop):

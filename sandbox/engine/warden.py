@@ -70,7 +70,7 @@ class Warden:
         self.reports: dict[int, Call] = {}  # by the report socket's fd
         self.poll = select.poll()
         self.supervisor: tuple[int, int, _socket.socket] | None = None  # pid, pidfd, socket
-        self.own_namespaces = {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES}
+        self.own_namespaces = {name: os.readlink("/proc/self/ns/" + name) for name in recipe["namespaces"]}
 
     def report_failure(self, failure: mounts.LineFailed, call: int = 0) -> None:
         fields = {"line": failure.line, "errno": failure.errno, "path": failure.path, "text": failure.text, "call": call}
@@ -309,6 +309,21 @@ class Warden:
             os.waitpid(call.pid, 0)
 
 
+def place(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The recipe with the places of a workspace that is a folder on disk filled in."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace("{folder}", folder)
+        if isinstance(value, (list, tuple)):
+            return [fill(item) for item in value]
+        if isinstance(value, dict):
+            return {key: fill(item) for key, item in value.items()}
+        return value
+
+    return {key: fill(value) for key, value in recipe.items()}
+
+
 def read(path: str) -> str:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -373,6 +388,8 @@ def run(
         keep = [fds[name] for name in ("hub", "violations", "lock", "cgroup") if name in fds]
         keep += [fd for fd in (host_namespace, link_socket.fileno() if link_socket else None) if fd is not None]
         channel.keep_only(keep)
+        if "folder_path" in instruction:
+            recipe = place(recipe, instruction["folder_path"])
         warden = Warden(recipe, instruction, fds, link_socket)
         try:
             warden.set_up(host_namespace)

@@ -2,7 +2,8 @@
 
 It puts the filter on, shows by a self-probe that Landlock holds, reports "sealed", waits for a job, runs it and replies.
 From the moment the plugin runs nothing that this process says is believed beyond being the plugin's reply.
-Must not import anything heavy: what a job needs is imported when the job is there.
+Must not import anything heavy: what a job needs of the standard library is imported when the job is there. What it needs
+of psie is imported here: a sandbox may not see the place where psie lies.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import sys
 import termios
 
-from sandbox.engine import channel
+from sandbox.engine import channel, codec, modules
 from sandbox.ns import mounts, privileges
 from sandbox.seccomp import load
 
@@ -128,8 +129,6 @@ def prepare_process(recipe: dict[str, Any], instruction: dict[str, Any]) -> None
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     if instruction["allowed_modules"] or instruction["blocked_modules"]:
-        from sandbox.engine import modules
-
         modules.bind_imports(instruction["allowed_modules"], instruction["blocked_modules"])
     gc.enable()
 
@@ -285,8 +284,6 @@ def reply(job: _socket.socket, action: Callable[[], object], max_bytes: int, *, 
 
 
 def send_value(job: _socket.socket, value: object, max_bytes: int) -> None:
-    from sandbox.engine import codec
-
     try:
         data = codec.encode(value, max_bytes=max_bytes)
     except codec.ReplyTooLarge as error:
@@ -317,6 +314,4 @@ def send_unfit(job: _socket.socket, fields: dict[str, object]) -> None:
 
 
 def send_error(job: _socket.socket, error: BaseException) -> None:
-    from sandbox.engine import codec
-
     send_frames(job, channel.REPLY_ERROR, codec.encode_error(error))

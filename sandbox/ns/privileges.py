@@ -57,9 +57,15 @@ def empty_bounding_set() -> None:
     if not prctl.cap_permitted.setpcap:
         return
     prctl.cap_effective.setpcap = True
-    prctl.capbset.limit()
-    bits = ("NOROOT", "NOROOT_LOCKED", "NO_SETUID_FIXUP", "NO_SETUID_FIXUP_LOCKED", "KEEP_CAPS_LOCKED")
-    prctl.set_securebits(sum(getattr(prctl, "SECBIT_" + bit) for bit in bits))
+    for capability in prctl.ALL_CAPS:
+        prctl.capbset_drop(capability)
+    prctl.set_securebits(
+        prctl.SECBIT_NOROOT
+        | prctl.SECBIT_NOROOT_LOCKED
+        | prctl.SECBIT_NO_SETUID_FIXUP
+        | prctl.SECBIT_NO_SETUID_FIXUP_LOCKED
+        | prctl.SECBIT_KEEP_CAPS_LOCKED
+    )
 
 
 def no_new_privs() -> None:

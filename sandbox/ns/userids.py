@@ -9,6 +9,7 @@ Host side only. Source: fcntl(2) "Open file description locks", subuid(5), syste
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import struct
 
@@ -122,6 +123,7 @@ def _ranges(path: str, columns: slice, separator: str | None) -> list[tuple[int,
     return [(int(start), int(start) + int(length) - 1) for start, length in (line for line in lines if len(line) == 2)]
 
 
+@functools.cache
 def id_region(need: int) -> int:
     """The first of `need` host ids that are ours to give away: mapped here, not in /etc/subuid or subgid, no user's.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -69,7 +68,7 @@ class Session:
     def start(self) -> None:
         executable = self.interpreter()
         if executable is not None:
-            options = ["-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "--color=no"]
+            options = ["-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "--color=no", f"--basetemp={self.home}/pytest"]
             self.process = self._popen([executable, "-m", "pytest", *options, "tests/escape"])
 
     def result(self) -> tuple[int, str]:
@@ -84,7 +83,7 @@ class Session:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.communicate()
-        shutil.rmtree(self.home, ignore_errors=True)
+        subprocess.run(["rm", "-rf", "--", self.home], check=False)  # shutil.rmtree() cannot remove the deep trees of a failed test
 
 
 _session: Session | None = None
