@@ -151,7 +151,9 @@ class ResourceLimitExceededError(SandboxException):
 
     def __str__(self) -> str:
         message = (str(self.args[0]) if self.args else "") or "the plugin exceeded a resource limit"
-        numbers = [f"{value:,.12g} {word}" for value, word in ((self.used, "used"), (self.allowed, "allowed")) if value is not None]
+        numbers = [
+            f"{value:,.12g} {word}" for value, word in ((self.used, "used"), (self.allowed, "allowed")) if value is not None
+        ]
         facts = ": ".join(part for part in (self.limit, ", ".join(numbers)) if part)
         return escape_text(f"{message} ({facts})" if facts else message, keep="")
 

@@ -1,4 +1,4 @@
-"""What this host and this user can do, probed once; and the comparison of a running sandbox with its recipe.
+"""What this host and this user can do, probed once.
 
 The facts are the second input of `sandbox.recipe.compile`. Probing forks a few children and costs some 20 ms, so the
 facts are cached per boot, user, namespaces and interpreter; `probe()` is the plain truth, `facts()` the cached one.
@@ -10,16 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 
 from sandbox import state
-from sandbox.version import __version__
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from sandbox.recipe import Protection
+    from collections.abc import Callable
+    from typing import Any
 
 UNIFIED = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 SYSCALLS = (
@@ -236,64 +234,23 @@ def probe() -> HostFacts:
     )
 
 
-def _cache_key() -> list[object]:
-    """What the facts depend on. A sandboxed, containerised or upgraded psie must not believe another one's facts."""
-    key: list[object] = [__version__, os.getuid(), os.getgid(), sys.executable, sys.path]
-    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/cgroup", "/proc/sys/user/max_user_namespaces"):
-        try:
-            with open(path) as file:
-                key.append(file.read())
-        except OSError:
-            key.append(None)
-    for name in ("user", "mnt", "pid", "net"):
-        key.append(os.readlink("/proc/self/ns/" + name) if os.path.lexists("/proc/self/ns/" + name) else None)
-    return key
-
-
 def facts() -> HostFacts:
     """The facts of this boot, user, namespaces and interpreter, from the cache if they are there."""
     import json
 
     cache = state.Cache("facts")
-    key = json.loads(json.dumps(_cache_key()))
+    key = json.loads(json.dumps(state.host_key()))
     stored = cache.read("facts.json")
     if stored is not None:
         try:
             content = json.loads(stored)
             if content["key"] == key and set(content["facts"]) == {field.name for field in fields(HostFacts)}:
-                values = {name: tuple(value) if isinstance(value, list) else value for name, value in content["facts"].items()}
+                values: dict[str, Any] = {
+                    name: tuple(value) if isinstance(value, list) else value for name, value in content["facts"].items()
+                }
                 return HostFacts(**values)
         except (ValueError, KeyError, TypeError):
             pass  # damaged or of another version: probed again and overwritten
     found = probe()
     cache.write("facts.json", json.dumps({"key": key, "facts": found.to_dict()}).encode())
     return found
-
-
-def forget() -> None:
-    """The next `facts()` probes again: what was believed has just proved wrong."""
-    state.Cache("facts").remove("facts.json")
-
-
-# -- read-back -----------------------------------------------------------------------------------------------------------
-
-
-def differences(expected: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Where a running worker is not what its recipe says: {name: (expected, seen)}. What was not seen differs."""
-    return {name: (value, seen.get(name, "nothing")) for name, value in expected.items() if seen.get(name) != value}
-
-
-def confirm(protections: tuple[Protection, ...], seen: Mapping[str, str]) -> tuple[Protection, ...]:
-    """The protections of a recipe as the running worker showed them. Call it when `differences` has found none."""
-    confirmed = []
-    for protection in protections:
-        if protection.expected:
-            shown = ", ".join(f"{name}={seen[name]}" for name in protection.expected)
-            protection = replace(protection, detail=f"{protection.detail}; seen: {shown}".lstrip("; "))
-        elif protection.mechanism == "Landlock" and seen.get("probe", "none") != "none":
-            protection = replace(protection, detail=f"{protection.detail}; a write elsewhere answered {seen['probe']}".lstrip("; "))
-        elif protection.name == "own /proc" and "no /proc" in seen.get("notes", "") and protection.state == "enforced":
-            detail = "a fresh one cannot be mounted here: none is stronger"
-            protection = replace(protection, state="substituted", mechanism="no /proc at all", detail=detail)
-        confirmed.append(protection)
-    return tuple(confirmed)

@@ -9,10 +9,11 @@ anything starts. Must not do anything to the system but look at paths.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, SecurityLevel
 from sandbox.errors import SandboxInitializationError
+from sandbox.recipe_data import ENFORCED, MISSING, SUBSTITUTED, Protection, Recipe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from sandbox.host import HostFacts
 
     Line = list[object]
-
-ENFORCED = "enforced"
-SUBSTITUTED = "substituted"
-MISSING = "missing"
 
 MB = 1 << 20
 PLUGIN_ID = 1000  # uid and gid of the plugin inside a user namespace
@@ -70,62 +67,6 @@ VIEWS = {
 }
 PROFILES = ("denylist", "allowlist", "tight")
 _SECURITY_PROFILE = {SecurityLevel.HIGH: "allowlist", SecurityLevel.MAXIMUM: "tight"}
-
-
-@dataclass(frozen=True)
-class Protection:
-    """One line of a recipe: what is promised, what does it, and what became of it.
-
-    `state` is enforced, substituted (by the weaker mechanism that is named) or missing. `expected` maps names of the
-    read-back (see sandbox.engine.warden) to the values that a running worker must show.
-    """
-
-    name: str
-    state: str
-    mechanism: str
-    detail: str = ""
-    mend: str = ""
-    expected: dict[str, str] = field(default_factory=dict)
-    by_host: bool = True  # a better host would have it; False: this version has it nowhere
-
-    def to_dict(self) -> dict[str, str]:
-        shown = {"name": self.name, "state": self.state, "mechanism": self.mechanism, "detail": self.detail}
-        return {**shown, "mend": self.mend} if self.mend else shown
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a level becomes on this host, for these limits and permissions. Plain data all through."""
-
-    level: str
-    namespaces: tuple[str, ...]
-    outer_user_namespace: bool
-    template: dict[str, object] | None
-    sandbox_mounts: list[list[str]]
-    call_mounts: list[Line]
-    workspace: dict[str, object]
-    network: dict[str, object]
-    hostname: str
-    ids: dict[str, object]
-    rlimits: list[Line]
-    landlock: dict[str, object] | None
-    seccomp: dict[str, object]
-    cgroup: dict[str, object] | None
-    environment: dict[str, str]
-    limits: dict[str, float]
-    interpreter: dict[str, object]
-    preload: tuple[str, ...]
-    modules: dict[str, list[str]]
-    monitoring: dict[str, object]
-    protections: tuple[Protection, ...]
-
-    def to_dict(self) -> dict[str, object]:
-        return asdict(self)
-
-    @property
-    def weakened(self) -> list[Protection]:
-        """Protections that this host cannot enforce as the level says."""
-        return [protection for protection in self.protections if protection.state != ENFORCED and protection.by_host]
 
 
 def compile(
@@ -177,9 +118,8 @@ class _Compiler:
 
     # -- protections -----------------------------------------------------------------------------------------------
 
-    def add(self, name: str, mechanism: str, detail: str = "", **expected: str) -> None:
-        shown = {key.replace("__", "/"): value for key, value in expected.items()}
-        self.protections.append(Protection(name, ENFORCED, mechanism, detail, "", shown))
+    def add(self, name: str, mechanism: str, detail: str = "", expected: dict[str, str] | None = None) -> None:
+        self.protections.append(Protection(name, ENFORCED, mechanism, detail, "", expected))
 
     def lacking(self, name: str, reason: str, mend: str, *, substitute: str = "") -> None:
         """An isolation that cannot be had: refused at STRICT and MAXIMUM unless allow_degraded, else reported."""
@@ -192,7 +132,9 @@ class _Compiler:
         state = SUBSTITUTED if substitute else MISSING
         self.protections.append(Protection(name, state, substitute or "none", reason, mend))
 
-    def limit(self, name: str, detail: str, controller: str, mechanism: str, substitute: str, **expected: str) -> None:
+    def limit(
+        self, name: str, detail: str, controller: str, mechanism: str, substitute: str, expected: dict[str, str] | None = None
+    ) -> None:
         """A resource limit: by the cgroup where there is the controller, else by the substitute, and said."""
         if controller in self.controllers():
             self.add(name, mechanism, detail)
@@ -205,9 +147,8 @@ class _Compiler:
                 mend=f"{mend}, or leave out require_limits (--require-limits)",
             )
         state = SUBSTITUTED if substitute else MISSING
-        shown = {key.replace("__", "/").replace("_", " "): value for key, value in expected.items()}
         said = f"{detail}: no {controller} controller here"
-        self.protections.append(Protection(name, state, substitute or "none", said, mend, shown))
+        self.protections.append(Protection(name, state, substitute or "none", said, mend, expected))
 
     def controllers(self) -> tuple[str, ...]:
         return self.host.controllers if self.host.cgroup_writable else ()
@@ -296,7 +237,7 @@ class _Compiler:
             sandbox_mounts=self.attached(),
             call_mounts=call_mounts,
             workspace=workspace,
-            network=self.network(),
+            network={"mode": self.network_mode()},
             hostname="psie",
             ids=self.ids(),
             rlimits=self.rlimits(),
@@ -314,13 +255,17 @@ class _Compiler:
 
     def describe_process(self) -> None:
         self.add("own process", "fork of a clean zygote", "own session, clean environment, no inherited fd, not dumpable")
-        self.add("no_new_privs", "prctl(PR_SET_NO_NEW_PRIVS)", NoNewPrivs="1")
+        self.add("no_new_privs", "prctl(PR_SET_NO_NEW_PRIVS)", expected={"NoNewPrivs": "1"})
         nothing = "0" * 16
         caps = dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapAmb"), nothing)
         if self.host.root or "user" in self.namespaces:
-            self.add("no capabilities", "all sets and the bounding set emptied, securebits locked", **caps, CapBnd=nothing)
+            self.add(
+                "no capabilities",
+                "all sets and the bounding set emptied, securebits locked",
+                expected={**caps, "CapBnd": nothing},
+            )
         else:
-            self.add("no capabilities", "all sets emptied", "the bounding set is moot by no_new_privs", **caps)
+            self.add("no capabilities", "all sets emptied", "the bounding set is moot by no_new_privs", caps)
         if "user" in self.namespaces:
             self.add("unprivileged id", f"id {PLUGIN_ID} in its own user namespace", self.id_detail())
         elif self.host.root:
@@ -423,7 +368,7 @@ class _Compiler:
         )
         if not self.host.seccomp_notify:
             self.lacking("record of refused system calls", "the kernel has no SECCOMP_RET_USER_NOTIF", "Linux 5.0 or later")
-        self.add(f"seccomp {profile}", "seccomp(2) filter", detail, Seccomp="2")
+        self.add(f"seccomp {profile}", "seccomp(2) filter", detail, {"Seccomp": "2"})
         return {
             "profile": profile,
             "allow_subprocess": subprocess,
@@ -434,7 +379,9 @@ class _Compiler:
     def describe_namespaces(self) -> None:
         for name in self.namespaces:
             self.add(
-                NAMESPACE_NAMES[name], f"clone3(CLONE_NEW{'NS' if name == 'mnt' else name.upper()})", **{f"ns__{name}": "own"}
+                NAMESPACE_NAMES[name],
+                f"clone3(CLONE_NEW{'NS' if name == 'mnt' else name.upper()})",
+                expected={f"ns/{name}": "own"},
             )
         mode = self.network_mode()
         if mode == "veth":
@@ -446,9 +393,6 @@ class _Compiler:
 
     def network_mode(self) -> str:
         return self.level.network if "net" in self.namespaces else "host"
-
-    def network(self) -> dict[str, object]:
-        return {"mode": self.network_mode()}
 
     def ids(self) -> dict[str, object]:
         """`plugin`: uid and gid as the worker has them in its own user namespace; where they lie outside is allocated."""
@@ -597,7 +541,7 @@ class _Compiler:
         if not self.cgroup_leaf():
             return None
         memory = int(self.limits.max_memory_mb * MB)
-        every = {
+        every: dict[str, dict[str, object]] = {
             "memory": {
                 "memory.max": memory, "memory.high": int(self.limits.memory_warning_threshold_mb * MB), "memory.swap.max": 0, "memory.oom.group": 1,
             },
@@ -617,20 +561,26 @@ class _Compiler:
             self.lacking_limit(
                 "cgroup leaf", "no cgroup v2 tree that we may write", mend, "PID namespace" if "pid" in self.namespaces else ""
             )
-        self.limit("memory", f"{limits.max_memory_mb:g} MB", "memory", "memory.max, swap 0, oom.group", "RLIMIT_DATA per process",
-                   limit__Max_data_size=str(memory))  # fmt: skip
+        self.limit(
+            "memory", f"{limits.max_memory_mb:g} MB", "memory", "memory.max, swap 0, oom.group", "RLIMIT_DATA per process",
+            {"limit/Max data size": str(memory)},
+        )  # fmt: skip
         tasks = self.tasks()
-        self.limit("processes and threads", f"{self.subprocesses} subprocesses, {self.threads} threads", "pids", "pids.max",
-                   "RLIMIT_NPROC" if tasks is not None else "", **({"limit__Max_processes": str(tasks)} if tasks is not None else {}))  # fmt: skip
-        self.limit("CPU", f"{limits.max_cpu_percent:g} % of one CPU", "cpu", "cpu.max", f"RLIMIT_CPU: {self.cpu_seconds()} s in all, not the rate",
-                   limit__Max_cpu_time=str(self.cpu_seconds()))  # fmt: skip
+        self.limit(
+            "processes and threads", f"{self.subprocesses} subprocesses, {self.threads} threads", "pids", "pids.max",
+            "RLIMIT_NPROC" if tasks is not None else "", {"limit/Max processes": str(tasks)} if tasks is not None else {},
+        )  # fmt: skip
+        self.limit(
+            "CPU", f"{limits.max_cpu_percent:g} % of one CPU", "cpu", "cpu.max",
+            f"RLIMIT_CPU: {self.cpu_seconds()} s in all, not the rate", {"limit/Max cpu time": str(self.cpu_seconds())},
+        )  # fmt: skip
         self.add("wall clock", "the warden kills the call", f"{limits.max_execution_time_seconds:g} s")
-        self.add("open files", "RLIMIT_NOFILE", str(limits.max_open_files), limit__Max_open_files=str(limits.max_open_files))
-        self.add("file size", "RLIMIT_FSIZE", f"{self.file_size / MB:g} MB")
+        self.add(
+            "open files", "RLIMIT_NOFILE", str(limits.max_open_files), {"limit/Max open files": str(limits.max_open_files)}
+        )
+        self.add("file size", "RLIMIT_FSIZE", f"{self.file_size / MB:g} MB", {"limit/Max file size": str(self.file_size)})
         self.add("output", "counted by the caller's side", f"{limits.max_output_mb:g} MB")
         self.add("result", "counted by the caller's side", f"{limits.max_result_mb:g} MB")
-        self.protections = [replace(p, expected={key.replace("Max_", "Max ").replace("_", " ") if key.startswith("limit/") else key: value
-                                                 for key, value in p.expected.items()}) for p in self.protections]  # fmt: skip
         for name, value in (("file operations", limits.max_file_operations), ("network requests", limits.max_network_requests)):
             detail = f"{value}: counting them is not part of this version"
             self.protections.append(Protection(name, MISSING, "none", detail, by_host=False))

@@ -29,6 +29,7 @@ from sandbox.errors import (
     SandboxException,
     SandboxInitializationError,
 )
+from sandbox.recipe_data import confirm
 from sandbox.telemetry import SandboxTelemetry
 from sandbox.text import TerminalEscaper
 from sandbox.violations import SandboxViolation
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, TextIO
 
-    from sandbox.recipe import Protection, Recipe
+    from sandbox.recipe_data import Protection, Recipe
 
 
 class EnhancedPluginSandbox:
@@ -122,7 +123,7 @@ class EnhancedPluginSandbox:
             raise
         assert self._standby.call is not None
         assert self._standby.call.read_back is not None
-        self.protections = host.confirm(self.recipe.protections, self._standby.call.read_back)
+        self.protections = confirm(self.recipe.protections, self._standby.call.read_back)
         seconds = self.config.max_sandbox_lifetime_minutes * 60
         self._lifetime = self._loop.call_later(seconds, self._expire, seconds)
         return self
@@ -260,7 +261,7 @@ class EnhancedPluginSandbox:
             "coroutine": inspect.iscoroutinefunction(function),
             "max_bytes": int(self.recipe.limits["result_bytes"]),
         }
-        return instruction, transport.pack(function, args, kwargs, self.recipe.interpreter["path"])  # type: ignore[arg-type]
+        return instruction, transport.pack(function, args, kwargs, self.recipe.interpreter["path"])
 
     def _folder(self) -> str:
         return (self._sandbox.folder if self._sandbox is not None else None) or ""

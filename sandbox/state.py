@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 import zlib
+
+from sandbox.version import __version__
 
 
 def folder(kind: str) -> str:
@@ -83,9 +86,38 @@ class Cache:
         except OSError:
             self.folder = None
 
+    def clear(self) -> None:
+        """Remove all of this kind."""
+        for name in os.listdir(self.folder) if self.folder is not None else ():
+            if name.startswith(self.kind + "-"):
+                self.remove(name[len(self.kind) + 1 :])
+
     def remove(self, name: str) -> None:
         if self.folder is not None:
             try:
                 os.unlink(self._path(name))
             except OSError:
                 self.folder = None
+
+
+def host_key() -> list[object]:
+    """What cached facts and recipes depend on: a contained or upgraded psie must not believe another one's."""
+    key: list[object] = [__version__, os.getuid(), os.getgid(), sys.executable, sys.path]
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/cgroup", "/proc/sys/user/max_user_namespaces"):
+        try:
+            with open(path, "rb", 0) as file:
+                key.append(file.read().decode())
+        except OSError:
+            key.append(None)
+    for name in ("user", "mnt", "pid", "net"):
+        try:
+            key.append(os.readlink("/proc/self/ns/" + name))
+        except OSError:
+            key.append(None)
+    return key
+
+
+def distrust() -> None:
+    """What was believed about the host has just proved wrong: probe again next time."""
+    Cache("facts").clear()
+    Cache("recipes").clear()

@@ -18,7 +18,7 @@ from sandbox.errors import PluginExecutionError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import Any, NoReturn
+    from typing import Any, ClassVar, NoReturn
 
 _lock = threading.Lock()
 _by_value: set[str] = set()
@@ -60,7 +60,7 @@ def _dumps(value: object) -> bytes:
     import cloudpickle
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-        dispatch_table = ChainMap(
+        dispatch_table: ClassVar[Any] = ChainMap(
             {
                 io.TextIOWrapper: _refuse_file,
                 io.BufferedReader: _refuse_file,

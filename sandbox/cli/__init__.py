@@ -7,7 +7,22 @@ click, which explains it.
 
 from __future__ import annotations
 
+import os
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+def leave(status: int) -> NoReturn:
+    """Exit without tearing the interpreter down, which would cost 4 ms: everything of ours is closed already."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            continue  # nobody reads any more
+    os._exit(status)
 
 
 def main() -> None:
@@ -25,7 +40,7 @@ def main() -> None:
         if given is not None:
             from sandbox.cli import run
 
-            sys.exit(run.run(given))
+            leave(run.run(given))
     from sandbox.cli import app
 
     sys.exit(app.main(arguments))

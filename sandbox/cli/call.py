@@ -7,8 +7,8 @@ import os
 import sys
 
 from sandbox.cli import run as run_command
+from sandbox.cli.inputs import UsageError
 from sandbox.cli.session import Session, complain
-from sandbox.cli.settings import UsageError
 from sandbox.engine import channel, codec
 from sandbox.errors import SandboxException
 

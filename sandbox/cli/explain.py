@@ -11,6 +11,7 @@ from sandbox.cli import settings
 from sandbox.cli.session import complain
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
 from sandbox.errors import SandboxException
+from sandbox.recipe_data import ENFORCED, MISSING, SUBSTITUTED
 from sandbox.text import escape_text
 
 TYPE_CHECKING = False
@@ -47,9 +48,7 @@ def explain(level: str | None, config: str | None, as_json: bool) -> int:
     return 0
 
 
-def refusal(
-    config: IsolationConfig, limits: PluginLimitsV2, permissions: PluginPermissionsV2, facts: host.HostFacts
-) -> str:
+def refusal(config: IsolationConfig, limits: PluginLimitsV2, permissions: PluginPermissionsV2, facts: host.HostFacts) -> str:
     try:
         recipe.compile(config, limits, permissions, facts)
     except SandboxException as error:
@@ -83,7 +82,9 @@ def levels() -> int:
             key = "seccomp" if protection.name.startswith("seccomp ") else protection.name
             names.setdefault(key, key)
             shown = protection.detail if key == "view of the files" else protection.mechanism
-            column[key] = protection.name.removeprefix("seccomp ") if key == "seccomp" else shown if protection.state == recipe.ENFORCED else "-"
+            column[key] = (
+                protection.name.removeprefix("seccomp ") if key == "seccomp" else shown if protection.state == ENFORCED else "-"
+            )
         table.append(column)
     wanted = [name for name in names if name not in ("file operations", "network requests", "reach of the interpreter")]
     rows = [[name, *(column.get(name, "-") for column in table)] for name in wanted]
@@ -100,7 +101,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(box=None, pad_edge=True, show_edge=False, header_style="bold")
     for title in head:
         table.add_column(title, overflow="fold")
-    colours = {recipe.ENFORCED: "green", recipe.SUBSTITUTED: "yellow", recipe.MISSING: "red"}
+    colours = {ENFORCED: "green", SUBSTITUTED: "yellow", MISSING: "red"}
     for row in rows:
         cells = [escape_text(cell, keep="").replace("[", "\\[") for cell in row]
         colour = colours.get(row[0])

@@ -6,17 +6,17 @@ in words, the result file) is imported there.
 
 from __future__ import annotations
 
+import _signal as signal  # signal.py would import enum
 import os
-import signal
 import sys
 from time import monotonic, time
 
-from sandbox import host, recipe
+from sandbox.cli import cached, inputs
 from sandbox.cli import run as run_command
-from sandbox.cli import settings
 from sandbox.engine import client, spawn
 from sandbox.engine.loop import PollLoop
 from sandbox.errors import ResourceLimitExceededError, SandboxException, SecurityViolationError
+from sandbox.recipe_data import ENFORCED, MISSING, SUBSTITUTED, Protection, confirm
 from sandbox.text import TerminalEscaper, escape_text
 
 TYPE_CHECKING = False
@@ -33,7 +33,7 @@ FAILED = run_command.FAILED
 TIMED_OUT = 124
 VIOLATED = 126
 OUT_OF_MEMORY = 137
-OUTPUT_EXCEEDED = 128 + signal.SIGXFSZ
+OUTPUT_EXCEEDED = 128 + int(signal.SIGXFSZ)
 
 
 def say(text: str) -> None:
@@ -72,14 +72,10 @@ class Session:
     ) -> None:
         self.given = given
         self.start = time()
-        self.config, self.limits, self.permissions = settings.settings(given)
-        self.environment = settings.environment(given["env"])
-        folders = settings.readable(given["ro"])
+        self.environment = inputs.environment(given["env"])
+        folders = inputs.readable(given["ro"])
         self.result_file = check_result_file(given["result_file"])
-        facts = host.facts()
-        self.recipe = recipe.compile(
-            self.config, self.limits, self.permissions, facts, read_only=[*read_only, *folders]
-        )
+        self.recipe, self.wire = cached.recipe_for(given, [*read_only, *folders])
         self.loop = PollLoop()
         self.zygote = self._zygote(started)
         self.modules: tuple[str, ...] = ()
@@ -106,7 +102,7 @@ class Session:
     def finish(self, job: dict[str, object], payload: bytes) -> int:
         """Set up, run, tear down; the exit status."""
         self.zygote.set_up(self.recipe, self.modules)
-        sandbox = client.Sandbox(self.zygote, self.recipe, client.wire_form(self.recipe), "run")
+        sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, "run")
         self.warn()
         try:
             self._start(sandbox, job, payload)
@@ -119,13 +115,12 @@ class Session:
             sandbox.close()
             self.loop.run_until(lambda: sandbox.is_gone)
             self.zygote.close()
-            self.loop.run_until(lambda: self.zygote.pidfd == -1)
         return self._status()
 
-    def protections(self) -> tuple[recipe.Protection, ...]:
+    def protections(self) -> tuple[Protection, ...]:
         """As they came out of the read-back; as compiled where no worker ever stood."""
         read_back = self.call.read_back if self.call is not None else None
-        return host.confirm(self.recipe.protections, read_back) if read_back is not None else self.recipe.protections
+        return confirm(self.recipe.protections, read_back) if read_back is not None else self.recipe.protections
 
     def warn(self) -> None:
         if self.recipe.weakened and not self.given["quiet"]:
@@ -171,7 +166,7 @@ class Session:
         call.on_violation = self._violation
 
     def _violation(self, call: client.Call, fields: dict[str, str]) -> None:
-        if len(call.violations) > self.config.violation_threshold:
+        if len(call.violations) > self.recipe.monitoring["violation_threshold"]:
             call.kill("violations")
 
     def _kill(self, cause: str) -> None:
@@ -237,21 +232,21 @@ class Session:
 
         assert self.call is not None
         if self.ended_by is not None:
-            return 128 + self.ended_by
+            return 128 + int(self.ended_by)
         if self.reader_gone:
-            return 128 + signal.SIGPIPE
+            return 128 + int(signal.SIGPIPE)
         code, number = outcome.exit_of(self.call)
         if isinstance(error, SecurityViolationError):
             return VIOLATED
         if isinstance(error, ResourceLimitExceededError):
-            known = {"time": TIMED_OUT, "memory": OUT_OF_MEMORY, "output": OUTPUT_EXCEEDED, "cpu": 128 + signal.SIGXCPU}
+            known = {"time": TIMED_OUT, "memory": OUT_OF_MEMORY, "output": OUTPUT_EXCEEDED, "cpu": 128 + int(signal.SIGXCPU)}
             return known.get(error.limit, code or 1)
         if self.call.error is not None or self.call.outcome is None:
             return FAILED
         if number is not None:
             return 128 + number
         if self.call.outcome.get("cause") == "killed":
-            return 128 + signal.SIGKILL
+            return 128 + int(signal.SIGKILL)
         return code if code is not None else FAILED
 
 
@@ -277,9 +272,9 @@ def check_result_file(path: str | None) -> str | None:
         return None
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise settings.UsageError(f"--result-file {path}: there is no folder {folder}: make it first")
+        raise inputs.UsageError(f"--result-file {path}: there is no folder {folder}: make it first")
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise settings.UsageError(f"--result-file {path}: this cannot be written: give a file in a folder of yours")
+        raise inputs.UsageError(f"--result-file {path}: this cannot be written: give a file in a folder of yours")
     return os.path.abspath(path)
 
 
@@ -325,7 +320,7 @@ def write_result(
 def print_summary(session: Session, status: int) -> None:
     """At most five lines on stderr: what held the plugin."""
     protections = session.protections()
-    states = {state: [p.name for p in protections if p.state == state] for state in (recipe.ENFORCED, recipe.SUBSTITUTED, recipe.MISSING)}
+    states = {state: [p.name for p in protections if p.state == state] for state in (ENFORCED, SUBSTITUTED, MISSING)}
     seconds = monotonic() - session.job_sent
     say(f"level {session.recipe.level}, status {status}, {seconds * 1000:.0f} ms; read back from the running sandbox:")
     for state, names in states.items():

@@ -1,6 +1,6 @@
 """From the command's options to limits, permissions and config: flags before file before environment before defaults.
 
-Must be light enough for the start path of `psie run`.
+Imports what it takes to check settings: on the start path of `psie run` only where its recipe is not cached.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 
 from sandbox.cli import options
-from sandbox.config import ConfigError, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, load_config
+from sandbox.cli.inputs import UsageError
+from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, load_config
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,17 +19,15 @@ SUBPROCESSES = 16  # with --allow-subprocess and no --pids
 _UNITS = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024}
 
 
-class UsageError(ValueError):
-    """A mistake on the command line: one sentence with the mend. Status 125."""
-
-
 def level(text: str) -> IsolationLevel:
     if text.lower() in options.LEVELS:
         return IsolationLevel(text.lower())
     import difflib
 
     near = difflib.get_close_matches(text.lower(), options.LEVELS, 1)
-    raise UsageError(f"--level {text}: there is no such level{f', did you mean {near[0]}' if near else ''}: give {', '.join(options.LEVELS)}")
+    raise UsageError(
+        f"--level {text}: there is no such level{f', did you mean {near[0]}' if near else ''}: give {', '.join(options.LEVELS)}"
+    )
 
 
 def number(name: str, text: str) -> float:
@@ -109,36 +108,3 @@ def _bounded(limits: PluginLimitsV2, bounds: dict[str, Any]) -> PluginLimitsV2:
             if name in str(error) and name in bounds:
                 raise UsageError(str(error).replace(f"PluginLimitsV2.{name}", flag)) from None
         raise
-
-
-def environment(entries: tuple[str, ...]) -> dict[str, str]:
-    """--env NAME=VALUE, or --env NAME for one of the caller's own."""
-    variables = {}
-    for entry in entries:
-        name, has_value, value = entry.partition("=")
-        if not name:
-            raise UsageError(f"--env {entry}: give NAME or NAME=VALUE")
-        if not has_value:
-            if name not in os.environ:
-                raise UsageError(f"--env {name}: there is no such variable in your environment: give {name}=VALUE")
-            value = os.environ[name]
-        variables[name] = value
-    return variables
-
-
-def readable(paths: tuple[str, ...]) -> list[str]:
-    """--ro paths, absolute; each must be there and readable, and something that can be shown in a sandbox."""
-    found = []
-    for path in paths:
-        full = os.path.realpath(path)
-        if not os.path.exists(full):
-            raise UsageError(f"--ro {path}: there is no such file or folder")
-        if not os.access(full, os.R_OK):
-            raise UsageError(f"--ro {path}: you may not read it yourself: chmod it, or leave it out")
-        if full == "/" or full.split("/")[1] in ("proc", "sys", "dev"):
-            raise UsageError(f"--ro {path}: a sandbox has its own {full}: give a folder of files")
-        found.append(full)
-    return found
-
-
-__all__ = ["ConfigError", "UsageError", "environment", "level", "readable", "settings"]

@@ -27,7 +27,9 @@ ERASE, ERASE_ESCAPED = b"\b \b", b"\\x08 \\x08"
 class Terminal:
     """The pty of one call. `on_interrupts("interrupt")` is called at a second Ctrl-C in a row."""
 
-    def __init__(self, loop: PollLoop, output: Callable[[bytes], None], *, raw: bool, on_interrupts: Callable[[str], None]) -> None:
+    def __init__(
+        self, loop: PollLoop, output: Callable[[bytes], None], *, raw: bool, on_interrupts: Callable[[str], None]
+    ) -> None:
         self.loop = loop
         self.output = output
         self.raw = raw

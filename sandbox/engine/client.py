@@ -11,11 +11,12 @@ import errno
 import os
 import sys
 
-from sandbox import host, state
+from sandbox import state
 from sandbox.cgroups import leaf
 from sandbox.engine import channel, spawn
 from sandbox.errors import ResourceError, SandboxException, SandboxInitializationError
 from sandbox.ns import userids
+from sandbox.recipe_data import differences
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sandbox.engine.loop import Loop, Timer
-    from sandbox.recipe import Protection, Recipe
+    from sandbox.recipe_data import Recipe
 
 # Seconds that a killed sandbox may take to vanish, and that the caller's own clock waits longer than the warden's.
 GRACE = 5.0
@@ -46,7 +47,7 @@ def failed_line(fields: dict[str, str]) -> SandboxInitializationError:
     """The error for a "failed" message: it names the recipe's line, errno, path and mend."""
     number = int(fields.get("errno", "0") or "0")
     if number in (errno.EPERM, errno.ENOSPC, errno.ENOSYS):
-        host.forget()
+        state.distrust()
     return SandboxInitializationError(
         f"a sandbox could not be set up: {fields.get('text', '')}",
         line=fields.get("line", ""),
@@ -260,10 +261,10 @@ class Sandbox:
         """(fd of the parent, fd of the leaf). A leaf of the same slot is a dead sandbox's: the ledger says so."""
         assert self.recipe.cgroup is not None
         tree = os.path.join(str(self.recipe.cgroup["tree"]), "psie")
-        settings: dict[str, str] = self.recipe.cgroup["settings"]  # type: ignore[assignment]
+        settings: dict[str, str] = self.recipe.cgroup["settings"]
         os.makedirs(tree, mode=0o755, exist_ok=True)
         if settings:
-            controllers: list[str] = self.recipe.cgroup["controllers"]  # type: ignore[assignment]
+            controllers: list[str] = self.recipe.cgroup["controllers"]
             with open(tree + "/cgroup.subtree_control", "w") as file:
                 file.write(" ".join("+" + name for name in controllers))
         parent = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -456,8 +457,7 @@ class Call:
 
     def sealed(self, fields: dict[str, str]) -> None:
         try:
-            expected = expectations(self.sandbox.recipe.protections)
-            different = host.differences(expected, fields)
+            different = differences(self.sandbox.recipe.protections, fields)
             if different:
                 name, (wanted, seen) = next(iter(different.items()))
                 raise SandboxInitializationError(
@@ -594,13 +594,6 @@ class Call:
             self.on_done(self)
 
 
-def expectations(protections: Sequence[Protection]) -> dict[str, str]:
-    merged: dict[str, str] = {}
-    for protection in protections:
-        merged.update(protection.expected)
-    return merged
-
-
 _wires: dict[str, dict[str, Any]] = {}
 WIRES = 64  # different recipes of a process that are kept in their wire form
 
@@ -652,7 +645,8 @@ def link_request() -> bytes:
     if request is None:
         import subprocess
 
-        code = f"import runpy, sys; sys.path[:0] = {[spawn.ROOT, *sys.path]!r}; runpy.run_module('sandbox.engine.nethelper', run_name='__main__')"
+        own_path = [spawn.ROOT, *sys.path]
+        code = f"import sys; sys.path[:0] = {own_path!r}; from sandbox.engine.nethelper import main; main()"
         helper = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
         if helper.returncode:
             raise ResourceError(f"pyroute2 cannot encode a link: {helper.stderr.strip().splitlines()[-1:]}; reinstall pyroute2")

@@ -22,7 +22,7 @@ class Finder:
     def __init__(self, allowed: Sequence[str], blocked: Sequence[str]) -> None:
         self.allowed = frozenset(allowed)
         self.blocked = frozenset(blocked)
-        self.libraries = tuple(os.path.join(path, "") for path in sys.path[1:]) + ("<frozen",)
+        self.libraries = (*(os.path.join(path, "") for path in sys.path[1:]), "<frozen")
         self.original = builtins.__import__
 
     def check(self, name: str, filename: str) -> None:
@@ -58,4 +58,4 @@ class Finder:
 def bind_imports(allowed: Sequence[str], blocked: Sequence[str]) -> None:
     finder = Finder(allowed, blocked)
     sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
-    builtins.__import__ = finder.import_  # type: ignore[assignment]
+    builtins.__import__ = finder.import_

@@ -1,6 +1,6 @@
 """The net helper: encodes the request for a veth pair, once; the only process of the engine that imports pyroute2.
 
-Run as `python -m sandbox.engine.nethelper`, it prints the RTM_NEWLINK message in hexadecimal. The result is the same on
+Run as a process of its own, it prints the RTM_NEWLINK message in hexadecimal. The result is the same on
 every host of a byte order, so it is cached (see sandbox.engine.client) and pyroute2's 170 ms of import are paid once.
 """
 
@@ -31,5 +31,5 @@ def link_request() -> bytes:
     return bytes(message.data)
 
 
-if __name__ == "__main__":
+def main() -> None:
     sys.stdout.write(link_request().hex())

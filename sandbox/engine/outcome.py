@@ -6,9 +6,9 @@ result); nothing is guessed from texts. Must not know asyncio or the command lin
 
 from __future__ import annotations
 
+import _signal as signal  # signal.py would import enum
 import errno
 import os
-import signal
 
 from sandbox.engine import channel, codec
 from sandbox.errors import (
@@ -119,8 +119,10 @@ def _killed(number: int, limits: dict[str, float], violations: list[SandboxViola
         return SecurityViolationError(
             "the plugin was killed by seccomp: it used a foreign system call ABI", violations=violations
         )
-    name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
-    return PluginExecutionError(f"the plugin was killed by {name}", exception_type="", exception_message="", signal=number)
+    from signal import Signals
+
+    name = Signals(number).name if number in set(Signals) else f"signal {number}"
+    return PluginExecutionError(f"the plugin was killed by {name}", signal=number)
 
 
 def with_source(traceback_text: str, filename: str) -> str:
@@ -149,12 +151,18 @@ def plugin_error(call: Call, violations: list[SandboxViolation]) -> SandboxExcep
     except codec.CodecError:
         return PluginExecutionError("the plugin raised an exception that it does not describe", exception_type="?")
     if error.type.endswith("MemoryError"):
-        return _limit("memory", limits["memory_bytes"], None, f"the plugin wanted more memory than its limit allows ({error.type})")
+        return _limit(
+            "memory", limits["memory_bytes"], None, f"the plugin wanted more memory than its limit allows ({error.type})"
+        )
     if error.errno in LIMIT_ERRNO:
         name, key = LIMIT_ERRNO[error.errno]
-        return _limit(name, limits[key], None, f"the plugin passed its limit of {name} ({key} {limits[key]:g}): {error.message}")
+        return _limit(
+            name, limits[key], None, f"the plugin passed its limit of {name} ({key} {limits[key]:g}): {error.message}"
+        )
     if error.errno in (errno.EPERM, errno.EACCES) and violations:
-        return SecurityViolationError(f"the plugin ended by a refused operation: {violations[-1].message}", violations=violations)
+        return SecurityViolationError(
+            f"the plugin ended by a refused operation: {violations[-1].message}", violations=violations
+        )
     return PluginExecutionError(
         f"{error.type}: {error.message}",
         exception_type=error.type,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from sandbox.recipe import Recipe
+    from sandbox.recipe_data import Recipe
 
 IDLE_SECONDS = 30.0  # a zygote without a sandbox for so long is let go
 SANDBOXES_PER_ZYGOTE = 1000  # forks share hash seed and address layout: after so many a fresh one takes over

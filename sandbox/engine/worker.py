@@ -48,7 +48,9 @@ def run(
             os._exit(0)
         payload = receive_payload(job, int(instruction["size"]))  # type: ignore[call-overload]
         prepare_process(recipe, instruction)
-        status = {"run": run_file, "call": run_call, "function": run_function}[str(instruction["kind"])](job, instruction, payload)
+        status = {"run": run_file, "call": run_call, "function": run_function}[str(instruction["kind"])](
+            job, instruction, payload
+        )
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
@@ -125,7 +127,7 @@ def prepare_process(recipe: dict[str, Any], instruction: dict[str, Any]) -> None
         raw = open(fd, mode + "b", closefd=False)  # noqa: SIM115  (it lives as long as the process)
         line_buffering = mode == "w" and (fd == 2 or os.isatty(fd))
         stream = io.TextIOWrapper(raw, "utf-8", errors, line_buffering=line_buffering)
-        stream.mode = mode  # type: ignore[attr-defined]
+        stream.mode = mode  # type: ignore[misc]  # as CPython sets it at its start
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     if instruction["allowed_modules"] or instruction["blocked_modules"]:

@@ -39,7 +39,7 @@ import sys
 
 from sandbox.cgroups import leaf
 from sandbox.engine import channel, warden
-from sandbox.ns import mounts, network, privileges
+from sandbox.ns import mounts, network
 from sandbox.ns import syscalls as sc
 
 CONTROL = 3  # the socket to the caller
@@ -66,7 +66,7 @@ def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> Non
 
     for name in ("exit", "quit"):
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
-    builtins.help = _sitebuiltins._Helper()  # type: ignore[attr-defined]
+    builtins.help = _sitebuiltins._Helper()
     for module in modules:
         __import__(module)
     if len(os.listdir("/proc/self/task")) != 1:
@@ -74,8 +74,10 @@ def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> Non
 
 
 def freeze() -> None:
-    """What exists now is never collected, and so never written to, in any child; a worker turns the collector on again."""
-    gc.collect()
+    """What exists now is never collected, and so never written to, in any child; a worker turns the collector on again.
+
+    Without a collection first: the holes it would leave are pages that every child then writes to and copies.
+    """
     gc.disable()
     gc.freeze()
 

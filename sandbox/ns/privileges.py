@@ -6,9 +6,9 @@ python-prctl does not know. Sources: capabilities(7), prctl(2), setrlimit(2).
 
 from __future__ import annotations
 
+import _signal as signal
 import os
 import resource
-import _signal as signal
 
 from sandbox.ns import syscalls as sc
 

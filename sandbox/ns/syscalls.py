@@ -8,9 +8,9 @@ Sources: the man pages of section 2 of the same names, linux/mount.h, linux/sche
 
 from __future__ import annotations
 
+import _signal as signal  # signal.py would import enum, which nothing else on this side needs
 import ctypes
 import os
-import _signal as signal  # signal.py would import enum, which nothing else on this side needs
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000

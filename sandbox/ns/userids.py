@@ -9,7 +9,6 @@ Host side only. Source: fcntl(2) "Open file description locks", subuid(5), syste
 from __future__ import annotations
 
 import fcntl
-import functools
 import os
 import struct
 
@@ -93,7 +92,8 @@ def _choose(fd: int, memory: int, most: int, allowed: int) -> int:
     claimed = sum(claims[number] for number in alive)
     if claimed + memory > allowed:
         raise ResourceError(
-            f"the open sandboxes of this user claim {claimed >> 20} MB and this one wants {memory >> 20} MB of {allowed >> 20} MB: "
+            f"the open sandboxes of this user claim {claimed >> 20} MB and this one wants {memory >> 20} MB "
+            f"of {allowed >> 20} MB: "
             "close some, lower max_memory_mb, or set PSIE_MAX_MEMORY_MB"
         )
     os.pwrite(fd, _RECORD.pack(memory), chosen * _RECORD.size)
@@ -123,16 +123,19 @@ def _ranges(path: str, columns: slice, separator: str | None) -> list[tuple[int,
     return [(int(start), int(start) + int(length) - 1) for start, length in (line for line in lines if len(line) == 2)]
 
 
-@functools.cache
+_regions: dict[int, int] = {}  # found before: neither passwd nor subuid is read for every sandbox
+
+
 def id_region(need: int) -> int:
     """The first of `need` host ids that are ours to give away: mapped here, not in /etc/subuid or subgid, no user's.
 
     Raises ResourceError where this user namespace has no such ids (a container with a short id map).
     """
-    mapped = [
-        (inside, inside + length - 1)
-        for inside, length in ((int(row[0]), int(row[2])) for row in (line.split() for line in open("/proc/self/uid_map")))
-    ]
+    if need in _regions:
+        return _regions[need]
+    with open("/proc/self/uid_map") as file:
+        rows = [line.split() for line in file]
+    mapped = [(int(inside), int(inside) + int(length) - 1) for inside, _, length in rows]
     taken = [*_ranges("/etc/subuid", slice(1, 3), ":"), *_ranges("/etc/subgid", slice(1, 3), ":")]
     starts = [PREFERRED[0], *(last - need + 1 for _, last in reversed(mapped))]
     for start in starts:
@@ -145,6 +148,7 @@ def id_region(need: int) -> int:
             and not _overlaps(start, last, taken)
             and not _is_user(start, last)
         ):
+            _regions[need] = start
             return start
     raise ResourceError(
         f"this user namespace maps no {need} host ids that nobody uses: map more ids into the container, or run psie as a user"

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 folder = tempfile.mkdtemp(prefix="psie-escape-", dir=parent)
                 os.chmod(folder, 0o1777)
                 os.environ["PSIE_ESCAPE_PLACE"] = folder
-                config.add_cleanup(lambda: remove_place(folder))
+                config.add_cleanup(partial(remove_place, folder))
                 break
 
 
@@ -40,7 +41,7 @@ def outside() -> Iterator[kit.Outside]:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """The rootless session runs beside this one, if its test was chosen."""
-    if any(item.fspath.basename == "test_rootless.py" for item in session.items) and not session.config.option.collectonly:  # type: ignore[attr-defined]
+    if any(item.fspath.basename == "test_rootless.py" for item in session.items) and not session.config.option.collectonly:
         rootless.start()
 
 

@@ -16,20 +16,23 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from sandbox import EnhancedPluginSandbox, IsolationConfig, PluginLimitsV2, PluginPermissionsV2, transport
 from sandbox.config import IsolationLevel
+from sandbox.engine import service
 from sandbox.errors import SandboxException
 from sandbox.host import facts
 from sandbox.seccomp.filter import known_syscalls
 from sandbox.violations import SandboxViolation
+
+T = TypeVar("T")
 
 ROOT = os.getuid() == 0
 LEVELS = tuple(IsolationLevel)
@@ -165,7 +168,7 @@ def attempt(action: Callable[[], object]) -> str:
     return f"escaped: {value!r}"[:300]
 
 
-def first_escape(actions: dict[str, Callable[[], object]]) -> str:
+def first_escape(actions: Mapping[str, Callable[[], object]]) -> str:
     """Try all; the first that works is the answer, else the refusals that there were."""
     seen = []
     for name, action in actions.items():
@@ -323,7 +326,25 @@ def run_inside(
                 value, error = None, raised
             return Outcome(value, error, one.get_violations())
 
-    return asyncio.run(go())
+    return bounded(go())
+
+
+def bounded(work: Coroutine[Any, Any, T], seconds: float = 20.0) -> T:
+    """Run a coroutine, but not for ever: an engine whose thread has died answers nobody.
+
+    Such an engine is put away first, so that only the test that has killed it fails.
+    """
+    known = service._service
+    if known is not None and not known.loop.thread.is_alive():
+        service._service = None
+
+    async def go() -> T:
+        return await asyncio.wait_for(work, seconds)
+
+    try:
+        return asyncio.run(go())
+    except TimeoutError:
+        pytest.fail("the engine does not answer any more")
 
 
 def still_works(level: IsolationLevel) -> None:

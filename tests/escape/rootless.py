@@ -83,7 +83,9 @@ class Session:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.communicate()
-        subprocess.run(["rm", "-rf", "--", self.home], check=False)  # shutil.rmtree() cannot remove the deep trees of a failed test
+        subprocess.run(
+            ["rm", "-rf", "--", self.home], check=False
+        )  # shutil.rmtree() cannot remove the deep trees of a failed test
 
 
 _session: Session | None = None

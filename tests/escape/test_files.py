@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
+import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
-
-from sandbox.config import IsolationLevel
 
 from escape import kit
 from escape.kit import (
@@ -33,6 +32,7 @@ from escape.kit import (
     first_escape,
     matrix,
 )
+from sandbox.config import IsolationLevel
 
 WRITES = "writes only to the workspace"
 VIEW = "view of the files"
@@ -69,9 +69,10 @@ def open_folder(where: Where) -> Iterator[Scene]:
         before = state()
 
         def harm() -> str:
-            if not file.exists():
-                return "the file is gone"
-            after = state()
+            try:
+                after = state()
+            except OSError as error:
+                return f"the file cannot be read any more: {error}"
             return "" if after == before else f"{before} became {after}"
 
         try:
@@ -235,7 +236,7 @@ def kernel_settings() -> str:
     import os
 
     paths = ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/sys/kernel/hostname", "/proc/sys/vm/drop_caches")
-    return first_escape({path: lambda path=path: os.close(os.open(path, os.O_WRONLY)) for path in paths})
+    return first_escape({path: partial(os.open, path, os.O_WRONLY) for path in paths})
 
 
 @attack(PROC, rootless_levels=NAMESPACED)
@@ -251,7 +252,7 @@ def memory_of_the_kernel() -> str:
             os.close(fd)
 
     paths = ("/proc/kcore", "/proc/timer_list", "/proc/kmsg", "/dev/mem", "/dev/kmsg", "/dev/port")
-    return first_escape({path: lambda path=path: read(path) for path in paths})
+    return first_escape({path: partial(read, path) for path in paths})
 
 
 @attack(PROC, NAMESPACED, scene=calls("getpid"))
@@ -260,7 +261,7 @@ def keys_of_the_user(numbers: dict[str, int]) -> str:
         with open(path) as file:
             return file.read() or (_ for _ in ()).throw(FileNotFoundError(2, path))
 
-    return first_escape({path: lambda path=path: read(path) for path in ("/proc/keys", "/proc/key-users")})
+    return first_escape({path: partial(read, path) for path in ("/proc/keys", "/proc/key-users")})
 
 
 # -- reading -------------------------------------------------------------------------------------------------------------
@@ -292,11 +293,11 @@ def read_what_standard_hides(path: str, pid: int) -> str:
         with open(name) as file:
             return file.read()
 
-    detours = {"name": lambda: read(path), "climbing": climb}
+    detours: dict[str, Callable[[], object]] = {"name": lambda: read(path), "climbing": climb}
     for process in ["self", "thread-self", "1", str(pid), *(name for name in os.listdir("/proc") if name.isdigit())][:40]:
-        detours[f"root of {process}"] = lambda process=process: read(f"/proc/{process}/root{path}")
-        detours[f"cwd of {process}"] = lambda process=process: read(f"/proc/{process}/cwd/../../../../../..{path}")
-        detours[f"task of {process}"] = lambda process=process: read(f"/proc/{process}/task/{process}/root{path}")
+        detours[f"root of {process}"] = partial(read, f"/proc/{process}/root{path}")
+        detours[f"cwd of {process}"] = partial(read, f"/proc/{process}/cwd/../../../../../..{path}")
+        detours[f"task of {process}"] = partial(read, f"/proc/{process}/task/{process}/root{path}")
     return first_escape(detours)
 
 
@@ -317,7 +318,7 @@ def read_the_hosts_settings() -> str:
             raise FileNotFoundError(2, "only the plugin's own")
         return ",".join(names)
 
-    found = {path: lambda path=path: os.listdir(path) for path in ("/home", "/sys/class/net", "/etc/ssh", "/boot", "/opt")}
+    found = {path: partial(os.listdir, path) for path in ("/home", "/sys/class/net", "/etc/ssh", "/boot", "/opt")}
     return first_escape({"users": users, **found, "fstab": lambda: open("/etc/fstab").read()})
 
 
@@ -331,11 +332,11 @@ def write_into_the_template() -> str:
         points = sorted({line.split()[4] for line in file})
     inside = os.getcwd() == "/workspace"
     folders = [*points, "/", "/etc", "/usr", "/root", "/home", "/var", "/usr/lib", "/bin"] if inside else [os.getcwd()]
-    actions = {}
+    actions: dict[str, Callable[[], object]] = {}
     for folder in folders:
         if folder not in own and not folder.startswith("/proc") and os.path.isdir(folder):
-            actions[f"create in {folder}"] = lambda folder=folder: open(folder + "/psie-escape", "x")
-            actions[f"mode of {folder}"] = lambda folder=folder: os.chmod(folder, 0o777)
+            actions[f"create in {folder}"] = partial(open, folder + "/psie-escape", "x")
+            actions[f"mode of {folder}"] = partial(os.chmod, folder, 0o777)
     return first_escape({**actions, "run": lambda: open("/run/x", "x")} if inside else actions)
 
 
@@ -372,7 +373,7 @@ def test_temporary_files_are_private(level: IsolationLevel) -> None:
             assert await other.execute_plugin_safe(find, made) == []
 
     _unless_closed(level)
-    asyncio.run(go())
+    kit.bounded(go())
 
 
 @pytest.mark.parametrize("level", ALL)
@@ -407,7 +408,7 @@ def test_workspaces_are_private(level: IsolationLevel) -> None:
             return str(answer)
 
     _unless_closed(level)
-    assert asyncio.run(go()).startswith("stopped")
+    assert kit.bounded(go()).startswith("stopped")
 
 
 def make_a_mess(target: str) -> str:
@@ -448,13 +449,18 @@ def test_nothing_is_left_and_nothing_else_is_taken(level: IsolationLevel, tmp_pa
             return Path(os.path.realpath(one.temp_directory))
 
     before = time.monotonic()
-    folder = asyncio.run(go())
-    assert time.monotonic() - before < 8
-    assert (tmp_path / "precious").read_text() == "of the caller"
-    if level is MINIMAL:
-        assert not os.path.lexists(folder)
-        assert not os.path.lexists(folder.parent)
-    kit.still_works(level)
+    folder = kit.bounded(go())
+    try:
+        assert time.monotonic() - before < 8
+        assert (tmp_path / "precious").read_text() == "of the caller"
+        if level is MINIMAL:
+            assert not os.path.lexists(folder)
+            assert not os.path.lexists(folder.parent)
+        kit.still_works(level)
+    finally:
+        if level is MINIMAL and folder.name == "files":  # what is left keeps every further sandbox from opening
+            subprocess.run(["chmod", "-R", "u+rwx", str(folder.parent)], check=False, stderr=subprocess.DEVNULL)
+            subprocess.run(["rm", "-rf", "--", str(folder.parent)], check=False)
 
 
 @pytest.mark.parametrize("level", ALL)
@@ -464,7 +470,9 @@ def test_a_call_does_not_follow_links_of_the_one_before(level: IsolationLevel, t
     def replace() -> str:
         import os
 
-        return first_escape({"rename": lambda: os.rename(os.getcwd(), os.getcwd() + "-gone"), "rmdir": lambda: os.rmdir(os.getcwd())})
+        return first_escape(
+            {"rename": lambda: os.rename(os.getcwd(), os.getcwd() + "-gone"), "rmdir": lambda: os.rmdir(os.getcwd())}
+        )
 
     def where() -> str:
         import os
@@ -478,7 +486,7 @@ def test_a_call_does_not_follow_links_of_the_one_before(level: IsolationLevel, t
             return before, answer, await one.execute_plugin_safe(where)
 
     _unless_closed(level)
-    before, answer, after = asyncio.run(go())
+    before, answer, after = kit.bounded(go())
     assert answer.startswith("stopped")
     assert before == after
 
@@ -486,4 +494,3 @@ def test_a_call_does_not_follow_links_of_the_one_before(level: IsolationLevel, t
 def _unless_closed(level: IsolationLevel) -> None:
     if kit.why_closed(level):
         pytest.skip(f"level {level.value} cannot be opened: {kit.why_closed(level)}")
-

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from sandbox.config import IsolationLevel
-from sandbox.errors import PluginExecutionError, SandboxException
-
 from escape import kit
 from escape.kit import ALL, MINIMAL
+from sandbox.config import IsolationLevel
+from sandbox.errors import PluginExecutionError, SandboxException
 
 
 def forge(frames: list[bytes]) -> None:
@@ -129,7 +127,7 @@ def test_a_hundred_calls_leave_nothing_open(level: IsolationLevel) -> None:
         pytest.skip(kit.why_closed(level))
     kit.still_works(level)
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
-    asyncio.run(go())
+    kit.bounded(go())
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) <= before
 
 

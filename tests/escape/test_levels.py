@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from escape import kit
+from sandbox.config import IsolationLevel
 
 
 @pytest.mark.parametrize("level", kit.LEVELS)
-def test_level_opens(level: kit.IsolationLevel) -> None:
+def test_level_opens(level: IsolationLevel) -> None:
     assert kit.why_closed(level) == ""

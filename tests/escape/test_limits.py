@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-from sandbox.config import IsolationLevel
-from sandbox.errors import PluginExecutionError, ResourceLimitExceededError, SecurityViolationError
 
 from escape import kit
 from escape.kit import (
     ALL,
     NAMESPACED,
     ROOT,
-    STANDARD,
     SYSCALLS,
     Attack,
     Outside,
-    Scene,
-    Where,
     attack,
     attempt,
-    calls,
     carry_out,
     first_escape,
-    given,
     matrix,
     syscall,
 )
+from sandbox.config import IsolationLevel
+from sandbox.errors import PluginExecutionError, ResourceLimitExceededError, SecurityViolationError
 
 MEMORY = "memory"
 PROCESSES = "processes and threads"
@@ -85,7 +77,13 @@ def memory_files() -> str:
     return attempt(take)
 
 
-@attack(MEMORY, limits={**SMALL, "max_disk_usage_mb": 50.0}, ends=(*LIMIT, PluginExecutionError), refusals=("ENOMEM", "ENOSPC", "EDQUOT"), levels=NAMESPACED)
+@attack(
+    MEMORY,
+    limits={**SMALL, "max_disk_usage_mb": 50.0},
+    ends=(*LIMIT, PluginExecutionError),
+    refusals=("ENOMEM", "ENOSPC", "EDQUOT"),
+    levels=NAMESPACED,
+)
 def memory_behind_temporary_files() -> str:
     """The disk limit, once in each private tmpfs: together they are no more than the limit either."""
     import os
@@ -213,7 +211,7 @@ def raise_a_limit() -> str:
         except ValueError:
             raise PermissionError(1, "not allowed to raise maximum limit") from None
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return first_escape(
         {
             "files": lambda: raise_(resource.RLIMIT_NOFILE, hard + 1),

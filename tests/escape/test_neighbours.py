@@ -8,11 +8,10 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
-
-from sandbox.config import IsolationLevel
 
 from escape import kit
 from escape.kit import (
@@ -36,6 +35,7 @@ from escape.kit import (
     syscall,
     victim,
 )
+from sandbox.config import IsolationLevel
 
 SIGNALS = "no signals out"
 FOREIGN = "other processes are closed"
@@ -132,7 +132,7 @@ def signal_everybody_above() -> str:
         return "stopped: nobody above"
     seen = []
     while pid > 1:
-        answer = attempt(lambda pid=pid: os.kill(pid, 0))
+        answer = attempt(partial(os.kill, pid, 0))
         if answer.startswith("escaped"):
             return f"escaped: {pid}"
         seen.append(answer.removeprefix("stopped: "))
@@ -158,7 +158,7 @@ def read_a_process(pid: int, numbers: dict[str, int], secret: bytes) -> str:
             "mem": lambda: os.open(f"/proc/{pid}/mem", os.O_RDONLY),
             "mem, writing": lambda: os.open(f"/proc/{pid}/mem", os.O_RDWR),
             "maps": lambda: open(f"/proc/{pid}/maps").read(1) or (_ for _ in ()).throw(PermissionError(13, "empty")),
-            "fd": lambda: os.listdir(f"/proc/{pid}/fd"),
+            "fd": lambda: os.readlink(f"/proc/{pid}/fd/0"),
             "root": lambda: os.listdir(f"/proc/{pid}/root"),
             "cwd": lambda: os.readlink(f"/proc/{pid}/cwd"),
             "exe": lambda: os.readlink(f"/proc/{pid}/exe"),
@@ -207,7 +207,20 @@ def slow_a_process(pid: int, numbers: dict[str, int], secret: bytes) -> str:
 
 # -- shared memory and queues --------------------------------------------------------------------------------------------
 
-IPC_CALLS = ("shmget", "shmat", "shmctl", "semget", "semctl", "semop", "msgget", "msgctl", "msgrcv", "msgsnd", "mq_open", "mq_unlink")
+IPC_CALLS = (
+    "shmget",
+    "shmat",
+    "shmctl",
+    "semget",
+    "semctl",
+    "semop",
+    "msgget",
+    "msgctl",
+    "msgrcv",
+    "msgsnd",
+    "mq_open",
+    "mq_unlink",
+)
 IPC_CREAT = 0o1000
 
 
@@ -321,7 +334,9 @@ def read_posix_shared_memory(path: str) -> str:
 @attack(
     NAMESPACE,
     NAMESPACED,
-    scene=lambda where: given(theirs={kind: os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("user", "mnt", "pid", "ipc", "uts", "cgroup")})(where),
+    scene=lambda where: given(
+        theirs={kind: os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("user", "mnt", "pid", "ipc", "uts", "cgroup")}
+    )(where),
 )
 def in_a_namespace_of_the_host(theirs: dict[str, int]) -> str:
     import os
@@ -453,8 +468,8 @@ def rename_a_pair(port: int, name: str, path: str) -> str:
     actions = {}
     for kind in (sockets.SOCK_STREAM, sockets.SOCK_SEQPACKET, sockets.SOCK_DGRAM):
         for address in ("\0" + name, "\0" + name + "-log", path, path + "-log"):
-            actions[f"connect {kind} {address}"] = lambda kind=kind, address=address: connect(kind, address)
-            actions[f"send {kind} {address}"] = lambda kind=kind, address=address: send(kind, address)
+            actions[f"connect {kind} {address}"] = partial(connect, kind, address)
+            actions[f"send {kind} {address}"] = partial(send, kind, address)
     return first_escape(actions)
 
 
@@ -510,7 +525,7 @@ def test_another_sandbox_is_closed(level: IsolationLevel) -> None:
             {
                 "mem": lambda: os.open(f"/proc/{pid}/mem", os.O_RDONLY),
                 "environ": lambda: open(f"/proc/{pid}/environ").read(),
-                "fd": lambda: os.listdir(f"/proc/{pid}/fd"),
+                "fd": lambda: os.readlink(f"/proc/{pid}/fd/3"),
                 "kill": lambda: os.kill(pid, signal.SIGKILL),
                 "stop": lambda: os.kill(pid, signal.SIGSTOP),
                 "write": lambda: open(path + "/stop", "w"),
@@ -529,7 +544,7 @@ def test_another_sandbox_is_closed(level: IsolationLevel) -> None:
 
     if kit.why_closed(level):
         pytest.skip(kit.why_closed(level))
-    answer, lived = asyncio.run(go())
+    answer, lived = kit.bounded(go())
     assert answer.startswith("stopped"), answer
     assert lived == "lived"
 
@@ -547,4 +562,4 @@ def test_names_of_other_sandboxes_are_not_in_memory(level: IsolationLevel) -> No
 
     if kit.why_closed(level):
         pytest.skip(kit.why_closed(level))
-    assert asyncio.run(go()).startswith("stopped")
+    assert kit.bounded(go()).startswith("stopped")

@@ -187,14 +187,14 @@ def own_fds() -> frozenset[str]:
 
 
 def foreign_files() -> frozenset[str]:
-    """Entries of the shared temporary folders that a plugin, or psie, may have made."""
+    """Entries of the shared temporary folders that belong to a sandbox's id, or without root to our own."""
     found = set()
     for folder in ("/tmp", "/var/tmp", "/dev/shm"):
         with contextlib.suppress(OSError):
             for entry in os.scandir(folder):
                 with contextlib.suppress(OSError):
                     owner = entry.stat(follow_symlinks=False).st_uid
-                    if entry.name.startswith("psie") or owner >= 1 << 16 or (not ROOT and owner == os.getuid()):
+                    if owner >= ID_REGION if ROOT else owner == os.getuid():
                         found.add(entry.path)
     return frozenset(found)
 
@@ -215,7 +215,7 @@ def snapshot(*, zombies: bool = False) -> dict[str, frozenset[str]]:
         "mounts": frozenset(Path("/proc/self/mountinfo").read_text().splitlines()),
         "descriptors": own_fds(),
         "links": frozenset(name for _, name in socket.if_nameindex()),
-        "cgroups": ownerless(tree + "/psie") if tree else frozenset(),
+        "cgroups": ownerless(tree + "/psie") if tree and ROOT else frozenset(),
         "workspaces": ownerless(os.path.join(state.folder("lib"), "work")),
         "temporary files": foreign_files(),
     }

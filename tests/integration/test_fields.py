@@ -23,6 +23,12 @@ from sandbox import (
 
 from . import harness
 
+
+@pytest.fixture
+def nothing_left() -> None:
+    """Nothing is opened here."""
+
+
 CLASSES: dict[str, type] = {"limits": PluginLimitsV2, "permissions": PluginPermissionsV2, "config": IsolationConfig}
 
 

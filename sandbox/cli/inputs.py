@@ -1,0 +1,39 @@
+"""The options of a run that name things of the caller: variables and paths. Checked at every run, so light."""
+
+from __future__ import annotations
+
+import os
+
+
+class UsageError(ValueError):
+    """A mistake on the command line: one sentence with the mend. Status 125."""
+
+
+def environment(entries: tuple[str, ...]) -> dict[str, str]:
+    """--env NAME=VALUE, or --env NAME for one of the caller's own."""
+    variables = {}
+    for entry in entries:
+        name, has_value, value = entry.partition("=")
+        if not name:
+            raise UsageError(f"--env {entry}: give NAME or NAME=VALUE")
+        if not has_value:
+            if name not in os.environ:
+                raise UsageError(f"--env {name}: there is no such variable in your environment: give {name}=VALUE")
+            value = os.environ[name]
+        variables[name] = value
+    return variables
+
+
+def readable(paths: tuple[str, ...]) -> list[str]:
+    """--ro paths, absolute; each must be there and readable, and something that can be shown in a sandbox."""
+    found = []
+    for path in paths:
+        full = os.path.realpath(path)
+        if not os.path.exists(full):
+            raise UsageError(f"--ro {path}: there is no such file or folder")
+        if not os.access(full, os.R_OK):
+            raise UsageError(f"--ro {path}: you may not read it yourself: chmod it, or leave it out")
+        if full == "/" or full.split("/")[1] in ("proc", "sys", "dev"):
+            raise UsageError(f"--ro {path}: a sandbox has its own {full}: give a folder of files")
+        found.append(full)
+    return found
