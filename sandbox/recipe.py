@@ -109,6 +109,7 @@ class _Compiler:
         self.read_only = read_only
         self.strict = strict
         self.level = LEVELS[config.level]
+        self.check_kernel()
         self.protections: list[Protection] = []
         self.check_contradictions()
         self.namespaces = self.choose_namespaces()
@@ -121,6 +122,11 @@ class _Compiler:
     def add(self, name: str, mechanism: str, detail: str = "", expected: dict[str, str] | None = None) -> None:
         self.protections.append(Protection(name, ENFORCED, mechanism, detail, "", expected))
 
+    def report(self, name: str, substitute: str, detail: str, mend: str = "") -> None:
+        """What is not as the level says: substituted by something that is named, or missing."""
+        state = SUBSTITUTED if substitute else MISSING
+        self.protections.append(Protection(name, state, substitute or "none", detail, mend))
+
     def lacking(self, name: str, reason: str, mend: str, *, substitute: str = "") -> None:
         """An isolation that cannot be had: refused at STRICT and MAXIMUM unless allow_degraded, else reported."""
         if self.level.strict and not self.config.allow_degraded and self.strict:
@@ -129,8 +135,7 @@ class _Compiler:
                 protection=name,
                 mend=f"{mend}, or accept less with allow_degraded=True (--allow-degraded)",
             )
-        state = SUBSTITUTED if substitute else MISSING
-        self.protections.append(Protection(name, state, substitute or "none", reason, mend))
+        self.report(name, substitute, reason, mend)
 
     def limit(
         self, name: str, detail: str, controller: str, mechanism: str, substitute: str, expected: dict[str, str] | None = None
@@ -152,6 +157,15 @@ class _Compiler:
 
     def controllers(self) -> tuple[str, ...]:
         return self.host.controllers if self.host.cgroup_writable else ()
+
+    def check_kernel(self) -> None:
+        """Without these calls no level works, whatever is allowed to be degraded."""
+        if self.strict and self.host.missing_syscalls:
+            raise SandboxInitializationError(
+                f"Linux {self.host.kernel} does not have {', '.join(self.host.missing_syscalls)} (or a filter hides them)",
+                protection="system calls",
+                mend="run on Linux 6.1 or later, outside a container that filters them",
+            )
 
     # -- refusals --------------------------------------------------------------------------------------------------
 
@@ -274,11 +288,7 @@ class _Compiler:
                 "an allocated id that nobody else has" if not self.permissions.sandbox_user else self.id_detail(),
             )
         else:
-            self.protections.append(
-                Protection(
-                    "unprivileged id", SUBSTITUTED, "the caller's own id", "without a user namespace a user has only one id"
-                )
-            )
+            self.report("unprivileged id", "the caller's own id", "without a user namespace a user has only one id")
 
     def id_detail(self) -> str:
         if self.permissions.sandbox_user is not None and self.host.root:
@@ -316,10 +326,8 @@ class _Compiler:
         if self.config.enable_filesystem_isolation:
             self.add("writes only to the workspace", "Landlock", detail)
             if abi < 3:
-                self.protections.append(
-                    Protection("truncate(2)", SUBSTITUTED if own_mounts else MISSING, "read-only mounts" if own_mounts else "none",
-                               f"Landlock ABI {abi} does not know truncation", "Linux 6.2 or later")
-                )  # fmt: skip
+                substitute = "read-only mounts" if own_mounts else ""
+                self.report("truncate(2)", substitute, f"Landlock ABI {abi} does not know truncation", "Linux 6.2 or later")
         else:
             self.lacking(
                 "Landlock rule for files", "enable_filesystem_isolation is False", "leave out enable_filesystem_isolation"
@@ -334,10 +342,10 @@ class _Compiler:
                 if "pid" in self.namespaces
                 else "signals to processes of the same id stay open"
             )
-            self.protections.append(
-                Protection("no signals or abstract sockets out", SUBSTITUTED, f"seccomp refuses sockets; {signals}",
-                           f"Landlock ABI {abi} has no scopes", "Linux 6.12 or later")
-            )  # fmt: skip
+            reason = f"Landlock ABI {abi} has no scopes"
+            self.report(
+                "no signals or abstract sockets out", f"seccomp refuses sockets; {signals}", reason, "Linux 6.12 or later"
+            )
         probe = PROBE if own_mounts else "{folder}/probe"
         return {"abi": abi, "rules": rules, "deny_network": True, "scopes": True, "probe": probe}
 
@@ -350,13 +358,9 @@ class _Compiler:
                 raise SandboxInitializationError(
                     f"level {self.config.level.value} without a PID namespace or a cgroup cannot end the processes of a plugin",
                     protection="seccomp",
-                    mend="use level standard, leave out allow_subprocess_execution (--allow-subprocess), or allow_degraded=True",
+                    mend="use level standard, or leave out allow_subprocess_execution (--allow-subprocess)",
                 )
-            self.protections.append(
-                Protection(
-                    "no process outlives the call", MISSING, "none", "no PID namespace and no cgroup leaf", "use level standard"
-                )
-            )
+            self.report("no process outlives the call", "", "no PID namespace and no cgroup leaf", "use level standard")
         detail = ", ".join(
             word
             for word, said in (
@@ -448,10 +452,8 @@ class _Compiler:
         if "mnt" in self.namespaces:
             self.add("workspace", "tmpfs with size= and nr_inodes=", f"{size // MB} MB, {self.limits.max_inodes} inodes")
             return {"kind": "tmpfs", "path": WORKSPACE, "bytes": size, "inodes": self.limits.max_inodes}
-        self.protections.append(
-            Protection("workspace", SUBSTITUTED, "a folder on the host's disk",
-                       "no mount namespace: no disk quota, no private /tmp, no rollback; TMPDIR is the workspace")
-        )  # fmt: skip
+        reason = "no mount namespace: no disk quota, no private /tmp, no rollback; TMPDIR is the workspace"
+        self.report("workspace", "a folder on the host's disk", reason)
         return {"kind": "folder", "path": "{folder}/files", "bytes": size, "inodes": self.limits.max_inodes}
 
     def mounts(self) -> tuple[dict[str, object] | None, list[Line]]:
@@ -493,10 +495,8 @@ class _Compiler:
         if pid and not minimal:
             call += [["mask", path] for path in PROC_MASKED]
         if self.host.fresh_proc and pid:
-            self.protections.append(
-                Protection("own /proc", SUBSTITUTED, "no /proc at all", f"a fresh one cannot be mounted here ({self.host.fresh_proc}): "
-                           "none is stronger", "unmask /proc of this container")
-            )  # fmt: skip
+            reason = f"a fresh one cannot be mounted here ({self.host.fresh_proc}): none is stronger"
+            self.report("own /proc", "no /proc at all", reason, "unmask /proc of this container")
         elif pid:
             self.add("own /proc", "proc of the PID namespace" + (", subset=pid" if minimal else ", sensitive files masked"))
         size, inodes = int(self.limits.max_disk_usage_mb * MB), self.limits.max_inodes
@@ -543,11 +543,14 @@ class _Compiler:
         memory = int(self.limits.max_memory_mb * MB)
         every: dict[str, dict[str, object]] = {
             "memory": {
-                "memory.max": memory, "memory.high": int(self.limits.memory_warning_threshold_mb * MB), "memory.swap.max": 0, "memory.oom.group": 1,
+                "memory.max": memory,
+                "memory.high": int(self.limits.memory_warning_threshold_mb * MB),
+                "memory.swap.max": 0,
+                "memory.oom.group": 1,
             },
             "pids": {"pids.max": OWN_PROCESSES + self.threads + self.subprocesses},
             "cpu": {"cpu.max": f"{int(self.limits.max_cpu_percent * 1000)} 100000"},
-        }  # fmt: skip
+        }
         settings = {name: str(value) for controller in self.controllers() for name, value in every[controller].items()}
         return {"tree": self.host.cgroup, "controllers": list(self.controllers()), "settings": settings}
 
@@ -592,7 +595,7 @@ class _Compiler:
                 protection=name,
                 mend=f"{mend}, or leave out require_limits (--require-limits)",
             )
-        self.protections.append(Protection(name, SUBSTITUTED if substitute else MISSING, substitute or "none", reason, mend))
+        self.report(name, substitute, reason, mend)
 
     def tasks(self) -> int | None:
         """RLIMIT_NPROC counts the tasks of an id within its user namespace: a limit only where that id is the sandbox's own."""

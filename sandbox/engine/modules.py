@@ -47,15 +47,15 @@ class Finder:
         name: str,
         globals: Mapping[str, object] | None = None,
         locals: Mapping[str, object] | None = None,
-        fromlist: Sequence[str] = (),
+        fromlist: Sequence[str] | None = (),
         level: int = 0,
     ) -> ModuleType:
         if level == 0:
             self.check(name, sys._getframe(1).f_code.co_filename)
-        return self.original(name, globals, locals, fromlist, level)
+        return self.original(name, globals, locals, fromlist or (), level)
 
 
 def bind_imports(allowed: Sequence[str], blocked: Sequence[str]) -> None:
     finder = Finder(allowed, blocked)
-    sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, finder)
     builtins.__import__ = finder.import_
