@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 MB = 1 << 20
 PLUGIN_ID = 1000  # uid and gid of the plugin inside a user namespace
 WORKSPACE = "/workspace"
-PROBE = "/run/probe"
+PROBE = "/run/probe"  # in the scratch tmpfs, beside the folders that appear at SCRATCH
+SCRATCH = ("/tmp", "/var/tmp", "/dev/shm")
 # The processes of a call that are not the plugin's: init. The worker is the first of the plugin's own.
 OWN_PROCESSES = 1
 
@@ -314,7 +315,7 @@ class _Compiler:
         if not self.config.enable_filesystem_isolation:
             rules.append(["/", "write"])
         elif self.permissions.allow_file_access:
-            rules.append(["/", "read"])
+            rules += self.readable()
         else:
             rules += [[path, "read"] for path in self.libraries()]
         if self.permissions.allow_file_access and self.permissions.allow_file_creation:
@@ -349,6 +350,15 @@ class _Compiler:
         probe = PROBE if own_mounts else "{folder}/probe"
         return {"abi": abi, "rules": rules, "deny_network": True, "scopes": True, "probe": probe}
 
+    def readable(self) -> list[list[str]]:
+        """Read rules for all that the view shows. Where that is the host itself, without its devices: whoever has the
+        caller's id could read what is typed into the caller's terminals."""
+        if "mnt" in self.namespaces:
+            return [["/", "read"]]
+        folders = [f"/{name}" for name in sorted(os.listdir("/")) if name != "dev" and not os.path.islink(f"/{name}")]
+        random = [path for path in ("/dev/random", "/dev/urandom") if os.path.exists(path)]
+        return [["/", "list"], *([path, "read"] for path in folders), *([path, "read_file"] for path in random)]
+
     def seccomp(self) -> dict[str, object]:
         wanted = _SECURITY_PROFILE.get(self.permissions.security_level, "denylist")
         profile = max(self.level.seccomp, wanted, key=PROFILES.index)
@@ -367,6 +377,7 @@ class _Compiler:
                 ("new processes refused", not subprocess),
                 ("threads refused", not self.permissions.allow_thread_creation),
                 ("sockets refused", True),
+                ("changes of mode, owner and times refused", "mnt" not in self.namespaces and not self.host.root),
             )
             if said
         )
@@ -378,6 +389,7 @@ class _Compiler:
             "allow_subprocess": subprocess,
             "allow_threads": self.permissions.allow_thread_creation,
             "allow_network": False,
+            "allow_metadata": "mnt" in self.namespaces or self.host.root,
         }
 
     def describe_namespaces(self) -> None:
@@ -462,7 +474,8 @@ class _Compiler:
             self.add("view of the files", "Landlock", VIEWS["host"])
             return self.template_for_reach(), []
         self.add("view of the files", "mount namespace, pivot_root(2)", VIEWS[self.level.view])
-        self.add("private /tmp, /var/tmp, /dev/shm, minimal /dev", "tmpfs per call")
+        detail = f"{self.limits.max_disk_usage_mb:g} MB together, besides the workspace"
+        self.add("private /tmp, /var/tmp, /dev/shm, minimal /dev", "tmpfs per call", detail)
         lines: list[Line] = []
         if self.level.view == "host-hidden":
             lines.append(
@@ -500,11 +513,8 @@ class _Compiler:
         elif pid:
             self.add("own /proc", "proc of the PID namespace" + (", subset=pid" if minimal else ", sensitive files masked"))
         size, inodes = int(self.limits.max_disk_usage_mb * MB), self.limits.max_inodes
-        for path in ("/tmp", "/var/tmp", "/dev/shm"):
-            keep = [kept_path for kept_path in kept if under(kept_path, (path,))]
-            call.append(["tmpfs", path, "nosuid,nodev", f"mode=1777,size={size},nr_inodes={inodes}", keep])
-        run_kept = [path for path in kept if under(path, ("/run",))]
-        call.append(["tmpfs", "/run", "nosuid,nodev,noexec", "mode=1777,size=64k,nr_inodes=256", run_kept])
+        places = {path: [each for each in kept if under(each, (path,))] for path in ("/run", *SCRATCH)}
+        call.append(["scratch", "/run", f"mode=1777,size={size},nr_inodes={inodes}", places])
         call += [["mask", os.path.realpath(path)] for path in self.permissions.blocked_directories]
         call.append(["readonly", "/"])
         if self.permissions.blocked_directories:
@@ -565,7 +575,7 @@ class _Compiler:
                 "cgroup leaf", "no cgroup v2 tree that we may write", mend, "PID namespace" if "pid" in self.namespaces else ""
             )
         self.limit(
-            "memory", f"{limits.max_memory_mb:g} MB", "memory", "memory.max, swap 0, oom.group", "RLIMIT_DATA per process",
+            "memory", f"{limits.max_memory_mb:g} MB", "memory", "memory.max, swap 0, oom.group", "RLIMIT_DATA per process, and a look at all of it every 0.1 s",
             {"limit/Max data size": str(memory)},
         )  # fmt: skip
         tasks = self.tasks()

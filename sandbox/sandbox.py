@@ -143,7 +143,7 @@ class EnhancedPluginSandbox:
         assert self._service is not None
         assert self.recipe is not None
         try:
-            opened = client.Sandbox(self._service.zygote(self.recipe), self.recipe, wire, self.sandbox_id + uuid.uuid4().hex)
+            opened = client.Sandbox(self._service.zygote(self.recipe), self.recipe, wire, uuid.uuid4().hex)
         except SandboxException as error:
             standby.refuse(error)
             self._finished()

@@ -17,7 +17,7 @@ Two forms, one per direction of trust:
   sealed       warden -> host     call, and what was read back from /proc: see warden.read_back
   ended        init -> warden     status (a wait status), maxrss_kb, utime, stime
   ended        warden -> host     call, cause (exit, timeout, killed, supervisor), and the fields above
-  closed       zygote -> host     sandbox
+  closed       zygote -> host     sandbox, left (what could not be removed, or nothing)
   violation    supervisor -> host call, nr, arg0 .. arg2, pid, count
   ============ ================== ==========================================================================
 

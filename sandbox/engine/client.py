@@ -132,6 +132,7 @@ class Zygote:
             self.error = failed_line(fields)
         elif kind == "closed" and sandbox is not None:
             del self.sandboxes[sandbox.name]
+            sandbox.left = fields.get("left", "")
             sandbox.gone()
             if not self.sandboxes and self.on_idle is not None:
                 self.on_idle(self)
@@ -182,6 +183,7 @@ class Sandbox:
         self.workspace: int | None = None  # O_PATH fd
         self.error: SandboxException | None = None
         self.is_gone = False
+        self.left = ""  # what could not be removed
         self.closing = False
         self.on_opened: Callable[[], None] | None = None
         self.on_gone: Callable[[], None] | None = None
@@ -408,6 +410,13 @@ class Sandbox:
 
     def clean_up(self) -> None:
         """Remove leaf and folder ourselves: there is no zygote to do it."""
+        try:
+            self._remove_places()
+        except OSError as error:
+            self.left = f"{error.filename}: {error.strerror}"
+        self.slot.release()
+
+    def _remove_places(self) -> None:
         if self.leaf is not None:
             leaf.remove(*self.leaf)
             os.close(self.leaf[0])
@@ -420,7 +429,6 @@ class Sandbox:
                 remove_folder(parent, os.path.basename(self.folder))
             finally:
                 os.close(parent)
-        self.slot.release()
 
 
 class Call:
@@ -621,6 +629,7 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         allow_subprocess=bool(seccomp["allow_subprocess"]),
         allow_threads=bool(seccomp["allow_threads"]),
         allow_network=bool(seccomp["allow_network"]),
+        allow_metadata=bool(seccomp["allow_metadata"]),
         cache_dir=state.folder("cache"),
     )
     network = dict(recipe.network)
@@ -633,6 +642,8 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         "network": network,
         "hostname": recipe.hostname,
         "rlimits": recipe.rlimits,
+        # Where no memory controller counts it, the warden does.
+        "memory_sampled": None if "memory" in (recipe.cgroup or {}).get("controllers", ()) else recipe.limits["memory_bytes"],
         "landlock": recipe.landlock,
         "seccomp": {"profile": seccomp["profile"], "bpf": program},
     }

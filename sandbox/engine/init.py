@@ -93,11 +93,11 @@ def run(
         expect(report, "go")
         try:
             notes = set_up(recipe, ids, report)
+            pid = fork_worker()
         except mounts.LineFailed as failure:
             fields = {"line": failure.line, "errno": failure.errno, "path": failure.path, "text": failure.text}
             channel.send(report, "failed", fields)
             os._exit(1)
-        pid = os.fork()
         if pid == 0:
             worker.run(recipe, ids, report, fds, notes, tty=tty)
         for fd in fds:
@@ -108,6 +108,13 @@ def run(
     except BaseException:
         sys.excepthook(*sys.exc_info())
     os._exit(1)
+
+
+def fork_worker() -> int:
+    try:
+        return os.fork()
+    except OSError as error:
+        raise mounts.LineFailed("call: fork of the worker", error) from None
 
 
 def watch(pid: int, report: _socket.socket) -> NoReturn:

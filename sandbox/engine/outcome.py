@@ -85,6 +85,9 @@ def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | 
     if cause == "timeout":
         seconds = limits["seconds"]
         return _limit("time", seconds, seconds, f"the plugin ran longer than {seconds:g} s")
+    if cause == "memory":
+        allowed, used = limits["memory_bytes"], int(call.outcome.get("used", "0"))
+        return _limit("memory", allowed, used, "the plugin held more memory than its limit allows and was killed")
     if call.cause == "output":
         return _limit(
             "output", limits["output_bytes"], None, f"the plugin wrote more than {limits['output_bytes']} bytes of output"
@@ -176,7 +179,8 @@ def _unfit(call: Call) -> SandboxException:
         _, fields = channel.unpack(bytes(call.reply))
     except channel.Malformed:
         fields = {}
-    if fields.get("used", "").isdecimal():
+    used = fields.get("used", "")
+    if used.isascii() and used.isdecimal() and len(used) < 16:
         allowed = call.sandbox.recipe.limits["result_bytes"]
-        return _limit("result", allowed, int(fields["used"]), f"the reply is larger than {allowed} bytes")
+        return _limit("result", allowed, int(used), f"the reply is larger than {allowed} bytes")
     return PluginExecutionError(fields.get("text", "the reply cannot travel"), exception_type="CodecError")

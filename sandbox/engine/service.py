@@ -8,6 +8,7 @@ runs its one loop itself.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 
@@ -54,7 +55,10 @@ class ThreadLoop(PollLoop):
 
     def _serve(self) -> None:
         while True:
-            self.run_once()
+            try:
+                self.run_once()
+            except Exception:  # a mistake of ours in one sandbox's callback: the others go on
+                sys.excepthook(*sys.exc_info())
 
 
 class Service:

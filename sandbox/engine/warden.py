@@ -39,6 +39,9 @@ STATUS_LINES = (
 )
 
 
+SAMPLE_SECONDS = 0.1  # between looks at the memory of running calls, where no memory controller does it
+
+
 class Call:
     """One call: its init, the socket to it, and when it has to be over."""
 
@@ -50,6 +53,7 @@ class Call:
         self.worker: int | None = None  # a pidfd, where no PID namespace ends the worker with its init
         self.deadline: float | None = None
         self.cause = "exit"
+        self.used = 0  # bytes of memory, where that is the cause
         self.result: dict[str, str] = {}
 
 
@@ -69,6 +73,7 @@ class Warden:
         self.calls: dict[int, Call] = {}  # by pidfd
         self.reports: dict[int, Call] = {}  # by the report socket's fd
         self.poll = select.poll()
+        self.reaped: dict[int, int] = {}  # wait statuses of children that were reaped before their turn
         self.supervisor: tuple[int, int, _socket.socket] | None = None  # pid, pidfd, socket
         self.own_namespaces = {name: os.readlink("/proc/self/ns/" + name) for name in recipe["namespaces"]}
 
@@ -195,7 +200,7 @@ class Warden:
     def ended(self, call: Call) -> None:
         """Init has gone, and with it everything of the call."""
         self.drain(call)
-        _, status = os.waitpid(call.pid, 0)
+        status = self.reap(call.pid)
         self.poll.unregister(call.pidfd)
         del self.calls[call.pidfd]
         if self.reports.pop(call.report.fileno(), None):
@@ -207,10 +212,72 @@ class Warden:
             os.close(call.worker)
         if "cgroup" in self.fds and "pid" not in self.recipe["namespaces"]:
             leaf.remove(self.fds["cgroup"], f"call-{call.number}")
+            self.reap_orphans()
         if not call.result and call.cause == "exit":
             call.cause = "killed"
             call.result = {"status": str(status)}
-        channel.send(self.hub, "ended", {"call": call.number, "cause": call.cause, **call.result})
+        channel.send(self.hub, "ended", {"call": call.number, "cause": call.cause, "used": call.used, **call.result})
+
+    def reap(self, pid: int) -> int:
+        """The wait status of `pid`; orphans that were left to us (we are a child subreaper) are reaped on the way."""
+        while pid not in self.reaped:
+            orphan, status = os.waitpid(-1, 0)
+            self.reaped[orphan] = status
+        status = self.reaped.pop(pid)
+        own = {call.pid for call in self.calls.values()} | ({self.supervisor[0]} if self.supervisor else set())
+        self.reaped = {known: known_status for known, known_status in self.reaped.items() if known in own}
+        return status
+
+    def reap_orphans(self) -> None:
+        """Without a PID namespace what the worker left behind has been killed by now: free its ids' task count."""
+        try:
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                self.reaped[pid] = status
+        except ChildProcessError:
+            return
+
+    def memory_of(self, call: Call) -> int:
+        """Bytes of memory that the call's processes hold beyond what they share with the zygote (proc_pid_status(5)).
+
+        Anonymous memory, and the larger of mapped shared memory and files in the scratch and workspace tmpfs.
+        """
+        anonymous = shared = 0
+        todo = children(call.pid)
+        while todo:
+            pid = todo.pop()
+            try:
+                status = read(f"/proc/{pid}/status")
+                todo += children(pid)
+            except OSError:
+                continue  # it has just ended
+            for line in status.splitlines():
+                name, _, value = line.partition(":")
+                if name == "RssAnon":
+                    anonymous += max(0, int(value.split()[0]) * 1024 - self.instruction["baseline"])
+                elif name == "RssShmem":
+                    shared += int(value.split()[0]) * 1024
+        files = 0
+        if self.recipe["workspace"]["kind"] == "tmpfs":
+            for path in (f"/proc/{call.pid}/root/run", self.recipe["workspace"]["path"]):
+                try:
+                    used = os.statvfs(path)
+                except OSError:
+                    continue
+                files += (used.f_blocks - used.f_bfree) * used.f_frsize
+        return anonymous + max(shared, files)
+
+    def sample(self) -> None:
+        """Kill the calls that hold more memory than they may."""
+        limit = self.recipe["memory_sampled"]
+        for call in list(self.calls.values()):
+            if call.deadline is not None and limit is not None:
+                used = self.memory_of(call)
+                if used > limit:
+                    call.used = used
+                    self.kill(call, "memory")
 
     def drain(self, call: Call) -> None:
         call.report.setblocking(False)
@@ -271,7 +338,10 @@ class Warden:
 
     def wait_ms(self) -> int | None:
         deadlines = [call.deadline for call in self.calls.values() if call.deadline is not None]
-        return max(0, int((min(deadlines) - monotonic()) * 1000) + 1) if deadlines else None
+        if not deadlines:
+            return None
+        seconds = max(0.0, min(deadlines) - monotonic())
+        return int(1000 * (seconds if self.recipe["memory_sampled"] is None else min(seconds, SAMPLE_SECONDS))) + 1
 
     def serve(self) -> None:
         hub = self.hub.fileno()
@@ -290,6 +360,7 @@ class Warden:
                 elif self.supervisor and fd == self.supervisor[1]:
                     self.supervisor_died()
                     return
+            self.sample()
             now = monotonic()
             for call in list(self.calls.values()):
                 if call.deadline is not None and call.deadline <= now:
@@ -306,7 +377,7 @@ class Warden:
         """End every call, and see it gone, before the folder and the leaf go."""
         for call in list(self.calls.values()):
             self.kill(call, "killed")
-            os.waitpid(call.pid, 0)
+            self.reap(call.pid)
 
 
 def place(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -322,6 +393,17 @@ def place(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
         return value
 
     return {key: fill(value) for key, value in recipe.items()}
+
+
+def children(pid: int) -> list[int]:
+    """Child processes of all threads of `pid` (proc_tid_children(5)); none where it has ended."""
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            found += map(int, read(f"/proc/{pid}/task/{task}/children").split())
+    except OSError:
+        return found
+    return found
 
 
 def read(path: str) -> str:
@@ -343,15 +425,17 @@ def remove_folder(parent: int, name: str) -> None:
         return
     try:
         os.fchmod(top, 0o700)
-        moved = 0
+        mark, moved = os.urandom(16).hex(), 0  # a name that the plugin could not foresee
         while folders := unlink_files(top):
             for folder in folders:
                 os.chmod(folder, 0o700, dir_fd=top)
                 inner = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
                 try:
+                    os.fchmod(inner, 0o700)
                     for deeper in unlink_files(inner):
+                        os.chmod(deeper, 0o700, dir_fd=inner)  # one that nobody may write cannot be moved
+                        os.rename(deeper, f"{mark}-{moved}", src_dir_fd=inner, dst_dir_fd=top)
                         moved += 1
-                        os.rename(deeper, f".psie-{moved}", src_dir_fd=inner, dst_dir_fd=top)
                 finally:
                     os.close(inner)
                 os.rmdir(folder, dir_fd=top)
@@ -390,6 +474,8 @@ def run(
         channel.keep_only(keep)
         if "folder_path" in instruction:
             recipe = place(recipe, instruction["folder_path"])
+        if "pid" not in recipe["namespaces"]:
+            sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
         warden = Warden(recipe, instruction, fds, link_socket)
         try:
             warden.set_up(host_namespace)

@@ -82,6 +82,11 @@ def freeze() -> None:
     gc.freeze()
 
 
+def anonymous_memory() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
 class Sandbox:
     """What the zygote keeps of one sandbox: its warden, and what has to be removed when all of it has gone."""
 
@@ -96,6 +101,7 @@ class Sandbox:
 class Zygote:
     def __init__(self) -> None:
         self.control = channel.from_fd(CONTROL)
+        self.baseline = 0  # bytes of anonymous memory that every child shares with us at first
         self.recipes: dict[int, dict[str, Any]] = {}
         self.host_namespace: int | None = None
         self.link_socket: _socket.socket | None = None
@@ -124,6 +130,7 @@ class Zygote:
                 raise mounts.LineFailed("zygote: mount namespace", error) from None
             mounts.build_template(template["lines"], pivot=template["pivot"])
         freeze()
+        self.baseline = anonymous_memory()
         channel.send(self.control, "ready", {"notes": "; ".join(notes)})
 
     def learn(self, instruction: dict[str, Any]) -> None:
@@ -144,7 +151,7 @@ class Zygote:
             self.report_failure(mounts.LineFailed("sandbox: clone of the warden", error), instruction["sandbox"])
             return
         if pid == 0:
-            instruction["zygote"] = own_pid
+            instruction.update(zygote=own_pid, baseline=self.baseline)
             warden.run(recipe, instruction, given, self.host_namespace, self.link_socket)
         leaf = (given.pop("cgroup_parent"), instruction["cgroup"]) if "cgroup_parent" in given else None
         folder = (given.pop("folder_parent"), instruction["folder"]) if "folder_parent" in given else None
@@ -163,14 +170,19 @@ class Zygote:
         self.poll.unregister(pidfd)
         os.waitpid(sandbox.pid, 0)
         os.close(pidfd)
-        if sandbox.leaf:
-            leaf.remove(*sandbox.leaf)
-            os.close(sandbox.leaf[0])
-        if sandbox.folder:
-            warden.remove_folder(*sandbox.folder)
-            os.close(sandbox.folder[0])
+        left = ""
         try:
-            channel.send(self.control, "closed", {"sandbox": sandbox.name})
+            if sandbox.leaf:
+                leaf.remove(*sandbox.leaf)
+            if sandbox.folder:
+                warden.remove_folder(*sandbox.folder)
+        except OSError as error:
+            left = f"{error.filename or 'a folder or cgroup of the sandbox'}: {error.strerror}"
+        for place in (sandbox.leaf, sandbox.folder):
+            if place:
+                os.close(place[0])
+        try:
+            channel.send(self.control, "closed", {"sandbox": sandbox.name, "left": left})
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise

@@ -106,6 +106,24 @@ def tmpfs(root: str, target: str, flags: str, options: str, keep: list[str]) -> 
         put(tree, root, path)
 
 
+def scratch(root: str, target: str, options: str, places: dict[str, list[str]]) -> None:
+    """One tmpfs at `target` whose folders appear at `places` (path -> what must stay visible below it): one size for all.
+
+    `target` itself may be among the places, for what must stay visible there.
+    """
+    kept = [(path, take(root + path, "")) for keep in places.values() for path in keep if os.path.lexists(root + path)]
+    sc.mount("tmpfs", make_point(root, target, directory=True), "tmpfs", sc.MS_NOSUID | sc.MS_NODEV, options)
+    for path in places:
+        if path == target:
+            continue
+        folder = f"{root}{target}/{path.strip('/').replace('/', '-')}"
+        os.mkdir(folder, 0o700)
+        os.chmod(folder, 0o1777)
+        sc.mount(folder, make_point(root, path, directory=True), None, sc.MS_BIND)
+    for path, tree in kept:
+        put(tree, root, path)
+
+
 def host_root(root: str, skip: list[str], flags: str) -> None:
     """Bind everything that lies in the host's / except the names in `skip`; symbolic links are copied."""
     for name in sorted(os.listdir("/")):
@@ -181,6 +199,7 @@ OPERATIONS = {
     "no_proc": no_proc,
     "proc": proc,
     "readonly": readonly,
+    "scratch": scratch,
     "symlink": symlink,
     "tmpfs": tmpfs,
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import struct
 
 from sandbox import state
@@ -26,15 +27,26 @@ MAX_SANDBOXES = 256
 
 _RECORD = struct.Struct("=Q")  # bytes of memory claimed; record 0 holds the high-water mark of slots
 _MUTEX = 1 << 40  # offset of the byte that serialises changes
+MUTEX_TRIES = 200
+MUTEX_WAIT = 0.005  # seconds
 
 
-def _lock(fd: int, kind: int, start: int, *, wait: bool) -> bool:
+def _lock(fd: int, kind: int, start: int) -> bool:
     request = struct.pack("hhqqiq", kind, os.SEEK_SET, start, 1, 0, 0)
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
     except (BlockingIOError, PermissionError):
         return False
     return True
+
+
+def _lock_mutex(fd: int) -> None:
+    """Bounded, so that nobody who gets hold of the lock can stop a caller for good."""
+    for _ in range(MUTEX_TRIES):
+        if _lock(fd, fcntl.F_WRLCK, _MUTEX):
+            return
+        select.select([], [], [], MUTEX_WAIT)
+    raise ResourceError("the ledger of sandboxes is locked by another process: look for a stopped psie, or try again")
 
 
 class Slot:
@@ -58,37 +70,45 @@ def claim(memory: int, total_memory: int) -> Slot:
     """
     most = _setting("PSIE_MAX_SANDBOXES", MAX_SANDBOXES)
     allowed = _setting("PSIE_MAX_MEMORY_MB", total_memory >> 20) << 20
-    fd = os.open(os.path.join(state.folder("run"), "ledger"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    folder = state.folder("run")
+    # Nobody may open the locks for reading: at level minimal without root a plugin has the caller's id and could, and a
+    # read lock would stop everyone else.
+    fd = os.open(os.path.join(folder, "locks"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o200)
     try:
-        _lock(fd, fcntl.F_WRLCK, _MUTEX, wait=True)
-        slot = _choose(fd, memory, most, allowed)
-        _lock(fd, fcntl.F_UNLCK, _MUTEX, wait=True)
+        _lock_mutex(fd)
+        with open(os.path.join(folder, "ledger"), "ab+", buffering=0, opener=_private) as ledger:
+            slot = _choose(fd, ledger.fileno(), memory, most, allowed)
+        _lock(fd, fcntl.F_UNLCK, _MUTEX)
     except BaseException:
         os.close(fd)
         raise
     return Slot(slot, fd)
 
 
-def _choose(fd: int, memory: int, most: int, allowed: int) -> int:
-    content = os.pread(fd, (most + 1) * _RECORD.size, 0)
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_APPEND | os.O_NOFOLLOW, 0o600)
+
+
+def _choose(fd: int, ledger: int, memory: int, most: int, allowed: int) -> int:
+    content = os.pread(ledger, (most + 1) * _RECORD.size, 0)
     claims = [record for (record,) in _RECORD.iter_unpack(content[: len(content) // _RECORD.size * _RECORD.size])]
     high = min(claims[0] if claims else 0, most, len(claims) - 1 if claims else 0)
     chosen = None
     alive = []
     for number in range(1, high + 1):
-        if not _lock(fd, fcntl.F_WRLCK, number, wait=False):
+        if not _lock(fd, fcntl.F_WRLCK, number):
             alive.append(number)
         elif chosen is None:
             chosen = number
         else:
-            _lock(fd, fcntl.F_UNLCK, number, wait=True)
+            _lock(fd, fcntl.F_UNLCK, number)
     if chosen is None:
         chosen = high + 1
         if chosen > most:
             raise ResourceError(
                 f"{len(alive)} sandboxes of this user are open already: close some, or set PSIE_MAX_SANDBOXES above {most}"
             )
-        _lock(fd, fcntl.F_WRLCK, chosen, wait=True)
+        _lock(fd, fcntl.F_WRLCK, chosen)
     claimed = sum(claims[number] for number in alive)
     if claimed + memory > allowed:
         raise ResourceError(
@@ -96,8 +116,8 @@ def _choose(fd: int, memory: int, most: int, allowed: int) -> int:
             f"of {allowed >> 20} MB: "
             "close some, lower max_memory_mb, or set PSIE_MAX_MEMORY_MB"
         )
-    os.pwrite(fd, _RECORD.pack(memory), chosen * _RECORD.size)
-    os.pwrite(fd, _RECORD.pack(max([*alive, chosen])), 0)
+    os.pwrite(ledger, _RECORD.pack(memory), chosen * _RECORD.size)
+    os.pwrite(ledger, _RECORD.pack(max([*alive, chosen])), 0)
     return chosen
 
 

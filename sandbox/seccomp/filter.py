@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROFILES = ("denylist", "allowlist", "tight")
-FEATURES = ("allow_subprocess", "allow_threads", "allow_network")
+FEATURES = ("allow_subprocess", "allow_threads", "allow_network", "allow_metadata")
 
 SECCOMP_RET_USER_NOTIF = 0x7FC00000
 SECCOMP_RET_ERRNO = 0x00050000
@@ -46,7 +46,13 @@ _names_by_number: dict[int, str] = {}
 
 
 def compile_profile(
-    profile: str, *, allow_subprocess: bool, allow_threads: bool, allow_network: bool, notify: bool = True
+    profile: str,
+    *,
+    allow_subprocess: bool,
+    allow_threads: bool,
+    allow_network: bool,
+    allow_metadata: bool = True,
+    notify: bool = True,
 ) -> bytes:
     """The BPF program of `profile` (one of PROFILES) in the variant for these permissions, for this machine.
 
@@ -56,7 +62,7 @@ def compile_profile(
     Raises ImportError, with the mend, where pyseccomp or libseccomp is missing, ValueError for an unknown profile or a
     mistake in a data file.
     """
-    permitted = _permitted(allow_subprocess, allow_threads, allow_network)
+    permitted = _permitted(allow_subprocess, allow_threads, allow_network, allow_metadata)
     return _compile(_Profile(profile), permitted, os.uname().machine, notify)
 
 
@@ -66,6 +72,7 @@ def cached_profile(
     allow_subprocess: bool,
     allow_threads: bool,
     allow_network: bool,
+    allow_metadata: bool = True,
     cache_dir: str | os.PathLike[str],
     notify: bool = True,
 ) -> bytes:
@@ -76,7 +83,7 @@ def cached_profile(
     """
     if profile not in PROFILES:
         raise ValueError(f"no seccomp profile {profile!r}: there are {', '.join(PROFILES)}")
-    permitted = _permitted(allow_subprocess, allow_threads, allow_network)
+    permitted = _permitted(allow_subprocess, allow_threads, allow_network, allow_metadata)
     variant = "-".join([profile, *(name.removeprefix("allow_") for name in permitted), *(["notify"] if notify else [])])
     folder = _open_cache(cache_dir)
     if folder is None:
@@ -103,8 +110,8 @@ def syscall_name(number: int) -> str:
     return _names_by_number[number]
 
 
-def _permitted(allow_subprocess: bool, allow_threads: bool, allow_network: bool) -> tuple[str, ...]:
-    flags = zip(FEATURES, (allow_subprocess, allow_threads, allow_network), strict=True)
+def _permitted(*allowed: bool) -> tuple[str, ...]:
+    flags = zip(FEATURES, allowed, strict=True)
     return tuple(feature for feature, is_permitted in flags if is_permitted)
 
 

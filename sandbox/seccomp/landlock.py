@@ -73,6 +73,8 @@ _ALL = 2 * LANDLOCK_ACCESS_FS_IOCTL_DEV - 1
 RIGHTS = {
     # Read and run files, list folders.
     "read": _READ,
+    # List folders, nothing else.
+    "list": LANDLOCK_ACCESS_FS_READ_DIR,
     # Read files, neither run them nor list folders.
     "read_file": LANDLOCK_ACCESS_FS_READ_FILE,
     # Read, write and drive, but make and remove nothing: for device files.

@@ -14,6 +14,14 @@ from .unprivileged import User, temporary_user
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "rootless: also run by a user without rights, see test_rootless.py")
+    # An exception in the engine's thread is never just a warning.
+    config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == harness.HERE and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(30))
 
 
 @pytest.fixture(params=harness.LEVELS, ids=lambda level: level.value)

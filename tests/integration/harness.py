@@ -25,9 +25,11 @@ from sandbox.ns import userids
 
 LEVELS = tuple(IsolationLevel)
 ROOT = os.getuid() == 0
-REPOSITORY = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
 TOKEN = f"/nonexistent/psie-test-{os.getpid()}-{os.urandom(4).hex()}"
 ID_REGION = userids.id_region(userids.IDS_PER_SLOT * (userids.MAX_SANDBOXES + 1)) if ROOT else 0
+KTHREADD = 2  # the parent of the kernel's own threads
 SETTLE = 5.0  # seconds that a loaded machine gets to bury what has been killed
 
 if TOKEN not in sys.path:
@@ -80,7 +82,7 @@ async def wait_for(condition: Callable[[], object], seconds: float = SETTLE) -> 
             await asyncio.sleep(0.005)
 
 
-# -- processes -----------------------------------------------------------------------------------------------------------
+# -- processes ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,16 +99,19 @@ def all_processes() -> dict[int, Process]:
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
             with contextlib.suppress(OSError):
-                fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{entry}/status").read_text().splitlines()[:12])
+                with open(f"/proc/{entry}/status") as file:
+                    fields = dict(line.rstrip("\n").split(":\t", 1) for line in file.read(1024).splitlines()[:12])
                 uid = int(fields["Uid"].split()[0])
                 found[int(entry)] = Process(int(entry), int(fields["PPid"]), fields["State"][0], fields["Name"], uid)
     return found
 
 
-def engine_processes(token: str = TOKEN) -> dict[int, Process]:
+def engine_processes(token: str = TOKEN, every: dict[int, Process] | None = None) -> dict[int, Process]:
     """The living processes that a caller with `token` in its sys.path has started through psie, directly or not."""
     marked = {}
-    for pid, process in all_processes().items():
+    for pid, process in (every if every is not None else all_processes()).items():
+        if process.parent in (0, KTHREADD):
+            continue
         with contextlib.suppress(OSError):
             if token.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                 marked[pid] = process
@@ -137,7 +142,7 @@ def roles(caller: int, token: str = TOKEN) -> dict[str, list[int]]:
     return found
 
 
-# -- what is left --------------------------------------------------------------------------------------------------------
+# -- what is left ------------------------------------------------------------------------------------------------------
 
 
 def slot_is_free(number: int) -> bool:
@@ -206,7 +211,7 @@ def snapshot(*, zombies: bool = False) -> dict[str, frozenset[str]]:
     """
     own = os.getpid()
     every = all_processes()
-    left = [process for process in engine_processes().values() if process.parent != own]
+    left = [process for process in engine_processes(TOKEN, every).values() if process.parent != own]
     left += [process for process in every.values() if process.state == "Z" and process.parent == own]
     left += [process for process in every.values() if is_orphan(process) and (zombies or process.state != "Z")]
     tree = host.facts().cgroup

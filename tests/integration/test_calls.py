@@ -76,7 +76,7 @@ def same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, float):
-        return a == b and math.copysign(1, a) == math.copysign(1, b) or (math.isnan(a) and math.isnan(b))
+        return (a == b and math.copysign(1, a) == math.copysign(1, b)) or (math.isnan(a) and math.isnan(b))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict):
@@ -205,7 +205,9 @@ def test_own_modules_travel_by_value(
 ) -> None:
     base, top = f"base_{level.value}", f"top_{level.value}"
     (tmp_path / f"{base}.py").write_text("FACTOR = 3\ndef times(x):\n    return x * FACTOR\n")
-    (tmp_path / f"{top}.py").write_text(f"from {base} import times\nimport {base}\ndef run(x):\n    return times(x) + {base}.FACTOR\n")
+    (tmp_path / f"{top}.py").write_text(
+        f"from {base} import times\nimport {base}\ndef run(x):\n    return times(x) + {base}.FACTOR\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     request.addfinalizer(lambda: [sys.modules.pop(name, None) for name in (base, top)])
     assert harness.call(level, importlib.import_module(top).run, 4) == 15

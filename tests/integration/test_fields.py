@@ -160,7 +160,7 @@ def test_every_field_changes_the_recipe_or_is_refused(kind: str, name: str) -> N
 
 def test_allow_degraded_undoes_a_refusal() -> None:
     (change,) = UNDOES.values()
-    with pytest.raises(SandboxInitializationError, match="PID namespace.*enable_process_isolation.*allow_degraded"):
+    with pytest.raises(SandboxInitializationError, match=r"PID namespace.*enable_process_isolation.*allow_degraded"):
         compiled(change)
     degraded = compiled(change, "config", "allow_degraded")
     states = {item["name"]: item["state"] for item in degraded["protections"]}  # type: ignore[attr-defined]
@@ -171,7 +171,7 @@ def test_allow_degraded_undoes_a_refusal() -> None:
 @pytest.mark.parametrize("switch", ["enable_process_isolation", "enable_network_isolation", "enable_filesystem_isolation"])
 def test_strict_levels_refuse_to_be_weakened(level: IsolationLevel, switch: str) -> None:
     change = Change(False, level=level)
-    with pytest.raises(SandboxInitializationError, match=f"{switch}.*allow_degraded"):
+    with pytest.raises(SandboxInitializationError, match=rf"{switch}.*allow_degraded"):
         compiled(change, "config", switch)
 
 

@@ -71,7 +71,7 @@ def check_error(told: dict[str, Any], protection: str, *words: str) -> None:
         assert word in told["text"]
 
 
-# -- a /proc with a covered part ---------------------------------------------------------------------------------------------
+# -- a /proc with a covered part ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=WHO)
@@ -104,7 +104,7 @@ def test_with_a_masked_proc_minimal_works_as_ever(masked: dict[str, Any]) -> Non
     assert "own /proc" not in told["protections"]
 
 
-# -- no user namespaces ---------------------------------------------------------------------------------------------------------
+# -- no user namespaces ------------------------------------------------------------------------------------------------
 
 CLOSED = "echo 0 > /proc/sys/user/max_user_namespaces"
 
@@ -157,7 +157,7 @@ def test_without_user_namespaces_degraded_levels_say_so(closed_degraded: dict[st
     check_substituted(closed_degraded[name])
 
 
-# -- no limits ------------------------------------------------------------------------------------------------------------------
+# -- no limits ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("who", WHO)

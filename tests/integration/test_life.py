@@ -42,14 +42,13 @@ def run_script(name: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-# -- many ----------------------------------------------------------------------------------------------------------------
+# -- many --------------------------------------------------------------------------------------------------------------
 
 
 def counts() -> dict[str, int]:
     return {kind: len(things) for kind, things in harness.snapshot().items()}
 
 
-@rootless
 def test_500_calls_do_not_add_up(level: IsolationLevel) -> None:
     """125 a level: most in one sandbox, some each in a sandbox of its own."""
 
@@ -86,7 +85,7 @@ def test_50_calls_at_once(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
-# -- killed ----------------------------------------------------------------------------------------------------------------
+# -- killed ------------------------------------------------------------------------------------------------------------
 
 
 def gone(token: str) -> bool:
@@ -184,13 +183,13 @@ def test_a_lifetime_ends(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
-# -- bounds ------------------------------------------------------------------------------------------------------------------
+# -- bounds ------------------------------------------------------------------------------------------------------------
 
 
 @rootless
 def test_the_bound_on_memory(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PSIE_MAX_MEMORY_MB", "100")
-    with pytest.raises(ResourceError, match="128 MB of 100 MB.*PSIE_MAX_MEMORY_MB"):
+    with pytest.raises(ResourceError, match=r"128 MB of 100 MB.*PSIE_MAX_MEMORY_MB"):
         harness.call(level, plugins.give_back, 1)
 
 
@@ -264,7 +263,7 @@ def test_the_ledger_counts_beyond_a_lower_bound(ledger: list[userids.Slot], monk
         ledger.append(userids.claim(10 * MB, 100 * MB))
 
 
-# -- ids -------------------------------------------------------------------------------------------------------------------
+# -- ids ---------------------------------------------------------------------------------------------------------------
 
 
 def given_away(path: str) -> list[range]:
@@ -313,7 +312,7 @@ def test_processes_have_the_ids_that_files_have(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
-# -- forks ------------------------------------------------------------------------------------------------------------------
+# -- forks -------------------------------------------------------------------------------------------------------------
 
 
 @rootless

@@ -11,10 +11,21 @@ from .unprivileged import User
 FILES = ["test_calls.py", "test_bad_input.py", "test_life.py"]
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("file", FILES)
 def test_as_a_user_without_rights(user: User, file: str) -> None:
     report = user.home / f"{file}.xml"
-    options = ["-m", "rootless", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    options = [
+        "-m",
+        "rootless",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "--maxfail=20",
+        "--timeout=15",
+        f"--junitxml={report}",
+    ]
     path = user.repository / "tests" / "integration" / file
     done = user.run(user.interpreter, "-m", "pytest", *options, str(path), seconds=110)
     assert report.exists(), done.stdout + done.stderr
