@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
+from sandbox.engine.service import shut_down
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HELLO = str(ROOT / "examples" / "hello.py")
 ROUNDS = 100
 STANDING = 20
+PAUSE = 0.03  # seconds
 
 
 def bubblewrap(*command: str) -> list[str]:
@@ -66,6 +68,7 @@ async def library(level: IsolationLevel, peer: Callable[[], float]) -> dict[str,
         gone = perf_counter()
         for name, value in (("ready", stood - start), ("call", replied - stood), ("whole", gone - start)):
             times[name].append(value * 1000)
+        await asyncio.sleep(PAUSE)  # psie makes the next one ready: not at the peer's cost
         times["peer"].append(peer())
     return {name: values[3:] for name, values in times.items()}  # the first ones start the zygote
 
@@ -73,7 +76,11 @@ async def library(level: IsolationLevel, peer: Callable[[], float]) -> dict[str,
 def uss(pid: int) -> tuple[int, int]:
     """(private bytes, proportional bytes) of a process (proc_pid_smaps(5))."""
     private = proportional = 0
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except ProcessLookupError:
+        return 0, 0  # a child of ours that is no zygote any more and waits to be reaped
+    for line in lines:
         name, _, rest = line.partition(":")
         if name in ("Private_Clean", "Private_Dirty"):
             private += int(rest.split()[0]) * 1024
@@ -125,7 +132,8 @@ def main() -> None:
         sys.exit("bubblewrap is missing: apt-get install bubblewrap")
     root = os.getuid() == 0
     psie = str(Path(sys.executable).with_name("psie"))
-    print(f"{'as root' if root else 'rootless'}, Linux {os.uname().release}, Python {sys.version.split()[0]}, {os.cpu_count()} CPUs")
+    who = "as root" if root else "rootless"
+    print(f"{who}, Linux {os.uname().release}, Python {sys.version.split()[0]}, {os.cpu_count()} CPUs")
     print(f"{'milliseconds':<46} {'p50':>8} {'p95':>8} {'ratio':>6}   wanted")
 
     call_peer = bubblewrap("-I", "-c", "print(21 * 2)")
@@ -139,16 +147,17 @@ def main() -> None:
     row("bwrap --unshare-all python -I -c", times["peer"], times["peer"], "")
 
     run_peer = bubblewrap(HELLO)
-    commands = {level: [psie, "run", HELLO, "--level", level, "--quiet"] for level in ("strict", "maximum")}
-    runs: dict[str, list[float]] = {"peer": [], **{level: [] for level in commands}}
+    commands = {name: [psie, "run", HELLO, "--level", name, "--quiet"] for name in ("strict", "maximum")}
+    runs: dict[str, list[float]] = {"peer": [], **{name: [] for name in commands}}
     for _ in range(ROUNDS // 2):
         runs["peer"].append(spawn(run_peer))
-        for level, command in commands.items():
-            runs[level].append(spawn(command))
-    for level in commands:
-        row(f"psie run examples/hello.py --level {level}", runs[level], runs["peer"], "ratio at most 3")
+        for name, command in commands.items():
+            runs[name].append(spawn(command))
+    for name in commands:
+        row(f"psie run examples/hello.py --level {name}", runs[name], runs["peer"], "ratio at most 3")
     row("bwrap --unshare-all python examples/hello.py", runs["peer"], runs["peer"], "")
 
+    shut_down()  # what stands ready of the levels before would count
     own, shared = asyncio.run(memory(IsolationLevel.MAXIMUM))
     print(f"\nmemory of one of {STANDING} standing sandboxes at maximum: {own:.2f} MB private + {shared:.2f} MB of the zygote")
     print(f"{'':<46} {own + shared:8.2f} MB            at most 4 MB")

@@ -7,6 +7,9 @@ them can be pickled and copied. This module must not know how a sandbox works: i
 
 from __future__ import annotations
 
+import errno
+import os
+
 from sandbox.text import escape_text
 
 TYPE_CHECKING = False
@@ -159,7 +162,4 @@ class ResourceLimitExceededError(SandboxException):
 
 
 def _errno_text(number: int) -> str:
-    import errno
-    import os
-
     return f"{errno.errorcode.get(number, f'errno {number}')}, {os.strerror(number)}"

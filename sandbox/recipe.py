@@ -575,13 +575,15 @@ class _Compiler:
                 "cgroup leaf", "no cgroup v2 tree that we may write", mend, "PID namespace" if "pid" in self.namespaces else ""
             )
         self.limit(
-            "memory", f"{limits.max_memory_mb:g} MB", "memory", "memory.max, swap 0, oom.group", "RLIMIT_DATA per process, and a look at all of it every 0.1 s",
+            "memory", f"{limits.max_memory_mb:g} MB", "memory", "memory.max, swap 0, oom.group",
+            "RLIMIT_DATA per process, and a look at all of it every 0.1 s",
             {"limit/Max data size": str(memory)},
         )  # fmt: skip
         tasks = self.tasks()
         self.limit(
             "processes and threads", f"{self.subprocesses} subprocesses, {self.threads} threads", "pids", "pids.max",
-            "RLIMIT_NPROC" if tasks is not None else "", {"limit/Max processes": str(tasks)} if tasks is not None else {},
+            "RLIMIT_NPROC" if tasks is not None else "",
+            {"limit/Max processes": str(tasks)} if "user" in self.namespaces else {},
         )  # fmt: skip
         self.limit(
             "CPU", f"{limits.max_cpu_percent:g} % of one CPU", "cpu", "cpu.max",

@@ -17,11 +17,10 @@ from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 
-from sandbox import host, recipe, transport
+from sandbox import host, recipe, state, transport
 from sandbox.config import IsolationConfig, PluginLimitsV2, PluginPermissionsV2
 from sandbox.engine import channel, client, codec, outcome
-from sandbox.engine.service import Service, service
-from sandbox.engine.streams import Streams
+from sandbox.engine.service import Service, Worker, service
 from sandbox.errors import (
     PluginExecutionError,
     ResourceError,
@@ -85,10 +84,11 @@ class EnhancedPluginSandbox:
         self.environment = dict(environment or {})
         self.monitoring_handler = monitoring_handler
         self.recipe: Recipe | None = None
-        self.protections: tuple[Protection, ...] = ()
+        self._read_back: dict[str, str] = {}
         self._telemetry = SandboxTelemetry(sandbox_id=self.sandbox_id, plugin_id="", start_time=datetime.now(UTC))
         self._service: Service | None = None
         self._sandbox: client.Sandbox | None = None
+        self._wire: dict[str, Any] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._standby: _Run | None = None
         self._gone: concurrent.futures.Future[bool] | None = None
@@ -106,24 +106,21 @@ class EnhancedPluginSandbox:
             ValueError: settings contradict each other.
         """
         if self._sandbox is not None:
-            raise RuntimeError(f"sandbox {self.sandbox_id} is open already: use a new EnhancedPluginSandbox")
+            raise RuntimeError(f"sandbox {self.sandbox_id} has been opened before: use a new EnhancedPluginSandbox")
         self._loop = asyncio.get_running_loop()
-        self.recipe = recipe.compile(self.config, self.limits, self.permissions, host.facts())
-        self.protections = self.recipe.protections
+        self.recipe, wire = compiled(self.config, self.limits, self.permissions)
         self._telemetry.start_time = datetime.now(UTC)
-        wire = client.wire_form(self.recipe)
         self._service = service()
         self._gone = concurrent.futures.Future()
         self._standby = _Run(self)
         try:
-            self._service.post(self._open, wire, self._standby)
+            if not self._take(wire, self._standby):
+                self._service.post(self._open, wire, self._standby)
             await self._standby.stands()
         except BaseException:
             await self._close()
             raise
-        assert self._standby.call is not None
-        assert self._standby.call.read_back is not None
-        self.protections = confirm(self.recipe.protections, self._standby.call.read_back)
+        self._read_back = self._standby.call.read_back or {}
         seconds = self.config.max_sandbox_lifetime_minutes * 60
         self._lifetime = self._loop.call_later(seconds, self._expire, seconds)
         return self
@@ -138,33 +135,58 @@ class EnhancedPluginSandbox:
         """Close the sandbox now; True when nothing of it is left (also when it was closed before)."""
         return await self._close()
 
-    def _open(self, wire: dict[str, Any], standby: _Run) -> None:
+    def _take(self, wire: dict[str, Any], standby: _Run) -> bool:
+        """Take a worker that stands ready, without a visit to the engine's thread; False if there is none."""
+        assert self._service is not None
+        assert self.recipe is not None
+        worker = self._service.take(wire)
+        if worker is None:
+            return False
+        self._wire = wire
+        self._sandbox = worker.sandbox
+        worker.sandbox.on_gone = self._finished
+        standby.use(worker)
+        self._service.post(self._service.touch, self.recipe, wire)
+        if worker.sandbox.is_gone:
+            self._finished()
+        return True
+
+    def _open(self, wire: dict[str, Any], standby: _Run, *, again: bool = True) -> None:
         """In the engine's thread: open the sandbox and start its first worker."""
         assert self._service is not None
         assert self.recipe is not None
         try:
-            opened = client.Sandbox(self._service.zygote(self.recipe), self.recipe, wire, uuid.uuid4().hex)
+            worker = self._service.open(self.recipe, wire)
+        except ResourceError as error:
+            if again and self._service.give_way(lambda: self._open(wire, standby, again=False)):
+                return  # what stood ready for others has gone to make room
+            self._refuse(standby, error)
+            return
         except SandboxException as error:
-            standby.refuse(error)
-            self._finished()
+            self._refuse(standby, error)
             return
         except OSError as error:
-            standby.refuse(
-                SandboxInitializationError(
-                    f"a sandbox could not be opened: {error.strerror}", errno=error.errno, path=error.filename
-                )
-            )
-            self._finished()
+            text = f"a sandbox could not be opened: {error.strerror}"
+            self._refuse(standby, SandboxInitializationError(text, errno=error.errno, path=error.filename))
             return
-        self._sandbox = opened
-        opened.on_gone = self._finished
-        standby.start()
+        self._sandbox = worker.sandbox
+        self._wire = wire
+        self._sandbox.on_gone = self._finished
+        standby.use(worker)
+        if self._sandbox.is_gone:
+            self._finished()
+
+    def _refuse(self, standby: _Run, error: SandboxException) -> None:
+        standby.refuse(error)
+        self._finished()
 
     def _finished(self) -> None:
         """In the engine's thread: all of it has gone."""
         assert self._gone is not None
         if not self._gone.done():
             self._gone.set_result(True)
+        if self._sandbox is not None and self._service is not None and self.recipe is not None:
+            self._service.loop.call_later(0, self._service.refill, self.recipe, self._wire)
 
     async def _close(self) -> bool:
         if self._lifetime is not None:
@@ -225,7 +247,6 @@ class EnhancedPluginSandbox:
         run, self._standby = self._standby or self._new_run(), None
         self._telemetry.plugin_id = getattr(plugin_function, "__qualname__", type(plugin_function).__name__)
         await run.stands()
-        assert run.call is not None
         run.call.source_file = getattr(getattr(plugin_function, "__code__", None), "co_filename", "")
         try:
             await run.execute(instruction, payload, self.limits.max_execution_time_seconds)
@@ -300,7 +321,6 @@ class EnhancedPluginSandbox:
     def _record(self, run: _Run) -> None:
         telemetry = self._telemetry
         telemetry.end_time = datetime.now(UTC)
-        assert run.call is not None
         seen = run.call.outcome or {}
         telemetry.exit_code = outcome.exit_of(run.call)[0]
         telemetry.peak_memory_mb = max(telemetry.peak_memory_mb, int(seen.get("maxrss_kb", 0)) / 1024)
@@ -328,9 +348,12 @@ class EnhancedPluginSandbox:
         """The violations so far, oldest first."""
         return list(self._telemetry.violations)
 
-    def get_protections(self) -> tuple[Protection, ...]:
-        """The protections with their states, as read back from the running sandbox."""
-        return self.protections
+    @property
+    def protections(self) -> tuple[Protection, ...]:
+        """The protections with their states, as read back from the running sandbox; none before it was opened."""
+        if self.recipe is None or not self._read_back:
+            return ()
+        return confirm(self.recipe.protections, self._read_back)
 
     @property
     def temp_directory(self) -> Path:
@@ -347,12 +370,17 @@ class _Run:
 
     def __init__(self, owner: EnhancedPluginSandbox) -> None:
         self.owner = owner
-        self.call: client.Call | None = None
-        self.streams: Streams | None = None
+        self.worker: Worker | None = None
         self.violations: list[SandboxViolation] = []
         self._sealed: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._done: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._raw: dict[tuple[str, str], SandboxViolation] = {}
+        self._escapers = {1: TerminalEscaper(), 2: TerminalEscaper()}
+
+    @property
+    def call(self) -> client.Call:
+        assert self.worker is not None
+        return self.worker.call
 
     async def stands(self) -> None:
         """Wait for the sealed worker. Raises what kept it from standing."""
@@ -361,7 +389,6 @@ class _Run:
     async def execute(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
         """Send the job and wait for the end of everything; a cancelled caller kills it first."""
         assert self.owner._service is not None
-        assert self.call is not None
         self.owner._service.post(self.call.send_job, instruction, payload, seconds)
         waiting = asyncio.wrap_future(self._done)
         try:
@@ -371,77 +398,81 @@ class _Run:
             await waiting
             raise
 
+    def show(self, fd: int, data: bytes) -> None:
+        """On the caller's loop: the plugin's output to sys.stdout or sys.stderr, escaped on a terminal."""
+        stream: TextIO | None = sys.stdout if fd == 1 else sys.stderr
+        if stream is None:
+            return
+        shown = self._escapers[fd].feed(data) if stream.isatty() else data
+        stream.write(shown.decode("utf-8", "backslashreplace"))
+        stream.flush()
+
     # In the engine's thread:
 
     def refuse(self, error: SandboxException) -> None:
         self._sealed.set_exception(error)
 
     def start(self) -> None:
-        sandbox = self.owner._sandbox
-        recipe_ = self.owner.recipe
-        assert sandbox is not None
-        assert recipe_ is not None
-        sinks = tuple(_sink(self.owner, name) for name in ("stdout", "stderr"))
-        limit = int(recipe_.limits["output_bytes"])
-        self.streams = Streams(sandbox.loop, limit, self._too_much, sinks, None)  # type: ignore[arg-type]
-        try:
-            call = sandbox.call(self.streams.inside)
-        finally:
-            self.streams.close_inside()
-        self.call = call
-        call.on_sealed = self._on_sealed
-        call.on_done = self._on_done
-        call.on_violation = self._on_violation
-        if call.done:
-            self._on_done(call)
+        """A further worker in the owner's open sandbox."""
+        assert self.owner._sandbox is not None
+        self.use(Worker(self.owner._sandbox))
 
-    def _too_much(self) -> None:
-        if self.call is not None:
-            self.call.kill("output")
+    def use(self, worker: Worker) -> None:
+        self.worker = worker
+        worker.on_stands = self._on_stands
+        worker.on_done = self._on_done
+        worker.on_output = self._on_output
+        worker.on_violation = self._on_violation
+        if worker.stands or worker.error is not None:
+            self._on_stands(worker.error)
+        if worker.call.done:
+            self._on_done()
 
-    def _on_sealed(self, call: client.Call) -> None:
-        if call.read_back is not None and not self._sealed.done():
+    def _on_stands(self, error: SandboxException | None) -> None:
+        if self._sealed.done():
+            return
+        if error is None:
             self._sealed.set_result(None)
+        else:
+            self._sealed.set_exception(error)
 
-    def _on_done(self, call: client.Call) -> None:
-        if self.streams is not None:
-            self.streams.finish()
-        for key, fields in call.violations.items():
+    def _on_output(self, fd: int, data: bytes) -> None:
+        assert self.owner._loop is not None
+        try:
+            self.owner._loop.call_soon_threadsafe(self.show, fd, data)
+        except RuntimeError:
+            return  # the caller's loop is closed: nobody listens any more
+
+    def _on_done(self) -> None:
+        for key, fields in self.call.violations.items():
             if key in self._raw:
                 self._raw[key].details["count"] = int(fields["count"])
-        if not self._sealed.done():
-            error = call.error or ResourceError("the worker ended before it stood: see psie explain")
-            self._sealed.set_exception(error)
-        self._done.set_result(None)
+        if not self._done.done():
+            self._done.set_result(None)
 
-    def _on_violation(self, call: client.Call, fields: dict[str, str]) -> None:
+    def _on_violation(self, fields: dict[str, str]) -> None:
         violation = outcome.describe_violation(fields)
         self._raw[fields["nr"], fields["arg0"]] = violation
         self.violations.append(violation)
         if len(self.violations) > self.owner.config.violation_threshold:
-            call.kill("violations")
+            self.call.kill("violations")
 
 
-def _sink(owner: EnhancedPluginSandbox, name: str) -> Callable[[bytes], None]:
-    """A function for the engine's thread that writes a plugin's output to sys.stdout or sys.stderr on the caller's loop."""
-    escaper = TerminalEscaper()
+_compiled: dict[str, tuple[Recipe, dict[str, Any]]] = {}
+COMPILED = 64  # different settings of a process whose recipes are kept
 
-    def write(data: bytes) -> None:
-        stream: TextIO | None = getattr(sys, name)
-        if stream is None:
-            return
-        shown = escaper.feed(data) if stream.isatty() else data
-        stream.write(shown.decode("utf-8", "backslashreplace"))
-        stream.flush()
 
-    def sink(data: bytes) -> None:
-        assert owner._loop is not None
-        try:
-            owner._loop.call_soon_threadsafe(write, data)
-        except RuntimeError:
-            return  # the caller's loop is closed: nobody listens any more
-
-    return sink
+def compiled(
+    config: IsolationConfig, limits: PluginLimitsV2, permissions: PluginPermissionsV2
+) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe for these settings and its wire form; equal settings have one and the same. Raises what compile() does."""
+    key = repr((config, limits, permissions, state.distrusted))
+    if key not in _compiled:
+        if len(_compiled) >= COMPILED:
+            _compiled.clear()
+        made = recipe.compile(config, limits, permissions, host.facts())
+        _compiled[key] = made, client.wire_form(made)
+    return _compiled[key]
 
 
 def wants_environment(function: Callable[..., Any]) -> bool:

@@ -13,11 +13,14 @@ import zlib
 
 from sandbox.version import __version__
 
+CACHE_FILE_BYTES = 1 << 20
+_CHECKSUM_BYTES = 4
+
 
 def folder(kind: str) -> str:
     """The folder for `kind` ("run", "cache", "lib"), made if it is missing, owned by us and writable by nobody else.
 
-    Raises PermissionError if another user owns it.
+    Raises PermissionError, with the mend, if another user owns it, other OSErrors if it cannot be made.
     """
     if os.getuid() == 0:
         path = {"run": "/run/psie", "cache": "/var/cache/psie", "lib": "/var/lib/psie"}[kind]
@@ -29,7 +32,10 @@ def folder(kind: str) -> str:
             "lib": os.environ.get("XDG_STATE_HOME") or os.path.join(home, ".local", "state"),
         }[kind]
         path = os.path.join(base, "psie") if base and _usable(base) else f"/tmp/psie-{os.getuid()}-{kind}"
-    os.makedirs(path, mode=0o711, exist_ok=True)
+    try:
+        os.makedirs(path, mode=0o711, exist_ok=True)
+    except FileExistsError:
+        pass  # no folder: refused below
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise PermissionError(
@@ -41,63 +47,124 @@ def folder(kind: str) -> str:
 
 
 def _usable(base: str) -> bool:
-    """Is there, or can there be, a folder of ours at `base`?"""
-    while not os.path.isdir(base):
+    """Is there, or can there be, a folder of ours at `base`? A relative path does not count, as the specification says."""
+    if not os.path.isabs(base):
+        return False
+    while not os.path.lexists(base):
         base = os.path.dirname(base)
-    return os.access(base, os.W_OK) and os.lstat(base).st_uid == os.getuid()
+    return os.path.isdir(base) and os.access(base, os.W_OK) and os.lstat(base).st_uid == os.getuid()
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 class Cache:
-    """Small files that can be made again at any time: a damaged, foreign or missing one is simply not there."""
+    """Small files (up to CACHE_FILE_BYTES) of one kind that can be made again at any time. Nothing here is ever an error: a
+    cache that cannot be used costs time, not function.
+
+    A file counts only if nobody else could have written it, it is whole, and it was stored by this version of psie under
+    this name and this key: a damaged, foreign, older or missing one is simply not there. The key is what the content
+    depends on; it lies in the file, so that two keys may share a name.
+    """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         try:
             self.folder: str | None = folder("cache")
         except OSError:
-            self.folder = None  # a read-only or full disk costs time, not function
+            self.folder = None  # a read-only disk, or somebody else's folder
 
-    def _path(self, name: str) -> str:
-        return os.path.join(self.folder or "", f"{self.kind}-{name}")
-
-    def read(self, name: str) -> bytes | None:
-        if self.folder is None:
-            return None
+    def read(self, name: str, key: bytes = b"") -> bytes | None:
+        """What was stored under `name` and `key`."""
         try:
-            fd = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with _Opened(self.folder) as opened:
+                fd = os.open(self._file(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=opened)
+            try:
+                found = os.fstat(fd)
+                if not stat.S_ISREG(found.st_mode) or not _is_ours(found) or found.st_size > CACHE_FILE_BYTES:
+                    return None
+                content = os.read(fd, found.st_size)
+            finally:
+                os.close(fd)
         except OSError:
             return None
-        with os.fdopen(fd, "rb") as file:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-                return None
-            data = file.read(1 << 20)
-        return data[4:] if data[:4] == zlib.crc32(data[4:]).to_bytes(4, "little") else None
+        head = self._head(name, key)
+        data = content[len(head) + _CHECKSUM_BYTES :]
+        return data if content == head + _checksum(head, data) + data else None
 
-    def write(self, name: str, data: bytes) -> None:
-        if self.folder is None:
-            return
-        temporary = f"{self._path(name)}.{os.getpid()}"
+    def write(self, name: str, data: bytes, key: bytes = b"") -> None:
+        """Store `data` under `name` and `key`, instead of what was there.
+
+        The temporary name is fixed, so that a writer that was killed leaves nothing that stays. Of two writers at once one
+        may rename the other's unfinished file: a reader sees that by its checksum, and its own writer finishes it.
+        """
+        temporary = self._file(name) + ".new"
+        head = self._head(name, key)
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(zlib.crc32(data).to_bytes(4, "little") + data)
-            os.rename(temporary, self._path(name))
+            with _Opened(self.folder) as opened:
+                try:
+                    os.unlink(temporary, dir_fd=opened)
+                except FileNotFoundError:
+                    pass
+                fd = os.open(
+                    temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=opened
+                )
+                with os.fdopen(fd, "wb") as file:
+                    file.write(head + _checksum(head, data) + data)
+                os.rename(temporary, self._file(name), src_dir_fd=opened, dst_dir_fd=opened)
         except OSError:
-            self.folder = None
+            pass
+
+    def remove(self, name: str) -> None:
+        """Remove what is stored under `name`, whatever its key."""
+        self._unlink(self._file(name))
 
     def clear(self) -> None:
         """Remove all of this kind."""
-        for name in os.listdir(self.folder) if self.folder is not None else ():
-            if name.startswith(self.kind + "-"):
-                self.remove(name[len(self.kind) + 1 :])
+        try:
+            with _Opened(self.folder) as opened:
+                files = os.listdir(opened)
+        except OSError:
+            return
+        for file in files:
+            if file.startswith(self._file("")):
+                self._unlink(file)
 
-    def remove(self, name: str) -> None:
-        if self.folder is not None:
-            try:
-                os.unlink(self._path(name))
-            except OSError:
-                self.folder = None
+    def _unlink(self, file: str) -> None:
+        try:
+            with _Opened(self.folder) as opened:
+                os.unlink(file, dir_fd=opened)
+        except OSError:
+            pass
+
+    def _file(self, name: str) -> str:
+        return f"{self.kind}-{name}"
+
+    def _head(self, name: str, key: bytes) -> bytes:
+        return b"psie %s %s %d\n%s\n" % (__version__.encode(), self._file(name).encode(), len(key), key)
+
+
+class _Opened:
+    """A descriptor of the folder at `path` for the time of a `with`. OSError if others could have written there."""
+
+    def __init__(self, path: str | None) -> None:
+        if path is None:
+            raise FileNotFoundError("there is no folder for the cache")
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if not _is_ours(os.fstat(self.fd)):
+            os.close(self.fd)
+            raise PermissionError(f"{path} can be written by others")
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+def _checksum(head: bytes, data: bytes) -> bytes:
+    return zlib.crc32(data, zlib.crc32(head)).to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def host_key() -> list[object]:
@@ -117,7 +184,12 @@ def host_key() -> list[object]:
     return key
 
 
+distrusted = 0  # how often in this process
+
+
 def distrust() -> None:
     """What was believed about the host has just proved wrong: probe again next time."""
+    global distrusted
+    distrusted += 1
     Cache("facts").clear()
     Cache("recipes").clear()

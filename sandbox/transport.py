@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _lock = threading.Lock()
 _by_value: set[str] = set()
-_seen_modules = 0
+_seen_modules: set[str] = set()
 
 
 def _refuse_file(file: io.IOBase) -> NoReturn:
@@ -38,7 +38,7 @@ def register_own_modules(library_path: Sequence[str]) -> None:
     global _seen_modules
     import cloudpickle
 
-    if len(sys.modules) == _seen_modules:
+    if sys.modules.keys() <= _seen_modules:
         return
     folders = tuple(folder.rstrip("/") + "/" for folder in library_path)
     for name, module in list(sys.modules.items()):
@@ -53,7 +53,7 @@ def register_own_modules(library_path: Sequence[str]) -> None:
         if isinstance(file, str) and not file.startswith(folders):
             cloudpickle.register_pickle_by_value(module)
             _by_value.add(name)
-    _seen_modules = len(sys.modules)
+    _seen_modules = set(sys.modules)
 
 
 def _dumps(value: object) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import importlib.util
 import itertools
 import json
@@ -30,6 +31,7 @@ from typing import Any
 
 import pytest
 
+from sandbox import state
 from sandbox.ns.syscalls import prctl
 from sandbox.seccomp import filter as profiles
 from sandbox.seccomp import notifier
@@ -41,29 +43,39 @@ MACHINES = ("x86_64", "aarch64")
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 AUDIT_ARCH_I386 = 0x40000003
 PR_SET_NO_NEW_PRIVS = 38
-# Without allow_metadata copying files fails, so the programs of these tests have it; it has a test of its own.
-VARIANTS = [
-    dict(zip(profiles.FEATURES, (*flags, True), strict=True))
-    for flags in itertools.product((False, True), repeat=len(profiles.FEATURES) - 1)
+ALL_VARIANTS = [
+    dict(zip(profiles.FEATURES, flags, strict=True))
+    for flags in itertools.product((False, True), repeat=len(profiles.FEATURES))
 ]
+# Without allow_metadata copying files fails, so the programs of most tests have it; it has tests of its own.
+VARIANTS = [permissions for permissions in ALL_VARIANTS if permissions["allow_metadata"]]
 CLOSED = {"allow_subprocess": False, "allow_threads": False, "allow_network": False, "allow_metadata": True}
 OPEN = {"allow_subprocess": True, "allow_threads": True, "allow_network": True, "allow_metadata": True}
 THREADS = {**CLOSED, "allow_threads": True}
 every_profile = pytest.mark.parametrize("profile", profiles.PROFILES)
 only_x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="an ABI of x86-64")
 
-NUMBERS = profiles.known_syscalls(os.uname().machine)
+NUMBERS_OF = {machine: profiles.known_syscalls(machine) for machine in MACHINES}
+NUMBERS = NUMBERS_OF[os.uname().machine]
+MISSING = b"/proc/missing"  # where nobody can make anything
+SO_PASSPIDFD, SO_PEERPIDFD = 76, 77  # asm-generic/socket.h
+IPC_RMID, GETVAL = 0, 12  # linux/ipc.h, linux/sem.h
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_NODUMP_FL = 0x80086601, 0x40086602, 0x40  # linux/fs.h
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
 def call(name: str | int, *arguments: int | bytes | None) -> str:
     """A raw system call: "ok" or the name of its errno."""
+    return "ok" if raw_call(name, *arguments) >= 0 else errno.errorcode[ctypes.get_errno()]
+
+
+def raw_call(name: str | int, *arguments: int | bytes | None) -> int:
     number = NUMBERS[name] if isinstance(name, str) else name
     values = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
     values += [ctypes.c_long(0)] * (6 - len(values))
-    result = _libc.syscall(ctypes.c_long(number), *values)
-    return "ok" if result >= 0 else errno.errorcode[ctypes.get_errno()]
+    result: int = _libc.syscall(ctypes.c_long(number), *values)
+    return result
 
 
 class Outcome:
@@ -127,6 +139,10 @@ def _supervise(channel: socket.socket, descriptors: list[int]) -> tuple[bytes, l
 
 def compiled(profile: str, permissions: dict[str, bool]) -> bytes:
     return profiles.compile_profile(profile, **permissions)
+
+
+def variant_name(permissions: dict[str, bool]) -> str:
+    return "+".join(feature.removeprefix("allow_") for feature in permissions if permissions[feature]) or "closed"
 
 
 # Ordinary programs run ------------------------------------------------------------------------------------------------
@@ -218,7 +234,7 @@ def threads() -> int:
 
 
 @every_profile
-@pytest.mark.parametrize("permissions", VARIANTS, ids=lambda one: "+".join(key for key in one if one[key]) or "closed")
+@pytest.mark.parametrize("permissions", VARIANTS, ids=variant_name)
 def test_the_standard_library_runs(profile: str, permissions: dict[str, bool]) -> None:
     def everything() -> list[Any]:
         done: list[Any] = list(stdlib_basics())
@@ -289,9 +305,9 @@ def calls_to_refuse() -> dict[str, str]:
     """
     return {
         "mount": call("mount", None, None, None, 0, None),
-        "umount2": call("umount2", b"/nonexistent", 0),
-        "pivot_root": call("pivot_root", b"/nonexistent", b"/nonexistent"),
-        "chroot": call("chroot", b"/nonexistent"),
+        "umount2": call("umount2", MISSING, 0),
+        "pivot_root": call("pivot_root", MISSING, MISSING),
+        "chroot": call("chroot", MISSING),
         "open_tree": call("open_tree", -1, b"nonexistent", 0),
         "move_mount": call("move_mount", -1, b"x", -1, b"x", 0),
         "fsopen": call("fsopen", b"nosuchfilesystem", 0),
@@ -317,9 +333,9 @@ def calls_to_refuse() -> dict[str, str]:
         "open_by_handle_at": call("open_by_handle_at", -1, None, 0),
         "name_to_handle_at": call("name_to_handle_at", -1, b"x", None, None, 0),
         "fanotify_init": call("fanotify_init", 0xFFFFFFFF, 0),
-        "acct": call("acct", b"/nonexistent"),
+        "acct": call("acct", MISSING),
         "quotactl": call("quotactl", 0, None, 0, None),
-        "swapon": call("swapon", b"/nonexistent", 0),
+        "swapon": call("swapon", MISSING, 0),
         "sethostname": call("sethostname", None, 1 << 20),
         "clock_settime": call("clock_settime", 0xFFFF, None),
         "adjtimex": call("adjtimex", None),
@@ -330,7 +346,28 @@ def calls_to_refuse() -> dict[str, str]:
         "vmsplice": call("vmsplice", -1, None, 0, 0),
         "memfd_secret": call("memfd_secret", 0xFFFFFFFF),
         "shmget": call("shmget", 0x1234567, 0, 0),
+        "shmat": call("shmat", 0x7FFFFFFF, None, 0),
+        "shmctl": call("shmctl", 0x7FFFFFFF, 2, None),
+        "msgget": call("msgget", 0x1234567, 0),
+        "msgsnd": call("msgsnd", 0x7FFFFFFF, bytes(16), 1, 0),
+        "msgrcv": call("msgrcv", 0x7FFFFFFF, None, 0, 0, 0),
+        "msgctl": call("msgctl", 0x7FFFFFFF, 2, None),
+        "semget": call("semget", 0x1234567, 1, 0),
+        "semop": call("semop", 0x7FFFFFFF, bytes(6), 1),
+        "semtimedop": call("semtimedop", 0x7FFFFFFF, bytes(6), 1, None),
+        "semctl": call("semctl", 0x7FFFFFFF, 0, GETVAL),
         "mq_open": call("mq_open", b"nonexistent", 0, 0, None),
+        "mq_unlink": call("mq_unlink", b"nonexistent"),
+        "mq_timedsend": call("mq_timedsend", -1, b"x", 1, 0, None),
+        "mq_timedreceive": call("mq_timedreceive", -1, None, 0, None, None),
+        "mq_notify": call("mq_notify", -1, None),
+        "mq_getsetattr": call("mq_getsetattr", -1, None, None),
+        "setxattr": call("setxattr", MISSING, b"user.x", b"x", 1, 0),
+        "lsetxattr": call("lsetxattr", MISSING, b"user.x", b"x", 1, 0),
+        "fsetxattr": call("fsetxattr", -1, b"user.x", b"x", 1, 0),
+        "removexattr": call("removexattr", MISSING, b"user.x"),
+        "lremovexattr": call("lremovexattr", MISSING, b"user.x"),
+        "fremovexattr": call("fremovexattr", -1, b"user.x"),
         "prctl PR_SET_DUMPABLE": call("prctl", 4, 99),
         "prctl PR_SET_SECCOMP": call("prctl", 22, 99),
         "prctl PR_SET_PDEATHSIG": call("prctl", 1, 9999),
@@ -345,6 +382,8 @@ def calls_to_refuse() -> dict[str, str]:
         "openat S_ISUID": call("openat", -1, b"x", os.O_CREAT | os.O_WRONLY, 0o4755),
         "socket AF_VSOCK SOCK_RAW": call("socket", socket.AF_VSOCK, 3, 99),
         "setsockopt SO_ATTACH_FILTER": call("setsockopt", -1, 1, 26, None, 0),
+        "setsockopt SO_PASSPIDFD": call("setsockopt", -1, socket.SOL_SOCKET, SO_PASSPIDFD, None, 0),
+        "getsockopt SO_PEERPIDFD": call("getsockopt", -1, socket.SOL_SOCKET, SO_PEERPIDFD, None, None),
         "ioctl TIOCSTI": call("ioctl", -1, termios.TIOCSTI, b"x"),
         "ioctl TIOCSTI + 2**32": call("ioctl", -1, termios.TIOCSTI | 1 << 32, b"x"),
         "ioctl TIOCLINUX": call("ioctl", -1, 0x541C, b"\x03"),
@@ -412,7 +451,7 @@ def all_families() -> dict[str, str]:
 
 
 @every_profile
-@pytest.mark.parametrize("permissions", VARIANTS, ids=lambda one: "+".join(key for key in one if one[key]) or "closed")
+@pytest.mark.parametrize("permissions", VARIANTS, ids=variant_name)
 def test_socket_families(profile: str, permissions: dict[str, bool]) -> None:
     outside = confined(all_families, None).value
     if os.geteuid() == 0:
@@ -469,6 +508,168 @@ def test_setuid_files_cannot_be_made(profile: str, tmp_path: Path) -> None:
     assert {name for name, answer in inside.items() if answer == "ok"} == {"create plain", "chmod plain", "open"}
 
 
+def file_state(path: Path) -> list[Any]:
+    found = path.stat()
+    return [found.st_mode, found.st_uid, found.st_gid, found.st_mtime_ns, sorted(os.listxattr(path))]
+
+
+@every_profile
+def test_extended_attributes_cannot_be_changed(profile: str, tmp_path: Path) -> None:
+    """Landlock lets them pass. Whoever copies files takes EPERM for a file system without them."""
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    path = os.fsencode(file)
+
+    def attempts() -> list[str]:
+        with open(path, "rb") as opened:
+            return [
+                call("setxattr", path, b"user.set", b"x", 1, 0),
+                call("lsetxattr", path, b"user.lset", b"x", 1, 0),
+                call("fsetxattr", opened.fileno(), b"user.fset", b"x", 1, 0),
+                call("removexattr", path, b"user.set"),
+                call("lremovexattr", path, b"user.lset"),
+            ]
+
+    def copies() -> str:
+        import shutil
+
+        os.listxattr(path)
+        shutil.copy2(file, tmp_path / "copy")
+        return (tmp_path / "copy").name
+
+    outside = confined(attempts, None).value
+    if set(outside) == {"EOPNOTSUPP"}:
+        pytest.skip("this file system has no user attributes")
+    assert set(outside) == {"ok"}
+    before = file_state(file)
+    assert before[-1] == ["user.fset"]
+    inside = confined(attempts, compiled(profile, OPEN))
+    assert (set(inside.value), inside.notified) == ({"EPERM"}, [])
+    assert confined(copies, compiled(profile, CLOSED)).value == "copy"
+    assert file_state(file) == before
+
+
+@every_profile
+def test_metadata_of_files_the_caller_owns_stays_as_it_is(profile: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    path = os.fsencode(file)
+
+    def attempts() -> dict[str, str]:
+        """Through the C library, which takes whatever calls this machine has."""
+        with open(path, "rb") as opened:
+            fd = opened.fileno()
+            flags = ctypes.c_long()
+            answers = {}
+            ways: dict[str, Callable[[], object]] = {
+                "chmod": lambda: os.chmod(path, 0o600),
+                "fchmod": lambda: os.fchmod(fd, 0o600),
+                "chown": lambda: os.chown(path, os.getuid(), os.getgid()),
+                "lchown": lambda: os.lchown(path, os.getuid(), os.getgid()),
+                "fchown": lambda: os.fchown(fd, os.getuid(), os.getgid()),
+                "utime": lambda: os.utime(path, (1, 1)),
+                "futimes": lambda: os.utime(fd, (1, 1)),
+                "chattr": lambda: (
+                    fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags),
+                    fcntl.ioctl(fd, FS_IOC_SETFLAGS, ctypes.c_long(flags.value | FS_NODUMP_FL)),
+                ),
+            }
+            for name, way in ways.items():
+                try:
+                    way()
+                    answers[name] = "ok"
+                except OSError as error:
+                    answers[name] = errno.errorcode[error.errno or 0]
+        return answers
+
+    def plain_work() -> str:
+        import shutil
+
+        (tmp_path / "made").mkdir()
+        shutil.copyfile(path, tmp_path / "made" / "copy")
+        os.rename(tmp_path / "made" / "copy", tmp_path / "made" / "other")
+        content = (tmp_path / "made" / "other").read_text()
+        shutil.rmtree(tmp_path / "made")
+        return content
+
+    file.write_bytes(b"content")
+    file.chmod(0o640)
+    before = file_state(file)
+    inside = confined(attempts, compiled(profile, {**OPEN, "allow_metadata": False}))
+    answers = inside.value
+    assert answers.pop("chattr") in ("EPERM", "ENOTTY")  # the latter on a file system without flags
+    assert (set(answers.values()), inside.notified) == ({"EPERM"}, [])
+    assert file_state(file) == before
+    outcome = confined(plain_work, compiled(profile, {**CLOSED, "allow_metadata": False}))
+    assert (outcome.value, outcome.notified) == ("content", [])
+    outside = confined(attempts, None).value
+    assert outside.pop("chattr") in ("ok", "ENOTTY", "EOPNOTSUPP")
+    assert set(outside.values()) == {"ok"}
+    assert file_state(file) != before
+
+
+@every_profile
+def test_ipc_objects_of_the_caller_are_out_of_reach(profile: str) -> None:
+    """MINIMAL shares the caller's IPC namespace and perhaps its user id, and numbers are easily guessed."""
+    queue = f"psie-test-{os.getpid()}".encode()
+    segment = raw_call("shmget", 0, mmap.PAGESIZE, 0o600 | 0o1000)  # IPC_PRIVATE, IPC_CREAT
+    semaphore = raw_call("semget", 0, 1, 0o600 | 0o1000)
+    if min(segment, semaphore) < 0:
+        pytest.skip("no System V objects here")
+
+    def attempts() -> dict[str, str]:
+        return {
+            "shmat": call("shmat", segment, None, 0),
+            "semctl": call("semctl", semaphore, 0, GETVAL),
+            "mq_unlink": call("mq_unlink", queue),
+        }
+
+    try:
+        os.close(raw_call("mq_open", queue, os.O_CREAT | os.O_RDWR, 0o600, None))
+        inside = confined(attempts, compiled(profile, OPEN))
+        assert (inside.value, inside.notified) == (dict.fromkeys(("shmat", "semctl", "mq_unlink"), "EPERM"), [])
+        assert set(confined(attempts, None).value.values()) == {"ok"}
+    finally:
+        call("shmctl", segment, IPC_RMID, None)
+        call("semctl", semaphore, 0, IPC_RMID)
+        call("mq_unlink", queue)
+
+
+@every_profile
+def test_sockets_give_no_pidfd_of_the_caller(profile: str) -> None:
+    """The job comes through a socket, which would hand out a pidfd of who made it, or of who sends through it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def attempts() -> list[str]:
+        answers = []
+        try:
+            pidfd = theirs.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+            answers.append(pid_of(pidfd))
+        except OSError as error:
+            answers.append(errno.errorcode[error.errno or 0])
+        try:
+            theirs.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
+            ours.send(b"message")
+            _message, [(_level, _kind, data)], _flags, _address = theirs.recvmsg(100, 100)
+            answers.append(pid_of(*struct.unpack("i", data)))
+        except OSError as error:
+            answers.append(errno.errorcode[error.errno or 0])
+        answers.append(str(theirs.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)))
+        return [*answers, str(os.getpid())]
+
+    def pid_of(pidfd: int) -> str:
+        text = Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+        return text.split("Pid:")[1].split()[0]
+
+    *outside, sender = confined(attempts, None).value
+    if "ENOPROTOOPT" in outside:
+        pytest.skip("this kernel has no such options (they came with 6.5)")
+    assert outside == [str(os.getpid()), sender, "5"]
+    inside = confined(attempts, compiled(profile, OPEN))
+    assert (inside.value[:-1], inside.notified) == (["EPERM", "EPERM", "5"], [])
+    ours.close()
+    theirs.close()
+
+
 @every_profile
 def test_without_subprocesses(profile: str) -> None:
     def attempts() -> list[Any]:
@@ -486,8 +687,8 @@ def test_without_subprocesses(profile: str) -> None:
             answers.append("ran")
         except OSError as error:
             answers.append(errno.errorcode[error.errno or 0])
-        answers.append(call("execve", b"/nonexistent", None, None))
-        answers.append(call("execveat", -1, b"/nonexistent", None, None, 0))
+        answers.append(call("execve", MISSING, None, None))
+        answers.append(call("execveat", -1, MISSING, None, None, 0))
         return answers
 
     assert confined(attempts, None).value == [4950, "forked", "ran", "ENOENT", "ENOENT"]
@@ -671,49 +872,59 @@ def test_the_filter_keeps_out_further_filters() -> None:
 # The programs, run by a machine of our own: every call, every variant, every architecture -------------------------------
 
 
-def run_bpf(program: bytes, machine_arch: int, number: int, arguments: tuple[int, ...] = ()) -> int:
+def run_bpf(steps: list[tuple[int, int, int, int]], machine_arch: int, number: int, arguments: tuple[int, ...] = ()) -> int:
     """The value a classic BPF program returns for a struct seccomp_data; only what our programs use."""
-    padded = (*arguments, *(0,) * (6 - len(arguments)))
-    data = struct.pack("=iIQ6Q", number - (1 << 32) if number >= 1 << 31 else number, machine_arch, 0, *padded)
-    steps = list(struct.iter_unpack("=HBBI", program))
+    data = [number, machine_arch, 0, 0]  # in words of 32 bits, as BPF loads them
+    for argument in (*arguments, *(0,) * (6 - len(arguments))):
+        data += (argument & 0xFFFFFFFF, argument >> 32)
     accumulator = position = 0
     while True:
         code, on_true, on_false, value = steps[position]
         position += 1
-        if code == 0x20:
-            (accumulator,) = struct.unpack_from("=I", data, value)
+        if code == 0x15:
+            position += on_true if accumulator == value else on_false
+        elif code == 0x25:
+            position += on_true if accumulator > value else on_false
+        elif code == 0x35:
+            position += on_true if accumulator >= value else on_false
+        elif code == 0x45:
+            position += on_true if accumulator & value else on_false
+        elif code == 0x20:
+            accumulator = data[value // 4]
         elif code == 0x54:
             accumulator &= value
         elif code == 0x05:
             position += value
-        elif code == 0x06:
-            return int(value)
         else:
-            tests = {0x15: accumulator == value, 0x25: accumulator > value, 0x35: accumulator >= value}
-            holds = tests[code] if code != 0x45 else bool(accumulator & value)
-            position += on_true if holds else on_false
+            assert code == 0x06
+            return value
 
 
 KILL_PROCESS, ERRNO_EPERM, ERRNO_ENOSYS, NOTIFY, ALLOW = 0x80000000, 0x00050001, 0x00050026, 0x7FC00000, 0x7FFF0000
 
 
 def program_for(machine: str, profile: str, permissions: dict[str, bool]) -> Callable[..., int]:
-    permitted = tuple(name for name in profiles.FEATURES if permissions[name])
-    program = profiles._compile(profiles._Profile(profile), permitted, machine, True)
-    numbers = profiles.known_syscalls(machine)
+    steps = _steps(machine, profile, tuple(name for name in profiles.FEATURES if permissions[name]))
+    numbers = NUMBERS_OF[machine]
 
     def answer(name: str | int, *arguments: int, arch: int = AUDIT_ARCH[machine]) -> int:
-        return run_bpf(program, arch, numbers[name] if isinstance(name, str) else name, arguments)
+        return run_bpf(steps, arch, numbers[name] if isinstance(name, str) else name, arguments)
 
     return answer
 
 
+@functools.cache
+def _steps(machine: str, profile: str, permitted: tuple[str, ...]) -> list[tuple[int, int, int, int]]:
+    program = profiles._compile(profiles._Profile(profile), permitted, machine, True)
+    return list(struct.iter_unpack("=HBBI", program))
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 @every_profile
-@pytest.mark.parametrize("permissions", VARIANTS, ids=lambda one: "+".join(key for key in one if one[key]) or "closed")
+@pytest.mark.parametrize("permissions", VARIANTS, ids=variant_name)
 def test_programs(machine: str, profile: str, permissions: dict[str, bool]) -> None:
     answer = program_for(machine, profile, permissions)
-    numbers = profiles.known_syscalls(machine)
+    numbers = NUMBERS_OF[machine]
     for foreign in (AUDIT_ARCH_I386, *(AUDIT_ARCH[other] for other in MACHINES if other != machine)):
         assert {answer(number, arch=foreign) for number in range(600)} == {KILL_PROCESS}
     if machine == "x86_64":
@@ -745,7 +956,7 @@ def test_each_profile_permits_less_than_the_one_before(machine: str) -> None:
         allowed = []
         for profile in profiles.PROFILES:
             answer = program_for(machine, profile, permissions)
-            tried = itertools.product(profiles.known_syscalls(machine), arguments)
+            tried = itertools.product(NUMBERS_OF[machine], arguments)
             allowed.append({(name, given) for name, given in tried if answer(name, *given) == ALLOW})
         assert allowed[0] > allowed[1] > allowed[2]
 
@@ -753,10 +964,10 @@ def test_each_profile_permits_less_than_the_one_before(machine: str) -> None:
 @pytest.mark.parametrize("machine", MACHINES)
 @every_profile
 def test_a_permission_only_opens(machine: str, profile: str) -> None:
-    arguments = [(), (1, 1), (2, 1), (2, 2, 17), (0x3D0F00,), (17,), (0, 0x8910)]
-    tried = list(itertools.product(profiles.known_syscalls(machine), arguments))
+    arguments = [(), (1, 1), (2, 1), (2, 2, 17), (0x3D0F00,), (17,), (0, 0x8910), (0, FS_IOC_SETFLAGS)]
+    tried = list(itertools.product(NUMBERS_OF[machine], arguments))
     allowed = {}
-    for permissions in VARIANTS:
+    for permissions in ALL_VARIANTS:
         answer = program_for(machine, profile, permissions)
         allowed[tuple(permissions.values())] = {(name, given) for name, given in tried if answer(name, *given) == ALLOW}
     for less, more in itertools.product(allowed, repeat=2):
@@ -764,11 +975,29 @@ def test_a_permission_only_opens(machine: str, profile: str) -> None:
             assert allowed[less] <= allowed[more]
 
 
+METADATA = (
+    "chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat utime utimes utimensat futimesat".split()  # noqa: SIM905
+)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@every_profile
+def test_without_metadata(machine: str, profile: str) -> None:
+    names = [name for name in METADATA if name in NUMBERS_OF[machine]]
+    refused = program_for(machine, profile, {**OPEN, "allow_metadata": False})
+    allowed = program_for(machine, "denylist", OPEN)
+    assert {name: refused(name, 0, 0o600, 0o600) for name in names} == dict.fromkeys(names, ERRNO_EPERM)
+    assert {name: allowed(name, 0, 0o600, 0o600) for name in names} == dict.fromkeys(names, ALLOW)
+    for request in (FS_IOC_SETFLAGS, 0x401C5820, 0x40806685):  # FS_IOC_FSSETXATTR, FS_IOC_ENABLE_VERITY
+        assert refused("ioctl", 0, request) == refused("ioctl", 0, request | 1 << 32) == ERRNO_EPERM
+        assert allowed("ioctl", 0, request) == ALLOW
+
+
 # The data files -------------------------------------------------------------------------------------------------------
 
 
 def test_names_exist() -> None:
-    known = {name for machine in MACHINES for name in profiles.known_syscalls(machine)}
+    known = {name for numbers in NUMBERS_OF.values() for name in numbers}
     for profile in profiles.PROFILES:
         read = profiles._Profile(profile)
         assert read.named_syscalls() - known <= read.newer
@@ -804,11 +1033,12 @@ def test_mistakes_in_a_profile_are_errors(text: str, message: str, tmp_path: Pat
         compiled("tight", CLOSED)
 
 
-def test_unknown_profiles_are_errors(tmp_path: Path) -> None:
+def test_unknown_profiles_are_errors(cache: Path) -> None:
     with pytest.raises(ValueError, match="denylist, allowlist, tight"):
         compiled("../tight", CLOSED)
     with pytest.raises(ValueError, match="denylist, allowlist, tight"):
-        profiles.cached_profile("../tight", **CLOSED, cache_dir=tmp_path)
+        profiles.cached_profile("../tight", **CLOSED)
+    assert list(cache.iterdir()) == []
 
 
 def test_names_of_numbers() -> None:
@@ -816,7 +1046,16 @@ def test_names_of_numbers() -> None:
     assert profiles.syscall_name(9999) == "syscall_9999"
 
 
-# The cache ------------------------------------------------------------------------------------------------------------
+# The cache (its files have their tests in test_state.py) ------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of state.Cache, empty and nobody's but ours."""
+    folder = tmp_path / "cache"
+    folder.mkdir(0o700)
+    monkeypatch.setattr(state, "folder", lambda kind: str(folder))
+    return folder
 
 
 @pytest.fixture
@@ -833,121 +1072,99 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_the_cache_returns_what_was_compiled(tmp_path: Path, counted: list[str]) -> None:
-    cache = tmp_path / "made" / "cache"
-    for permissions in (CLOSED, OPEN, THREADS):
-        expected = compiled("tight", permissions)
-        counted.clear()
-        assert profiles.cached_profile("tight", **permissions, cache_dir=cache) == expected
-        assert profiles.cached_profile("tight", **permissions, cache_dir=cache) == expected
-        assert counted == ["tight"]
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(file.stat().st_mode) for file in cache.iterdir()} == {0o600}
-    assert sorted(file.name for file in cache.iterdir()) == [
-        "tight-notify.bpf",
-        "tight-subprocess-threads-network-notify.bpf",
-        "tight-threads-notify.bpf",
-    ]
+def test_the_cache_returns_what_was_compiled(cache: Path, counted: list[str]) -> None:
+    variants = [CLOSED, OPEN, THREADS, {**THREADS, "allow_metadata": False}]
+    for permissions in variants:
+        for profile, notify in (("tight", True), ("tight", False), ("denylist", True)):
+            expected = profiles.compile_profile(profile, **permissions, notify=notify)
+            counted.clear()
+            assert profiles.cached_profile(profile, **permissions, notify=notify) == expected
+            assert profiles.cached_profile(profile, **permissions, notify=notify) == expected
+            assert counted == [profile]
+    assert len(list(cache.iterdir())) == 3 * len(variants)
 
 
-def _spoil_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-20] ^= 1
-    file.write_bytes(content)
-
-
-def _replace_by_link(file: Path) -> None:
-    file.rename(file.with_suffix(".moved"))
-    file.symlink_to(file.with_suffix(".moved"))
-
-
-def _replace_by_fifo(file: Path) -> None:
-    file.unlink()
-    os.mkfifo(file)
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        _spoil_a_bit,
-        _replace_by_link,
-        _replace_by_fifo,
-        lambda file: file.chmod(0o620),
-        lambda file: file.chmod(0o602),
-        lambda file: file.write_bytes(b""),
-        lambda file: file.write_bytes(file.read_bytes()[:-8]),
-        lambda file: file.write_bytes(file.with_name("denylist-notify.bpf").read_bytes()),
-        pytest.param(
-            lambda file: os.chown(file, 65534, -1),
-            marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away"),
-        ),
-    ],
-)
-def test_a_spoilt_cache_file_is_ignored_and_rewritten(
-    tmp_path: Path, counted: list[str], spoil: Callable[[Path], object]
-) -> None:
-    cache = tmp_path / "cache"
-    profiles.cached_profile("denylist", **CLOSED, cache_dir=cache)
-    expected = profiles.cached_profile("tight", **CLOSED, cache_dir=cache)
-    file = cache / "tight-notify.bpf"
-    spoil(file)
+def test_another_variant_under_the_same_name_is_not_taken(cache: Path, counted: list[str]) -> None:
+    profiles.cached_profile("denylist", **OPEN)
+    (stored,) = cache.iterdir()
+    expected = profiles.cached_profile("tight", **CLOSED)
+    (mine,) = set(cache.iterdir()) - {stored}
+    mine.write_bytes(stored.read_bytes())
     counted.clear()
-    assert profiles.cached_profile("tight", **CLOSED, cache_dir=cache) == expected
-    assert profiles.cached_profile("tight", **CLOSED, cache_dir=cache) == expected
+    assert [profiles.cached_profile("tight", **CLOSED) for _ in range(2)] == [expected] * 2
     assert counted == ["tight"]
-    assert stat.S_ISREG(file.lstat().st_mode)
-    assert stat.S_IMODE(file.lstat().st_mode) == 0o600
 
 
-def test_a_cache_that_others_can_write_is_not_used(tmp_path: Path, counted: list[str]) -> None:
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    cache.chmod(0o777)
-    expected = compiled("tight", CLOSED)
-    counted.clear()
-    assert [profiles.cached_profile("tight", **CLOSED, cache_dir=cache) for _ in range(2)] == [expected] * 2
-    assert counted == ["tight"] * 2
-    assert list(cache.iterdir()) == []
+def test_without_a_cache_it_is_compiled(cache: Path, monkeypatch: pytest.MonkeyPatch, counted: list[str]) -> None:
+    def refuse(kind: str) -> str:
+        raise PermissionError(kind)
 
-
-def test_a_cache_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert profiles.cached_profile("tight", **CLOSED, cache_dir=tmp_path / "file") == compiled("tight", CLOSED)
-
-
-@pytest.mark.parametrize("attribute", ["__version__", "_library"])
-def test_an_upgrade_makes_the_cache_stale(
-    tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch, attribute: str
-) -> None:
-    profiles.cached_profile("tight", **CLOSED, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(profiles, attribute, "2.0" if attribute == "__version__" else lambda: "libseccomp 9")
-    profiles.cached_profile("tight", **CLOSED, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(state, "folder", refuse)
+    assert profiles.cached_profile("tight", **CLOSED) == profiles.cached_profile("tight", **CLOSED)
     assert counted == ["tight", "tight"]
 
 
+def _other_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(state, "__version__", "9.9")
+
+
+def _other_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(profiles, "_library", lambda: "libseccomp 9")
+
+
+def _other_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = profiles._data_path
+    (tmp_path / "denylist.toml").write_text(Path(real("denylist")).read_text() + "# changed")
+    monkeypatch.setattr(
+        profiles, "_data_path", lambda name: str(tmp_path / "denylist.toml") if name == "denylist" else real(name)
+    )
+
+
+def _other_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "filter.py").write_text(Path(profiles.__file__).read_text() + "# changed")
+    monkeypatch.setattr(profiles, "__file__", str(tmp_path / "filter.py"))
+
+
+@pytest.mark.parametrize("upgrade", [_other_version, _other_library, _other_data, _other_code])
+def test_an_upgrade_makes_the_cache_stale(
+    tmp_path: Path,
+    cache: Path,
+    counted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    upgrade: Callable[[pytest.MonkeyPatch, Path], None],
+) -> None:
+    profiles.cached_profile("tight", **CLOSED)
+    upgrade(monkeypatch, tmp_path)
+    profiles.cached_profile("tight", **CLOSED)
+    profiles.cached_profile("tight", **CLOSED)
+    assert counted == ["tight", "tight"]
+
+
+def test_another_machine_makes_the_cache_stale(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = profiles.cached_profile("tight", **CLOSED)
+    other = next(machine for machine in MACHINES if machine != os.uname().machine)
+    monkeypatch.setattr(os, "uname", lambda: type("uname", (), {"machine": other}))
+    assert profiles.cached_profile("tight", **CLOSED) != here
+
+
 def test_a_cache_hit_imports_nothing_heavy(tmp_path: Path) -> None:
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    heavy = "ctypes tomllib pyseccomp hashlib re enum typing subprocess functools contextlib tempfile json"
     code = (
-        "import sys\nfrom sandbox.seccomp.filter import cached_profile\n"
-        "only = {'allow_subprocess': False, 'allow_threads': True, 'allow_network': False}\n"
-        f"cached_profile('tight', **only, cache_dir={str(tmp_path / 'c')!r})\n"
-        "print(*{'ctypes', 'tomllib', 'pyseccomp', 'hashlib', 're', 'enum', 'typing', 'subprocess'} & set(sys.modules))"
+        f"import sys\nsys.path += {packages!r}\n"
+        f"from sandbox import state\nstate.folder = lambda kind: {str(tmp_path)!r}\n"
+        "from sandbox.seccomp.filter import cached_profile\n"
+        "cached_profile('tight', allow_subprocess=False, allow_threads=True, allow_network=False)\n"
+        f"print(*set({heavy!r}.split()) & set(sys.modules))"
     )
     environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
-    folder = Path(__file__).parent.parent
 
     def modules() -> list[str]:
-        run = subprocess.run(
-            [sys.executable, "-S", "-c", code if not modules_path else f"import sys; sys.path += {modules_path!r}\n{code}"],
-            capture_output=True,
-            check=True,
-            text=True,
-            cwd=folder,
-            env=environment,
-        )
-        return run.stdout.split()
+        command = [sys.executable, "-S", "-c", code]
+        folder = Path(__file__).parent.parent
+        return subprocess.run(command, capture_output=True, check=True, text=True, cwd=folder, env=environment).stdout.split()
 
-    modules_path = [path for path in sys.path if path.endswith("site-packages")]
-    assert "pyseccomp" in modules()
+    assert {"pyseccomp", "tomllib", "ctypes"} <= set(modules())
     assert modules() == []
 
 
@@ -990,14 +1207,3 @@ def test_terminal_input_cannot_be_faked(tmp_path: Path) -> None:
     assert confined(lambda: os.isatty(terminal), compiled("tight", CLOSED)).value is True
     os.close(leader)
     os.close(terminal)
-
-
-@pytest.mark.parametrize("machine", MACHINES)
-@every_profile
-def test_metadata_is_refused_where_files_are_the_callers_own(machine: str, profile: str) -> None:
-    numbers = profiles.known_syscalls(machine)
-    names = [name for name in ("chmod", "fchmod", "fchmodat", "chown", "fchownat", "utimensat") if name in numbers]
-    refused = program_for(machine, profile, {**OPEN, "allow_metadata": False})
-    allowed = program_for(machine, "denylist", OPEN)
-    assert {name: refused(name, 0, 0o600, 0o600) for name in names} == dict.fromkeys(names, ERRNO_EPERM)
-    assert {name: allowed(name, 0, 0o600, 0o600) for name in names} == dict.fromkeys(names, ALLOW)

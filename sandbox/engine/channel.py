@@ -13,7 +13,8 @@ Two forms, one per direction of trust:
   ready        zygote -> host     notes (of the template, joined by ;)
   failed       any -> host        line, errno, path, text; sandbox or call, where it belongs to one
   opened       warden -> host     (with the workspace's fd, if it is a mount)
-  sealed       worker -> warden   probe, notes (with the listener's fd and the worker's credentials)
+  listener     worker -> warden   (with the notification listener's fd)
+  sealed       worker -> warden   probe, notes (with the worker's credentials)
   sealed       warden -> host     call, and what was read back from /proc: see warden.read_back
   ended        init -> warden     status (a wait status), maxrss_kb, utime, stime
   ended        warden -> host     call, cause (exit, timeout, killed, supervisor), and the fields above
@@ -21,7 +22,8 @@ Two forms, one per direction of trust:
   violation    supervisor -> host call, nr, arg0 .. arg2, pid, count
   ============ ================== ==========================================================================
 
-* *Frames* carry a reply from the worker: one byte of kind and at most FRAME bytes of data. See the REPLY_ constants.
+* *Frames* carry a reply from the worker: one byte of kind, in upper case in the last frame of the reply, and at most FRAME
+  bytes of data. See the REPLY_ constants.
 
 Both `_socket` and `marshal` are used bare: `socket` would cost every sandbox 9 ms of imports. Must not import anything
 else of psie.
@@ -42,7 +44,6 @@ REPLY_TEXT = 1 << 19  # bytes of a reply that is no value
 REPLY_VALUE = b"v"  # a piece of an encoded value
 REPLY_ERROR = b"e"  # a piece of an encoded exception
 REPLY_UNFIT = b"u"  # a piece of a flat message "unfit": text, allowed, used; the value cannot travel
-REPLY_END = b"."  # nothing follows
 
 SO_PASSCRED = 16
 SCM_RIGHTS = 1

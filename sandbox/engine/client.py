@@ -247,7 +247,7 @@ class Sandbox:
                 }
             own = [os.getuid(), os.getgid()]
             return {"ids": {"setup": None, "plugin": own}, "owner": own}
-        base = userids.id_region(userids.IDS_PER_SLOT * (userids.MAX_SANDBOXES + 1)) + userids.IDS_PER_SLOT * self.slot.number
+        base = userids.id_region(userids.IDS_PER_SLOT * (userids.SLOTS + 1)) + userids.IDS_PER_SLOT * self.slot.number
         outside = wanted["outside"] if wanted["outside"] is not None else base + 1
         if wanted["user_namespace"]:
             id_map = f"0 {base} 1\n1000 {outside} 1"
@@ -528,9 +528,7 @@ class Call:
         """One frame of the reply. After the end of a reply, or of another kind than it began: ignored, it is nobody's."""
         if self.reply_complete:
             return
-        if kind == channel.REPLY_END:
-            self.reply_complete = True
-            return
+        last, kind = kind.isupper(), kind.lower()
         if kind not in (channel.REPLY_VALUE, channel.REPLY_ERROR, channel.REPLY_UNFIT) or self.reply_kind not in (b"", kind):
             return
         self.reply_kind = kind
@@ -542,6 +540,7 @@ class Call:
                 self.kill("result")
             return
         self.reply += data
+        self.reply_complete = last
 
     def _drain_job(self) -> None:
         while self.job.fileno() >= 0:
@@ -630,7 +629,6 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         allow_threads=bool(seccomp["allow_threads"]),
         allow_network=bool(seccomp["allow_network"]),
         allow_metadata=bool(seccomp["allow_metadata"]),
-        cache_dir=state.folder("cache"),
     )
     network = dict(recipe.network)
     if network["mode"] == "veth":
@@ -641,6 +639,7 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         "workspace": recipe.workspace,
         "network": network,
         "hostname": recipe.hostname,
+        "environment": recipe.environment,
         "rlimits": recipe.rlimits,
         # Where no memory controller counts it, the warden does.
         "memory_sampled": None if "memory" in (recipe.cgroup or {}).get("controllers", ()) else recipe.limits["memory_bytes"],

@@ -157,6 +157,9 @@ def plugin_error(call: Call, violations: list[SandboxViolation]) -> SandboxExcep
         return _limit(
             "memory", limits["memory_bytes"], None, f"the plugin wanted more memory than its limit allows ({error.type})"
         )
+    if error.errno == errno.EAGAIN or (error.type, error.message) == ("RuntimeError", "can't start new thread"):
+        allowed = limits["threads"] + limits["subprocesses"]  # the kernel says no more than that (fork(2), pthread_create(3))
+        return _limit("pids", allowed, None, f"the plugin wanted more processes or threads than it may have: {error.message}")
     if error.errno in LIMIT_ERRNO:
         name, key = LIMIT_ERRNO[error.errno]
         return _limit(

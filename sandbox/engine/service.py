@@ -12,10 +12,11 @@ import sys
 import threading
 from collections import deque
 
-from sandbox.engine.client import Zygote
-from sandbox.engine.loop import PollLoop
+from sandbox.engine.client import Call, Sandbox, Zygote
+from sandbox.engine.loop import PollLoop, PollTimer
 from sandbox.engine.spawn import spawn_zygote
-from sandbox.errors import ResourceError
+from sandbox.engine.streams import Streams
+from sandbox.errors import ResourceError, SandboxException
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
     from sandbox.recipe_data import Recipe
 
-IDLE_SECONDS = 30.0  # a zygote without a sandbox for so long is let go
+IDLE_SECONDS = 30.0  # a recipe that was not used for so long has nothing standing ready any more
+REFILL_SECONDS = 0.1  # after a use, or when the used one has gone: so that the refill takes no time from the call
 SANDBOXES_PER_ZYGOTE = 1000  # forks share hash seed and address layout: after so many a fresh one takes over
 CALL_MODULES = ("cloudpickle", "traceback")
 
@@ -61,26 +63,155 @@ class ThreadLoop(PollLoop):
                 sys.excepthook(*sys.exc_info())
 
 
+class Worker:
+    """A worker from its start to its end, with its streams; whoever uses it sets the callbacks. In the engine's thread.
+
+    `on_stands(error)` when it has been sealed and read back, or could not be; `on_output(fd, data)`; `on_violation`;
+    `on_done()` when all of it has gone. A worker may stand before it has a user: nothing of a plugin has run by then.
+    """
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.stands = False
+        self.error: SandboxException | None = None
+        self.on_stands: Callable[[SandboxException | None], None] | None = None
+        self.on_output: Callable[[int, bytes], None] | None = None
+        self.on_violation: Callable[[dict[str, str]], None] | None = None
+        self.on_done: Callable[[], None] | None = None
+        limit = int(sandbox.recipe.limits["output_bytes"])
+        sinks = (lambda data: self._output(1, data), lambda data: self._output(2, data))
+        self.streams = Streams(sandbox.loop, limit, lambda: self.call.kill("output"), sinks, None)
+        self.call: Call = sandbox.call(self.streams.inside)
+        self.streams.close_inside()
+        self.call.on_sealed = self._sealed
+        self.call.on_done = self._done
+        self.call.on_violation = self._violation
+        if self.call.done:
+            self._done(self.call)
+
+    def _output(self, fd: int, data: bytes) -> None:
+        if self.on_output is not None:
+            self.on_output(fd, data)
+
+    def _violation(self, call: Call, fields: dict[str, str]) -> None:
+        if self.on_violation is not None:
+            self.on_violation(fields)
+
+    def _sealed(self, call: Call) -> None:
+        self.stands = True
+        if self.on_stands is not None:
+            self.on_stands(None)
+
+    def _done(self, call: Call) -> None:
+        self.streams.finish()
+        if not self.stands:
+            self.error = call.error or ResourceError("the worker ended before it stood: see psie explain")
+            if self.on_stands is not None:
+                self.on_stands(self.error)
+        if self.on_done is not None:
+            self.on_done()
+
+
 class Service:
-    """Zygotes by what they are made of. Every method but `post` runs in the engine's thread."""
+    """Zygotes by what they are made of, and for each recipe in use one sandbox that stands ready for the next caller.
+
+    Only a sandbox that needs nothing of its caller's folders can stand ready; its fresh workspace is part of it. It is
+    made off the critical path, used once, and let go after IDLE_SECONDS without a use, and its zygote with it.
+    Every method but `post` and `take` runs in the engine's thread.
+    """
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = ThreadLoop()
         self.zygotes: dict[str, Zygote] = {}
+        self.standing: dict[int, Worker] = {}  # by the identity of the recipe's wire form
+        self.idle: dict[int, PollTimer] = {}
 
     def post(self, callback: Callable[..., Any], *args: Any) -> None:
         if os.getpid() != self.pid:
             raise ResourceError("this sandbox belongs to the process that opened it: after a fork open a new one")
         self.loop.post(callback, *args)
 
-    def zygote(self, recipe: Recipe) -> Zygote:
+    def open(self, recipe: Recipe, wire: dict[str, Any]) -> Worker:
+        """A worker in a new sandbox of its own.
+
+        Raises ResourceError, SandboxInitializationError or OSError where not even a start can be made.
+        """
+        worker = self._new(recipe, wire)
+        self.touch(recipe, wire)
+        return worker
+
+    def take(self, wire: dict[str, Any]) -> Worker | None:
+        """The sandbox that stands ready for this recipe, if there is one. From any thread; call `touch` afterwards."""
+        worker = self.standing.pop(id(wire), None)
+        if worker is not None and (worker.sandbox.error is not None or worker.call.done):
+            self.post(worker.sandbox.close)
+            return None
+        return worker
+
+    def _new(self, recipe: Recipe, wire: dict[str, Any]) -> Worker:
+        return Worker(Sandbox(self._zygote(recipe), recipe, wire, os.urandom(8).hex()))
+
+    def touch(self, recipe: Recipe, wire: dict[str, Any]) -> None:
+        """This recipe is in use: have the next one of it ready soon, and none when it has not been used for long."""
+        key = id(wire)
+        if key in self.idle:
+            self.idle[key].cancel()
+        self.idle[key] = self.loop.call_later(IDLE_SECONDS, self._let_go, key)
+        self.loop.call_later(REFILL_SECONDS, self.refill, recipe, wire)
+
+    def refill(self, recipe: Recipe, wire: dict[str, Any]) -> None:
+        """Have a sandbox of this recipe stand ready, if it is in use and none does."""
+        if id(wire) in self.standing or id(wire) not in self.idle or recipe.sandbox_mounts:
+            return
+        try:
+            worker = self._new(recipe, wire)
+        except (SandboxException, OSError):
+            return  # the next caller makes its own, and is told why if that fails
+        self.standing[id(wire)] = worker
+
+        def gone() -> None:
+            if self.standing.get(id(wire)) is worker:
+                del self.standing[id(wire)]
+
+        worker.sandbox.on_gone = gone
+
+    def give_way(self, then: Callable[[], None]) -> bool:
+        """Let go of all that stands ready, because a bound is reached; `then` is called when it has gone.
+
+        False if there was nothing.
+        """
+        waiting = list(self.standing.values())
+        self.standing.clear()
+        left = len(waiting)
+
+        def gone() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                then()
+
+        for worker in waiting:
+            worker.sandbox.on_gone = gone
+            worker.sandbox.close()
+        return bool(waiting)
+
+    def _let_go(self, key: int) -> None:
+        del self.idle[key]
+        worker = self.standing.pop(key, None)
+        if worker is not None:
+            worker.sandbox.close()
+        for zygote in list(self.zygotes.values()):
+            self._let_idle_go(zygote)
+
+    def _zygote(self, recipe: Recipe) -> Zygote:
         """A living zygote for this recipe's interpreter, preloads and template."""
         key = repr((recipe.template, recipe.interpreter, recipe.preload, recipe.outer_user_namespace, recipe.network["mode"]))
         zygote = self.zygotes.get(key)
         if zygote is None or zygote.closed or zygote.opened >= SANDBOXES_PER_ZYGOTE:
             if zygote is not None:
-                self._retire(zygote)
+                del self.zygotes[key]
+                self._let_idle_go(zygote)
             try:
                 pid, control = spawn_zygote(
                     str(recipe.interpreter["executable"]), outer_user_namespace=recipe.outer_user_namespace
@@ -89,28 +220,25 @@ class Service:
                 raise ResourceError(f"{error.filename} is missing: install util-linux") from None
             zygote = Zygote(self.loop, pid, control)
             zygote.set_up(recipe, CALL_MODULES)
-            zygote.on_idle = self._idle
+            zygote.on_idle = self._let_idle_go
             self.zygotes[key] = zygote
         return zygote
 
-    def _idle(self, zygote: Zygote) -> None:
-        """Its last sandbox has gone: keep it a while, for the next."""
-        opened = zygote.opened
-
-        def let_go() -> None:
-            if not zygote.sandboxes and zygote.opened == opened:
-                zygote.close()
-
-        if zygote in self.zygotes.values():
-            self.loop.call_later(IDLE_SECONDS, let_go)
-        else:
+    def _let_idle_go(self, zygote: Zygote) -> None:
+        """Close a zygote without sandboxes, unless recipes of it may be used again soon."""
+        if not zygote.sandboxes and (not self.idle or zygote not in self.zygotes.values()):
             zygote.close()
 
-    def _retire(self, zygote: Zygote) -> None:
-        """It gets no further sandbox, and goes with its last."""
-        self.zygotes = {key: known for key, known in self.zygotes.items() if known is not zygote}
-        if not zygote.sandboxes:
-            zygote.close()
+    def shut_down(self) -> None:
+        """Let go of everything that nobody uses now."""
+        for timer in self.idle.values():
+            timer.cancel()
+        self.idle.clear()
+        for worker in self.standing.values():
+            worker.sandbox.close()
+        self.standing.clear()
+        for zygote in list(self.zygotes.values()):
+            self._let_idle_go(zygote)
 
 
 _service: Service | None = None
@@ -124,3 +252,24 @@ def service() -> Service:
         if _service is None or _service.pid != os.getpid():
             _service = Service()
         return _service
+
+
+def shut_down() -> None:
+    """Let go of every zygote and ready sandbox of this process that nobody uses, and wait until they have gone.
+
+    Nothing needs it: they go by themselves when they are idle, and with the process. It is for those who count.
+    """
+    if _service is None or _service.pid != os.getpid():
+        return
+    gone = threading.Event()
+    running = _service
+
+    def look() -> None:
+        running.shut_down()
+        if any(zygote.pidfd != -1 for zygote in running.zygotes.values() if not zygote.sandboxes or zygote.closed):
+            running.loop.call_later(0.005, look)
+        else:
+            gone.set()
+
+    running.post(look)
+    gone.wait(5)

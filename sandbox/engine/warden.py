@@ -50,6 +50,7 @@ class Call:
         self.pid = pid
         self.pidfd = pidfd
         self.report = report
+        self.mounts: int | None = None  # init's mount namespace, held until its end has been told
         self.worker: int | None = None  # a pidfd, where no PID namespace ends the worker with its init
         self.deadline: float | None = None
         self.cause = "exit"
@@ -114,12 +115,22 @@ class Warden:
             self.report_failure(mounts.LineFailed("call: clone3 with " + ", ".join(self.recipe["namespaces"]), error), number)
             return
         if pid == 0:
-            init.run(self.recipe, self.instruction["ids"], inside, self.fds["lock"], fds, tty=bool(instruction["tty"]))
+            init.run(
+                self.recipe,
+                {**self.instruction["ids"], "calls": len(self.calls) + 1},
+                inside,
+                self.fds["lock"],
+                fds,
+                tty=bool(instruction["tty"]),
+            )
         for fd in (*fds, inside.detach()):
             os.close(fd)
         if cgroup is not None and cgroup != own:
             os.close(cgroup)
         call = Call(number, pid, pidfd, report)
+        if "mnt" in self.recipe["namespaces"]:
+            # The kernel takes a millisecond to tear a mount namespace down. While we hold it, init need not wait for that.
+            call.mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         self.calls[pidfd] = call
         self.reports[report.fileno()] = call
         self.poll.register(pidfd, select.POLLIN)
@@ -156,14 +167,17 @@ class Warden:
         self.supervisor = pid, pidfd, here
         self.poll.register(pidfd, select.POLLIN)
 
-    def sealed(self, call: Call, fields: dict[str, str], fds: list[int], pid: int) -> None:
-        """The worker stands: pass its listener on, read back what holds it, and tell the caller."""
+    def listens(self, call: Call, fds: list[int]) -> None:
+        """Pass the worker's listener on to the supervisor, the only one who keeps it."""
         assert self.supervisor is not None
         try:
             channel.instruct(self.supervisor[2], {"call": call.number}, fds)
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def sealed(self, call: Call, fields: dict[str, str], pid: int) -> None:
+        """The worker stands: read back what holds it, and tell the caller."""
         if "pid" not in self.recipe["namespaces"]:
             call.worker = os.pidfd_open(pid)
         try:
@@ -217,6 +231,8 @@ class Warden:
             call.cause = "killed"
             call.result = {"status": str(status)}
         channel.send(self.hub, "ended", {"call": call.number, "cause": call.cause, "used": call.used, **call.result})
+        if call.mounts is not None:
+            os.close(call.mounts)
 
     def reap(self, pid: int) -> int:
         """The wait status of `pid`; orphans that were left to us (we are a child subreaper) are reaped on the way."""
@@ -299,8 +315,10 @@ class Warden:
         except channel.Malformed:
             self.kill(call, "killed")
             return False
-        if kind == "sealed":
-            self.sealed(call, fields, fds, pid)
+        if kind == "listener":
+            self.listens(call, fds)
+        elif kind == "sealed":
+            self.sealed(call, fields, pid)
         elif kind == "failed":
             channel.send(self.hub, "failed", {**fields, "call": call.number})
             call.cause = "failed"

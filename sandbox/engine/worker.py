@@ -43,11 +43,13 @@ def run(
     """The life of a worker, after the fork. `fds`: job, stdin, stdout, stderr."""
     try:
         job = seal(recipe, report, fds, notes, tty=tty)
+        open_streams()
+        set_environment(recipe["environment"], {})
         instruction, _ = channel.receive_instruction(job, 0)
         if instruction is None:
             os._exit(0)
         payload = receive_payload(job, int(instruction["size"]))  # type: ignore[call-overload]
-        prepare_process(recipe, instruction)
+        take_on(instruction, recipe["environment"])
         status = {"run": run_file, "call": run_call, "function": run_function}[str(instruction["kind"])](
             job, instruction, payload
         )
@@ -80,8 +82,11 @@ def seal(recipe: dict[str, Any], report: _socket.socket, fds: list[int], notes: 
         listener = load.load_filter(recipe["seccomp"]["bpf"], new_listener=True)
         line = "call: self-probe of Landlock"
         probe = self_probe(recipe)
-        channel.send(report, "sealed", {"probe": probe, "notes": "; ".join(notes)}, [listener])
+        line = "call: rlimit of open files"
+        channel.send(report, "listener", {}, [listener])
         os.close(listener)
+        privileges.set_rlimits([[name, value] for name, value in recipe["rlimits"] if name == "RLIMIT_NOFILE"])
+        channel.send(report, "sealed", {"probe": probe, "notes": "; ".join(notes)})
         report.close()
     except (OSError, ValueError) as error:
         failure = mounts.LineFailed(line, error)
@@ -113,12 +118,8 @@ def receive_payload(job: _socket.socket, size: int) -> bytearray:
     return payload
 
 
-def prepare_process(recipe: dict[str, Any], instruction: dict[str, Any]) -> None:
-    """Make this copy of the zygote look like a Python that was started for the job."""
-    os.umask(0o022)
-    os.chdir(instruction["cwd"])
-    os.environ.clear()
-    os.environ.update(instruction["environment"])
+def open_streams() -> None:
+    """sys.stdin, stdout and stderr as a Python that was started for the job would have them. Before there is a job."""
     for name, fd, mode, errors in (
         ("stdin", 0, "r", "surrogateescape"),
         ("stdout", 1, "w", "surrogateescape"),
@@ -130,6 +131,23 @@ def prepare_process(recipe: dict[str, Any], instruction: dict[str, Any]) -> None
         stream.mode = mode  # type: ignore[misc]  # as CPython sets it at its start
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    os.umask(0o022)
+
+
+def set_environment(wanted: dict[str, str], known: dict[str, str]) -> None:
+    """Make `wanted` the whole environment, of which `known` is set already."""
+    for name in os.environ.keys() - wanted.keys():
+        del os.environ[name]
+    for name, value in wanted.items():
+        if known.get(name) != value:
+            os.environ[name] = value
+
+
+def take_on(instruction: dict[str, Any], environment: dict[str, str]) -> None:
+    """What of the process depends on the job: folder, environment, which modules it may import."""
+    os.chdir(instruction["cwd"])
+    if instruction["environment"] != environment:
+        set_environment(instruction["environment"], environment)
     if instruction["allowed_modules"] or instruction["blocked_modules"]:
         modules.bind_imports(instruction["allowed_modules"], instruction["blocked_modules"])
     gc.enable()
@@ -305,8 +323,8 @@ def send_frames(job: _socket.socket, kind: bytes, data: bytes) -> None:
     view = memoryview(data)
     try:
         for start in range(0, len(view), channel.FRAME):
-            job.send(kind + view[start : start + channel.FRAME])
-        job.send(channel.REPLY_END)
+            last = start + channel.FRAME >= len(view)
+            job.send((kind.upper() if last else kind) + view[start : start + channel.FRAME])
     except OSError:
         return
 

@@ -90,12 +90,21 @@ def anonymous_memory() -> int:
 class Sandbox:
     """What the zygote keeps of one sandbox: its warden, and what has to be removed when all of it has gone."""
 
-    def __init__(self, name: str, pid: int, pidfd: int, leaf: tuple[int, str] | None, folder: tuple[int, str] | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        pid: int,
+        pidfd: int,
+        leaf: tuple[int, str] | None,
+        folder: tuple[int, str] | None,
+        mounts_fd: int | None,
+    ) -> None:
         self.name = name
         self.pid = pid
         self.pidfd = pidfd
         self.leaf = leaf  # (fd of the parent cgroup, name)
         self.folder = folder  # (fd of the parent folder, name)
+        self.mounts = mounts_fd  # held until the warden's end has been told: tearing it down takes a millisecond
 
 
 class Zygote:
@@ -157,18 +166,32 @@ class Zygote:
         folder = (given.pop("folder_parent"), instruction["folder"]) if "folder_parent" in given else None
         for fd in given.values():
             os.close(fd)
-        self.sandboxes[pidfd] = Sandbox(instruction["sandbox"], pid, pidfd, leaf, folder)
+        mounts_fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) if instruction["mount_namespace"] else None
+        self.sandboxes[pidfd] = Sandbox(instruction["sandbox"], pid, pidfd, leaf, folder, mounts_fd)
         self.poll.register(pidfd, select.POLLIN)
 
     def report_failure(self, failure: mounts.LineFailed, sandbox: str = "") -> None:
         fields = {"line": failure.line, "errno": failure.errno, "path": failure.path, "text": failure.text, "sandbox": sandbox}
         channel.send(self.control, "failed", fields)
 
+    def reap(self, pid: int) -> None:
+        """Reap the warden `pid`, and what a killed warden has left to us: we are a child subreaper."""
+        os.waitpid(pid, 0)
+        wardens = {sandbox.pid for sandbox in self.sandboxes.values()}
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None or found.si_pid in wardens:
+                return  # a warden's own turn comes with its pidfd
+            os.waitpid(found.si_pid, 0)
+
     def buried(self, pidfd: int) -> None:
         """A warden has gone, and all below it: reap it and remove what was its."""
         sandbox = self.sandboxes.pop(pidfd)
         self.poll.unregister(pidfd)
-        os.waitpid(sandbox.pid, 0)
+        self.reap(sandbox.pid)
         os.close(pidfd)
         left = ""
         try:
@@ -186,6 +209,8 @@ class Zygote:
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise
+        if sandbox.mounts is not None:
+            os.close(sandbox.mounts)
 
     def serve(self) -> None:
         self.poll.register(CONTROL, select.POLLIN)
@@ -227,6 +252,7 @@ def main() -> None:
     for fd in (CONTROL, CALLER):
         os.set_inheritable(fd, False)
     os.setsid()
+    sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the caller's Ctrl-C is the caller's to handle
     zygote = Zygote()

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 # Clear of subordinate ids (100000 up), of systemd-nspawn (524288-1879048191) and of the last ids before 2^31.
 PREFERRED = (1879048192, 2147352575)
 IDS_PER_SLOT = 2  # the owner of the set-up, and the plugin
-MAX_SANDBOXES = 256
+MAX_SANDBOXES = 256  # unless PSIE_MAX_SANDBOXES says otherwise
+SLOTS = 4096  # there is no room for more
 
 _RECORD = struct.Struct("=Q")  # bytes of memory claimed; record 0 holds the high-water mark of slots
 _MUTEX = 1 << 40  # offset of the byte that serialises changes
@@ -68,7 +69,7 @@ def claim(memory: int, total_memory: int) -> Slot:
     The bounds are PSIE_MAX_SANDBOXES (256) and PSIE_MAX_MEMORY_MB (the host's memory), over all sandboxes of this user.
     Raises ResourceError if either would be passed.
     """
-    most = _setting("PSIE_MAX_SANDBOXES", MAX_SANDBOXES)
+    most = min(_setting("PSIE_MAX_SANDBOXES", MAX_SANDBOXES), SLOTS)
     allowed = _setting("PSIE_MAX_MEMORY_MB", total_memory >> 20) << 20
     folder = state.folder("run")
     # Nobody may open the locks for reading: at level minimal without root a plugin has the caller's id and could, and a
@@ -90,9 +91,9 @@ def _private(path: str, flags: int) -> int:
 
 
 def _choose(fd: int, ledger: int, memory: int, most: int, allowed: int) -> int:
-    content = os.pread(ledger, (most + 1) * _RECORD.size, 0)
+    content = os.pread(ledger, (SLOTS + 1) * _RECORD.size, 0)
     claims = [record for (record,) in _RECORD.iter_unpack(content[: len(content) // _RECORD.size * _RECORD.size])]
-    high = min(claims[0] if claims else 0, most, len(claims) - 1 if claims else 0)
+    high = min(claims[0], len(claims) - 1) if claims else 0
     chosen = None
     alive = []
     for number in range(1, high + 1):
@@ -102,19 +103,18 @@ def _choose(fd: int, ledger: int, memory: int, most: int, allowed: int) -> int:
             chosen = number
         else:
             _lock(fd, fcntl.F_UNLCK, number)
+    if len(alive) >= most:
+        raise ResourceError(
+            f"{len(alive)} sandboxes of this user are open already: close some, or set PSIE_MAX_SANDBOXES above {most}"
+        )
     if chosen is None:
         chosen = high + 1
-        if chosen > most:
-            raise ResourceError(
-                f"{len(alive)} sandboxes of this user are open already: close some, or set PSIE_MAX_SANDBOXES above {most}"
-            )
         _lock(fd, fcntl.F_WRLCK, chosen)
     claimed = sum(claims[number] for number in alive)
     if claimed + memory > allowed:
         raise ResourceError(
             f"the open sandboxes of this user claim {claimed >> 20} MB and this one wants {memory >> 20} MB "
-            f"of {allowed >> 20} MB: "
-            "close some, lower max_memory_mb, or set PSIE_MAX_MEMORY_MB"
+            f"of {allowed >> 20} MB: close some, lower max_memory_mb, or set PSIE_MAX_MEMORY_MB"
         )
     os.pwrite(ledger, _RECORD.pack(memory), chosen * _RECORD.size)
     os.pwrite(ledger, _RECORD.pack(max([*alive, chosen])), 0)
@@ -157,17 +157,11 @@ def id_region(need: int) -> int:
         rows = [line.split() for line in file]
     mapped = [(int(inside), int(inside) + int(length) - 1) for inside, _, length in rows]
     taken = [*_ranges("/etc/subuid", slice(1, 3), ":"), *_ranges("/etc/subgid", slice(1, 3), ":")]
-    starts = [PREFERRED[0], *(last - need + 1 for _, last in reversed(mapped))]
-    for start in starts:
+    # In a container with few ids: the last ones below 60000, where users are and systemd's own ranges begin above.
+    for start in (PREFERRED[0], 60000 - need):
         last = start + need - 1
         inside = any(low <= start and last <= high for low, high in mapped)
-        if (
-            start > 60000 - need
-            and start >= 1000
-            and inside
-            and not _overlaps(start, last, taken)
-            and not _is_user(start, last)
-        ):
+        if inside and not _overlaps(start, last, taken) and not _is_user(start, last):
             _regions[need] = start
             return start
     raise ResourceError(

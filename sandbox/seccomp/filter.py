@@ -21,10 +21,9 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import sys
 
-from sandbox.version import __version__
+from sandbox import state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,30 +72,23 @@ def cached_profile(
     allow_threads: bool,
     allow_network: bool,
     allow_metadata: bool = True,
-    cache_dir: str | os.PathLike[str],
     notify: bool = True,
 ) -> bytes:
-    """As compile_profile(), but kept in the folder `cache_dir`, which is made (0700) if need be.
+    """As compile_profile(), but kept in the cache for the next process (state.Cache: one that cannot be used is no error).
 
-    A cached program counts only if file and folder belong to us, nobody else can write them, and it was made from the
-    same data, by the same code and library, for the same machine. A cache that cannot be used is no error.
+    A cached program counts only if it was made from the same data, by the same code and library, for the same machine.
     """
     if profile not in PROFILES:
         raise ValueError(f"no seccomp profile {profile!r}: there are {', '.join(PROFILES)}")
     permitted = _permitted(allow_subprocess, allow_threads, allow_network, allow_metadata)
     variant = "-".join([profile, *(name.removeprefix("allow_") for name in permitted), *(["notify"] if notify else [])])
-    folder = _open_cache(cache_dir)
-    if folder is None:
-        return _compile(_Profile(profile), permitted, os.uname().machine, notify)
-    try:
-        key = f"{variant} {_identity()}".encode()
-        program = _read_cached(folder, f"{variant}.bpf", key)
-        if program is None:
-            program = _compile(_Profile(profile), permitted, os.uname().machine, notify)
-            _write_cached(folder, f"{variant}.bpf", key, program)
-        return program
-    finally:
-        os.close(folder)
+    cache = state.Cache("bpf")
+    key = f"{variant} {_identity()}".encode()
+    program = cache.read(variant, key)
+    if program is None:
+        program = _compile(_Profile(profile), permitted, os.uname().machine, notify)
+        cache.write(variant, program, key)
+    return program
 
 
 def syscall_name(number: int) -> str:
@@ -381,18 +373,18 @@ def _import_pyseccomp() -> Any:
     return pyseccomp
 
 
-# The cache ------------------------------------------------------------------------------------------------------------
+# What a cached program depends on --------------------------------------------------------------------------------------
 
 
 def _identity() -> str:
-    """What a program depends on beside its variant: this package, its data, the library, the machine."""
+    """What a program depends on beside its variant and psie's version: this code, its data, the library, the machine."""
     import zlib
 
     checksum = 0
     for path in (__file__, *(_data_path(profile) for profile in PROFILES)):
         with open(path, "rb") as file:
             checksum = zlib.crc32(file.read(), checksum)
-    return f"{__version__} {checksum:08x} {os.uname().machine} {_library()}"
+    return f"{checksum:08x} {os.uname().machine} {_library()}"
 
 
 def _library() -> str:
@@ -411,58 +403,3 @@ def _library() -> str:
     pyseccomp = _import_pyseccomp()
     pyseccomp._libseccomp.seccomp_version.restype = ctypes.POINTER(ctypes.c_uint * 3)
     return ".".join(str(part) for part in pyseccomp._libseccomp.seccomp_version().contents)
-
-
-def _is_ours(found: os.stat_result) -> bool:
-    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def _open_cache(cache_dir: str | os.PathLike[str]) -> int | None:
-    try:
-        os.makedirs(cache_dir, mode=0o700, exist_ok=True)
-        folder = os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    if _is_ours(os.fstat(folder)):
-        return folder
-    os.close(folder)
-    return None
-
-
-def _header(key: bytes, program: bytes) -> bytes:
-    import zlib
-
-    return b"psie seccomp program 1\n%s\n%08x\n" % (key, zlib.crc32(program, zlib.crc32(key)))
-
-
-def _read_cached(folder: int, name: str, key: bytes) -> bytes | None:
-    try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    except OSError:
-        return None
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or not _is_ours(found) or found.st_size > 2 * _PROGRAM_LIMIT_BYTES:
-            return None
-        content = file.read(2 * _PROGRAM_LIMIT_BYTES)
-    program = content[len(_header(key, b"")) :]
-    is_whole = content.startswith(_header(key, program)) and len(program) % _INSTRUCTION_BYTES == 0
-    return program if is_whole and 0 < len(program) <= _PROGRAM_LIMIT_BYTES else None
-
-
-def _write_cached(folder: int, name: str, key: bytes, program: bytes) -> None:
-    """Write beside and rename. The temporary name is fixed, so that a writer that was killed leaves nothing that stays;
-    of two writers at once one may lose its file to the other, and the checksum tells a reader."""
-    temporary = f".{name}.new"
-    try:
-        try:
-            os.unlink(temporary, dir_fd=folder)
-        except FileNotFoundError:
-            pass
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, 0o600, dir_fd=folder)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(_header(key, program) + program)
-        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-    except OSError:
-        return
