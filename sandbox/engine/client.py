@@ -113,17 +113,23 @@ class Zygote:
         except OSError:
             return  # it has died; what it said before, and that it has, is read in the loop
 
-    def _readable(self) -> None:
+    def catch_up(self) -> None:
+        """Read all that the zygote has said so far: why it died comes before that it died."""
+        while not self.closed and self._readable():
+            pass
+
+    def _readable(self) -> bool:
+        """Read one message; False when there is none now, or will be none."""
         try:
             data, fds, _ = channel.receive_bytes(self.control, channel.MESSAGE)
         except BlockingIOError:
-            return
+            return False
         except (ConnectionResetError, channel.Malformed):
             data, fds = b"", []
         close_fds(fds)
         if not data:
             self._died()
-            return
+            return False
         kind, fields = channel.unpack(data)
         sandbox = self.sandboxes.get(fields.get("sandbox", ""))
         if kind == "failed" and sandbox is not None:
@@ -136,6 +142,7 @@ class Zygote:
             sandbox.gone()
             if not self.sandboxes and self.on_idle is not None:
                 self.on_idle(self)
+        return True
 
     def _died(self) -> None:
         if self.closed:
@@ -317,9 +324,9 @@ class Sandbox:
         except (ConnectionResetError, channel.Malformed):
             data, fds = b"", []
         if not data:
-            self.fail(
-                self.error or ResourceError("the sandbox's warden has died, and all of its calls with it: open a new sandbox")
-            )
+            self.zygote.catch_up()
+            why = self.error or self.zygote.error
+            self.fail(why or ResourceError("the sandbox's warden has died, and all of its calls with it: open a new sandbox"))
             return
         kind, fields = channel.unpack(data)
         call = self.calls.get(int(fields.get("call", "0") or "0"))

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import deque
 
-from sandbox.engine.client import Call, Sandbox, Zygote
+from sandbox.engine.client import GRACE, Call, Sandbox, Zygote
 from sandbox.engine.loop import PollLoop, PollTimer
 from sandbox.engine.spawn import spawn_zygote
 from sandbox.engine.streams import Streams
@@ -116,7 +116,8 @@ class Service:
     """Zygotes by what they are made of, and for each recipe in use one sandbox that stands ready for the next caller.
 
     Only a sandbox that needs nothing of its caller's folders can stand ready; its fresh workspace is part of it. It is
-    made off the critical path, used once, and let go after IDLE_SECONDS without a use, and its zygote with it.
+    made off the critical path, used once, and let go after IDLE_SECONDS without a use, and its zygote with it. With
+    PSIE_STANDING=0 in the environment none stands ready.
     Every method but `post` and `take` runs in the engine's thread.
     """
 
@@ -162,7 +163,8 @@ class Service:
 
     def refill(self, recipe: Recipe, wire: dict[str, Any]) -> None:
         """Have a sandbox of this recipe stand ready, if it is in use and none does."""
-        if id(wire) in self.standing or id(wire) not in self.idle or recipe.sandbox_mounts:
+        wanted = os.environ.get("PSIE_STANDING", "1") != "0" and not recipe.sandbox_mounts
+        if not wanted or id(wire) in self.standing or id(wire) not in self.idle:
             return
         try:
             worker = self._new(recipe, wire)
@@ -229,16 +231,19 @@ class Service:
         if not zygote.sandboxes and (not self.idle or zygote not in self.zygotes.values()):
             zygote.close()
 
-    def shut_down(self) -> None:
-        """Let go of everything that nobody uses now."""
+    def shut_down(self, then: Callable[[], None]) -> None:
+        """Let go of what stands ready, and of zygotes that nobody uses; `then` is called when what stood ready has gone."""
         for timer in self.idle.values():
             timer.cancel()
         self.idle.clear()
-        for worker in self.standing.values():
-            worker.sandbox.close()
-        self.standing.clear()
-        for zygote in list(self.zygotes.values()):
-            self._let_idle_go(zygote)
+
+        def gone() -> None:
+            for zygote in list(self.zygotes.values()):
+                self._let_idle_go(zygote)
+            then()
+
+        if not self.give_way(gone):
+            gone()
 
 
 _service: Service | None = None
@@ -255,21 +260,12 @@ def service() -> Service:
 
 
 def shut_down() -> None:
-    """Let go of every zygote and ready sandbox of this process that nobody uses, and wait until they have gone.
+    """Let go of every ready sandbox and every zygote of this process that nobody uses, and wait until they have gone.
 
     Nothing needs it: they go by themselves when they are idle, and with the process. It is for those who count.
     """
     if _service is None or _service.pid != os.getpid():
         return
     gone = threading.Event()
-    running = _service
-
-    def look() -> None:
-        running.shut_down()
-        if any(zygote.pidfd != -1 for zygote in running.zygotes.values() if not zygote.sandboxes or zygote.closed):
-            running.loop.call_later(0.005, look)
-        else:
-            gone.set()
-
-    running.post(look)
-    gone.wait(5)
+    _service.post(_service.shut_down, gone.set)
+    gone.wait(GRACE)

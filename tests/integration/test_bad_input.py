@@ -65,8 +65,8 @@ def died(function: Callable[..., Any], number: int, *args: Any) -> Case:
     return Case(function, args, attributes={"signal": int(number), "exit_code": None})
 
 
-END = channel.REPLY_END
 SPEAK = channel.REPLY_VALUE
+END = SPEAK.upper()  # an empty last frame
 FORGED = SPEAK + codec.encode("forged")
 
 CASES: dict[str, Case] = {
@@ -98,8 +98,8 @@ CASES: dict[str, Case] = {
     "forged empty value": Case(hostile.forge, (SPEAK, END), match="reply of the plugin is not one"),
     "forged end of the socket": Case(hostile.forge, (b"",)),
     "forged end": Case(hostile.forge, (END,)),
-    "forged error": Case(hostile.forge, (channel.REPLY_ERROR + b"\xff\xfe", END)),
-    "forged unfit": Case(hostile.forge, (channel.REPLY_UNFIT + b"\xff\0\xff", END)),
+    "forged error": Case(hostile.forge, (channel.REPLY_ERROR.upper() + b"\xff\xfe",)),
+    "forged unfit": Case(hostile.forge, (channel.REPLY_UNFIT.upper() + b"\xff\0\xff",)),
     "forged kind": Case(hostile.forge, (b"?what", b"\0", b"\xff\xff"), None, value="the honest value"),
     "forged value": Case(hostile.forge, (FORGED, END), None, value="forged"),
     "forged second value": Case(hostile.forge, (FORGED, END, SPEAK + codec.encode("second"), END), None, value="forged"),

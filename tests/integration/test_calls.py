@@ -309,7 +309,7 @@ def test_only_an_open_sandbox_can_be_used(level: IsolationLevel) -> None:
         with pytest.raises(RuntimeError, match="not open"):
             await sandbox.execute_plugin_safe(plugins.give_back, 1)
         async with sandbox:
-            with pytest.raises(RuntimeError, match="open already"):
+            with pytest.raises(RuntimeError, match="opened before"):
                 await sandbox.__aenter__()
             with pytest.raises(TypeError, match="cannot be called"):
                 await sandbox.execute_plugin_safe(5)  # type: ignore[arg-type]
@@ -401,7 +401,7 @@ def test_protections(level: IsolationLevel) -> None:
 
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox:
-            protections = {protection.name: protection for protection in sandbox.get_protections()}
+            protections = {protection.name: protection for protection in sandbox.protections}
             seen = await sandbox.execute_plugin_safe(plugins.identity)
         assert {protection.state for protection in protections.values()} <= {"enforced", "substituted", "missing"}
         for name in ("own process", "no_new_privs", "no capabilities", "wall clock", "open files", "output", "result"):
