@@ -377,6 +377,7 @@ class _Compiler:
                 ("new processes refused", not subprocess),
                 ("threads refused", not self.permissions.allow_thread_creation),
                 ("sockets refused", True),
+                ("memfd_create refused", "memory" not in self.controllers()),
                 ("changes of mode, owner and times refused", "mnt" not in self.namespaces and not self.host.root),
             )
             if said
@@ -390,6 +391,7 @@ class _Compiler:
             "allow_threads": self.permissions.allow_thread_creation,
             "allow_network": False,
             "allow_metadata": "mnt" in self.namespaces or self.host.root,
+            "allow_memfd": "memory" in self.controllers(),
         }
 
     def describe_namespaces(self) -> None:

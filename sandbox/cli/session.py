@@ -78,7 +78,6 @@ class Session:
         self.recipe, self.wire = cached.recipe_for(given, [*read_only, *folders])
         self.loop = PollLoop()
         self.zygote = self._zygote(started)
-        self.modules: tuple[str, ...] = ()
         self.call: client.Call | None = None
         self.streams: Streams | None = None
         self.terminal: Terminal | None = None
@@ -101,11 +100,13 @@ class Session:
 
     def finish(self, job: dict[str, object], payload: bytes) -> int:
         """Set up, run, tear down; the exit status."""
-        self.zygote.set_up(self.recipe, self.modules)
+        self.zygote.set_up(self.recipe, client.VALUE_MODULES if job["kind"] == "function" else ())
         sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, "run")
         self.warn()
         try:
             self._start(sandbox, job, payload)
+            from sandbox.engine import outcome  # noqa: F401  (needed at the end; now there is time)
+
             self.loop.run_until(lambda: bool(self.call and self.call.done))
         finally:
             if self.streams is not None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sandbox.engine.loop import Loop, Timer
     from sandbox.recipe_data import Recipe
 
+VALUE_MODULES = ("sandbox.engine.codec",)  # what a zygote needs whose workers send values
 # Seconds that a killed sandbox may take to vanish, and that the caller's own clock waits longer than the warden's.
 GRACE = 5.0
 
@@ -86,7 +87,7 @@ class Zygote:
         instruction = {
             "path": recipe.interpreter["path"],
             "prefix": recipe.interpreter["prefix"],
-            "modules": [*modules, *recipe.preload],
+            "modules": [*modules, *(["sandbox.engine.modules"] if any(recipe.modules.values()) else []), *recipe.preload],
             "link": recipe.network["mode"] == "veth",
             "template": recipe.template,
         }
@@ -636,6 +637,7 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         allow_threads=bool(seccomp["allow_threads"]),
         allow_network=bool(seccomp["allow_network"]),
         allow_metadata=bool(seccomp["allow_metadata"]),
+        allow_memfd=bool(seccomp["allow_memfd"]),
     )
     network = dict(recipe.network)
     if network["mode"] == "veth":

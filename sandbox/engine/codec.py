@@ -44,8 +44,6 @@ MAX_BYTES = 16 << 20
 MAX_DEPTH = 64
 MAX_NODES = 1_000_000
 
-MAX_MESSAGE = 8 << 10  # characters of an exception's message
-MAX_TRACEBACK = 64 << 10  # characters of its traceback
 MAX_NAME = 1 << 10  # characters of a class's name, "module:qualname"
 MAX_PATH = 32 << 10  # characters of a path: PATH_MAX is 4096, but pure paths are not bound by it
 MAX_FRACTION_BITS = 16 << 10
@@ -144,19 +142,6 @@ class DataclassRecord(_Frozen):
 
     def __hash__(self) -> int:
         return hash((self.type, tuple(self.fields.items())))
-
-
-class ErrorRecord(_Frozen):
-    """An exception of a plugin, as text: class name, message, formatted traceback, and errno for an OSError."""
-
-    __slots__ = ("type", "message", "traceback", "errno")  # noqa: RUF023
-    type: str
-    message: str
-    traceback: str
-    errno: int | None
-
-    def __init__(self, type: str, message: str, traceback: str, errno: int | None) -> None:
-        super().__init__(type, message, traceback, errno)
 
 
 def type_name(cls: type) -> str:
@@ -1185,67 +1170,3 @@ _READERS: dict[int, Callable[[_Reader, int], Any]] = {
     NPSTR: _read_npstr,
     NPBYTES: _read_npbytes,
 }
-
-
-# --- Exceptions --------------------------------------------------------------------------------------------------------
-
-
-def encode_error(error: BaseException) -> bytes:
-    """The bytes of an exception: texts, cut to MAX_MESSAGE and MAX_TRACEBACK. Never raises for what the exception does."""
-    try:
-        message = _cut(str(error), MAX_MESSAGE)
-    except BaseException:  # its __str__ is the plugin's
-        message = "<unprintable>"
-    try:
-        traceback = _cut(_format(error), MAX_TRACEBACK)
-    except BaseException:
-        traceback = "<the traceback cannot be shown>"
-    errno = getattr(error, "errno", None) if isinstance(error, OSError) else None
-    cls = type(error)
-    name = cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
-    return encode(
-        {
-            "type": _cut(name, MAX_NAME),
-            "message": message,
-            "traceback": traceback,
-            "errno": errno if type(errno) is int and errno.bit_length() < 32 else None,
-        }
-    )
-
-
-def decode_error(data: bytes | bytearray | memoryview) -> ErrorRecord:
-    """The exception in hostile bytes. Raises CodecError; what it gives is as short as `encode_error` makes it."""
-    fields = decode(data, max_bytes=4 * (MAX_MESSAGE + MAX_TRACEBACK + MAX_NAME) + 1024, max_depth=1, max_nodes=16)
-    if type(fields) is not dict or list(fields) != ["type", "message", "traceback", "errno"]:
-        raise CodecError("malformed error report")
-    texts = [fields["type"], fields["message"], fields["traceback"]]
-    errno = fields["errno"]
-    if not all(type(text) is str for text in texts) or not (errno is None or type(errno) is int):
-        raise CodecError("malformed error report")
-    name, message, traceback = map(_cut, texts, (MAX_NAME, MAX_MESSAGE, MAX_TRACEBACK))
-    return ErrorRecord(name, message, traceback, errno)
-
-
-def _cut(text: str, longest: int) -> str:
-    """At most `longest` characters: the start, and of the end three times as much, for there is the cause."""
-    text = str.__getitem__(text, slice(None))  # exactly str: a __str__ may give a subclass
-    if len(text) <= longest:
-        return text
-    mark = f"\n[... {len(text) - longest} characters or more left out ...]\n"
-    start = longest // 4
-    return text[:start] + mark + text[start + len(mark) - longest :]
-
-
-def _format(error: BaseException) -> str:
-    """The traceback with the plugin's frames only, of the exception and of those that it came from."""
-    from traceback import StackSummary, TracebackException
-
-    own = __file__.rpartition("/")[0] + "/"
-    shown = TracebackException.from_exception(error)
-    todo: list[TracebackException | None] = [shown]
-    while todo:
-        part = todo.pop()
-        if part is not None:
-            part.stack = StackSummary.from_list([frame for frame in part.stack if not frame.filename.startswith(own)])
-            todo += [part.__cause__, part.__context__, *(getattr(part, "exceptions", None) or ())]
-    return "".join(shown.format())

@@ -10,7 +10,7 @@ import _signal as signal  # signal.py would import enum
 import errno
 import os
 
-from sandbox.engine import channel, codec
+from sandbox.engine import channel, failure
 from sandbox.errors import (
     PluginExecutionError,
     ResourceError,
@@ -150,8 +150,8 @@ def plugin_error(call: Call, violations: list[SandboxViolation]) -> SandboxExcep
     """An exception of the plugin. What it says about itself is text from a sandbox; errno and MemoryError decide the class."""
     limits = call.sandbox.recipe.limits
     try:
-        error = codec.decode_error(call.reply)
-    except codec.CodecError:
+        error = failure.decode(call.reply)
+    except channel.Malformed:
         return PluginExecutionError("the plugin raised an exception that it does not describe", exception_type="?")
     if error.type.endswith("MemoryError"):
         return _limit(

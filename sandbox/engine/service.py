@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import deque
 
-from sandbox.engine.client import GRACE, Call, Sandbox, Zygote
+from sandbox.engine.client import GRACE, VALUE_MODULES, Call, Sandbox, Zygote
 from sandbox.engine.loop import PollLoop, PollTimer
 from sandbox.engine.spawn import spawn_zygote
 from sandbox.engine.streams import Streams
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 IDLE_SECONDS = 30.0  # a recipe that was not used for so long has nothing standing ready any more
 REFILL_SECONDS = 0.1  # after a use, or when the used one has gone: so that the refill takes no time from the call
 SANDBOXES_PER_ZYGOTE = 1000  # forks share hash seed and address layout: after so many a fresh one takes over
-CALL_MODULES = ("cloudpickle", "traceback")
+CALL_MODULES = (*VALUE_MODULES, "cloudpickle", "traceback")
 
 
 class ThreadLoop(PollLoop):
@@ -208,7 +208,8 @@ class Service:
 
     def _zygote(self, recipe: Recipe) -> Zygote:
         """A living zygote for this recipe's interpreter, preloads and template."""
-        key = repr((recipe.template, recipe.interpreter, recipe.preload, recipe.outer_user_namespace, recipe.network["mode"]))
+        made_of = (recipe.template, recipe.interpreter, recipe.preload, recipe.outer_user_namespace, recipe.network["mode"])
+        key = repr((*made_of, any(recipe.modules.values())))
         zygote = self.zygotes.get(key)
         if zygote is None or zygote.closed or zygote.opened >= SANDBOXES_PER_ZYGOTE:
             if zygote is not None:

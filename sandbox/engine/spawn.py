@@ -27,7 +27,7 @@ def spawn_zygote(executable: str, *, outer_user_namespace: bool) -> tuple[int, _
     With PSIE_DEBUG in the environment its errors go to our stderr. Raises FileNotFoundError if util-linux is missing.
     """
     control, inside = channel.pair()
-    code = f"import sys; sys.path[:0] = {[ROOT, *sys.path]!r}; from sandbox.engine.zygote import main; main()"
+    code = f"import gc, sys; gc.disable(); sys.path[:0] = {[ROOT, *sys.path]!r}; from sandbox.engine.zygote import main; main()"
     arguments = [executable, "-I", "-S", "-c", code]
     if outer_user_namespace:
         arguments = [UNSHARE, "--user", "--map-root-user", *arguments]

@@ -3,7 +3,7 @@
 It puts the filter on, shows by a self-probe that Landlock holds, reports "sealed", waits for a job, runs it and replies.
 From the moment the plugin runs nothing that this process says is believed beyond being the plugin's reply.
 Must not import anything heavy: what a job needs of the standard library is imported when the job is there. What it needs
-of psie is imported here: a sandbox may not see the place where psie lies.
+of psie is imported by the zygote: a sandbox may not see the place where psie lies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import sys
 import termios
 
-from sandbox.engine import channel, codec, modules
+from sandbox.engine import channel, failure
 from sandbox.ns import mounts, privileges
 from sandbox.seccomp import load
 
@@ -149,6 +149,8 @@ def take_on(instruction: dict[str, Any], environment: dict[str, str]) -> None:
     if instruction["environment"] != environment:
         set_environment(instruction["environment"], environment)
     if instruction["allowed_modules"] or instruction["blocked_modules"]:
+        from sandbox.engine import modules  # the zygote has it: see sandbox.engine.client.Zygote.set_up
+
         modules.bind_imports(instruction["allowed_modules"], instruction["blocked_modules"])
     gc.enable()
 
@@ -304,6 +306,8 @@ def reply(job: _socket.socket, action: Callable[[], object], max_bytes: int, *, 
 
 
 def send_value(job: _socket.socket, value: object, max_bytes: int) -> None:
+    from sandbox.engine import codec  # the zygote has it: see sandbox.engine.client.VALUE_MODULES
+
     try:
         data = codec.encode(value, max_bytes=max_bytes)
     except codec.ReplyTooLarge as error:
@@ -334,4 +338,4 @@ def send_unfit(job: _socket.socket, fields: dict[str, object]) -> None:
 
 
 def send_error(job: _socket.socket, error: BaseException) -> None:
-    send_frames(job, channel.REPLY_ERROR, codec.encode_error(error))
+    send_frames(job, channel.REPLY_ERROR, failure.encode(error))

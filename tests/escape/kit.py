@@ -44,6 +44,9 @@ SYSCALLS = known_syscalls(os.uname().machine)
 REFUSALS = frozenset(("EPERM", "EACCES", "ENOSYS", "ENOENT", "EROFS", "ESRCH"))
 SECONDS = 10.0  # for any attempt outside
 
+# What stands ready for the next caller would be counted as left open.
+os.environ["PSIE_STANDING"] = "0"
+
 # What a caller of psie has and a plugin must not get: an environment variable, an open file, a text in memory.
 SECRET = "the caller's secret " + os.urandom(8).hex()
 

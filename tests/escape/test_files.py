@@ -183,14 +183,14 @@ def state_folder(where: Where) -> Iterator[Scene]:
     """psie's ledger: whoever locks it stops every further sandbox of this user."""
     from sandbox import state
 
-    path = os.path.join(state.folder("run"), "ledger")
+    path = os.path.join(state.folder("run"), "locks")
     if not os.path.exists(path):
-        Path(path).touch(0o600)
+        Path(path).touch(0o200)
     yield Scene({"path": path if where.inside else str(_like(path, where.folder))})
 
 
 def _like(path: str, folder: Path) -> Path:
-    copy = folder / "ledger"
+    copy = folder / "locks"
     copy.touch(stat.S_IMODE(os.stat(path).st_mode))
     return copy
 
@@ -202,8 +202,8 @@ def lock_the_ledger(path: str) -> str:
     import struct
 
     def lock() -> None:
-        fd = os.open(path, os.O_RDONLY)
-        request = struct.pack("hhqqiq", fcntl.F_RDLCK, os.SEEK_SET, 1 << 40, 1, 0, 0)
+        fd = os.open(path, os.O_WRONLY)
+        request = struct.pack("hhqqiq", fcntl.F_WRLCK, os.SEEK_SET, 1 << 40, 1, 0, 0)
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
 
     return attempt(lock)
