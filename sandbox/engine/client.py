@@ -88,6 +88,7 @@ class Zygote:
             "path": recipe.interpreter["path"],
             "prefix": recipe.interpreter["prefix"],
             "modules": [*modules, *(["sandbox.engine.modules"] if any(recipe.modules.values()) else []), *recipe.preload],
+            "environment": recipe.environment,
             "link": recipe.network["mode"] == "veth",
             "template": recipe.template,
         }

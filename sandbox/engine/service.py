@@ -209,7 +209,7 @@ class Service:
     def _zygote(self, recipe: Recipe) -> Zygote:
         """A living zygote for this recipe's interpreter, preloads and template."""
         made_of = (recipe.template, recipe.interpreter, recipe.preload, recipe.outer_user_namespace, recipe.network["mode"])
-        key = repr((*made_of, any(recipe.modules.values())))
+        key = repr((*made_of, recipe.environment, any(recipe.modules.values())))
         zygote = self.zygotes.get(key)
         if zygote is None or zygote.closed or zygote.opened >= SANDBOXES_PER_ZYGOTE:
             if zygote is not None:

@@ -13,7 +13,6 @@ import _socket
 import errno
 import fcntl
 import gc
-import io
 import os
 import sys
 import termios
@@ -43,8 +42,8 @@ def run(
     """The life of a worker, after the fork. `fds`: job, stdin, stdout, stderr."""
     try:
         job = seal(recipe, report, fds, notes, tty=tty)
-        open_streams()
-        set_environment(recipe["environment"], {})
+        if tty:
+            sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         instruction, _ = channel.receive_instruction(job, 0)
         if instruction is None:
             os._exit(0)
@@ -118,36 +117,19 @@ def receive_payload(job: _socket.socket, size: int) -> bytearray:
     return payload
 
 
-def open_streams() -> None:
-    """sys.stdin, stdout and stderr as a Python that was started for the job would have them. Before there is a job."""
-    for name, fd, mode, errors in (
-        ("stdin", 0, "r", "surrogateescape"),
-        ("stdout", 1, "w", "surrogateescape"),
-        ("stderr", 2, "w", "backslashreplace"),
-    ):
-        raw = open(fd, mode + "b", closefd=False)  # noqa: SIM115  (it lives as long as the process)
-        line_buffering = mode == "w" and (fd == 2 or os.isatty(fd))
-        stream = io.TextIOWrapper(raw, "utf-8", errors, line_buffering=line_buffering)
-        stream.mode = mode  # type: ignore[misc]  # as CPython sets it at its start
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
-    os.umask(0o022)
-
-
-def set_environment(wanted: dict[str, str], known: dict[str, str]) -> None:
-    """Make `wanted` the whole environment, of which `known` is set already."""
-    for name in os.environ.keys() - wanted.keys():
-        del os.environ[name]
-    for name, value in wanted.items():
-        if known.get(name) != value:
-            os.environ[name] = value
-
-
 def take_on(instruction: dict[str, Any], environment: dict[str, str]) -> None:
-    """What of the process depends on the job: folder, environment, which modules it may import."""
+    """What of the process depends on the job: folder, environment, which modules it may import.
+
+    `environment` is that of the recipe, which the zygote has set already.
+    """
     os.chdir(instruction["cwd"])
-    if instruction["environment"] != environment:
-        set_environment(instruction["environment"], environment)
+    wanted = instruction["environment"]
+    if wanted != environment:
+        for name in os.environ.keys() - wanted.keys():
+            del os.environ[name]
+        for name, value in wanted.items():
+            if environment.get(name) != value:
+                os.environ[name] = value
     if instruction["allowed_modules"] or instruction["blocked_modules"]:
         from sandbox.engine import modules  # the zygote has it: see sandbox.engine.client.Zygote.set_up
 

@@ -33,6 +33,7 @@ import _socket
 import builtins
 import errno
 import gc
+import io
 import os
 import select
 import sys
@@ -71,6 +72,27 @@ def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> Non
         __import__(module)
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("a preloaded module has started a thread: a process with threads cannot be forked safely")
+
+
+def open_streams() -> None:
+    """sys.stdin, stdout and stderr as a Python has them whose standard streams are pipes; workers inherit the objects."""
+    for name, fd, mode, errors in (
+        ("stdin", 0, "r", "surrogateescape"),
+        ("stdout", 1, "w", "surrogateescape"),
+        ("stderr", 2, "w", "backslashreplace"),
+    ):
+        raw = open(fd, mode + "b", closefd=False)  # noqa: SIM115  (it lives as long as the process)
+        stream = io.TextIOWrapper(raw, "utf-8", errors, line_buffering=fd == 2)
+        stream.mode = mode  # type: ignore[misc]  # as CPython sets it at its start
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    os.umask(0o022)
+
+
+def set_environment(variables: dict[str, str]) -> None:
+    """That of the workers to come. The preloads had their own, with one thread each."""
+    os.environ.clear()
+    os.environ.update(variables)
 
 
 def freeze() -> None:
@@ -123,6 +145,8 @@ class Zygote:
             prepare_interpreter(instruction["path"], instruction["prefix"], instruction["modules"])
         except Exception as error:
             raise mounts.LineFailed("zygote: preload", ValueError(f"{type(error).__name__}: {error}")) from None
+        open_streams()
+        set_environment(instruction["environment"])
         sc.resolve(*CALLS)
         # The memory keeps the outer user namespace as its owner; not dumpable, nobody of the same id may look into it.
         sc.prctl(sc.PR_SET_DUMPABLE, 0)

@@ -1,0 +1,128 @@
+"""What stands ready for the next caller: it is as good as a new one, used once, bounded, and gone when nobody needs it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sandbox import EnhancedPluginSandbox, IsolationLevel, PluginExecutionError, ResourceError
+from sandbox.engine import service
+
+from . import harness
+
+
+@pytest.fixture(autouse=True)
+def standing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PSIE_STANDING", "1")
+    yield
+    service.shut_down()
+
+
+def ready() -> list[service.Worker]:
+    return [worker for worker in service.service().standing.values() if worker.stands]
+
+
+def open_one(level: IsolationLevel, **settings: Any) -> EnhancedPluginSandbox:
+    return harness.open_sandbox(level, **settings)
+
+
+async def use_one(level: IsolationLevel, **settings: Any) -> int:
+    """Use a sandbox, and wait until the next one stands; returns the pid of the zygote."""
+    async with open_one(level, **settings) as sandbox:
+        assert await sandbox.execute_plugin_safe(int, "42") == 42
+    await harness.wait_for(ready)
+    return ready()[0].sandbox.zygote.pid
+
+
+def test_the_next_one_is_ready_and_used_once(level: IsolationLevel) -> None:
+    async def main() -> None:
+        await use_one(level)
+        first = ready()[0]
+        async with open_one(level) as sandbox:
+            assert sandbox._sandbox is first.sandbox
+            assert {each.state for each in sandbox.protections} <= {"enforced", "substituted", "missing"}
+            assert any("seen: " in each.detail for each in sandbox.protections)
+            assert await sandbox.execute_plugin_safe(os.listdir, ".") == []
+            assert await sandbox.execute_plugin_safe(_leave_a_file) == ["left"]
+        await harness.wait_for(ready)
+        assert ready()[0].sandbox is not first.sandbox
+        async with open_one(level) as sandbox:
+            assert await sandbox.execute_plugin_safe(os.listdir, ".") == []
+
+    asyncio.run(main())
+
+
+def _leave_a_file() -> list[str]:
+    with open("left", "w"):
+        return os.listdir(".")
+
+
+def test_other_settings_do_not_get_it(level: IsolationLevel) -> None:
+    async def main() -> None:
+        await use_one(level)
+        first = ready()[0]
+        async with open_one(level, limits={"max_open_files": 30}) as sandbox:
+            assert sandbox._sandbox is not first.sandbox
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("victim", ["warden", "zygote"])
+def test_one_that_has_died_is_not_given_away(level: IsolationLevel, victim: str) -> None:
+    async def main() -> None:
+        zygote = await use_one(level)
+        worker = ready()[0]
+        wardens = harness.roles(os.getpid())["warden"]
+        os.kill(zygote if victim == "zygote" else wardens[0], signal.SIGKILL)
+        await harness.wait_for(lambda: worker.sandbox.is_gone)
+        async with open_one(level) as sandbox:
+            assert sandbox._sandbox is not worker.sandbox
+            assert await sandbox.execute_plugin_safe(int, "1") == 1
+
+    asyncio.run(main())
+
+
+def test_it_gives_way_at_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standing ready for one caller must not refuse another one."""
+    fields = {"limits": {"max_memory_mb": 64.0}}
+
+    async def main() -> None:
+        await use_one(IsolationLevel.STANDARD, **fields)
+        monkeypatch.setenv("PSIE_MAX_MEMORY_MB", "100")
+        async with open_one(IsolationLevel.STRICT, **fields) as sandbox:
+            assert await sandbox.execute_plugin_safe(int, "1") == 1
+            with pytest.raises(ResourceError, match="PSIE_MAX_MEMORY_MB"):
+                async with open_one(IsolationLevel.STANDARD, **fields):
+                    pass
+
+    asyncio.run(main())
+
+
+def test_it_goes_when_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "IDLE_SECONDS", 0.4)
+
+    async def main() -> None:
+        zygote = await use_one(IsolationLevel.MAXIMUM)
+        await harness.wait_for(lambda: not os.path.exists(f"/proc/{zygote}"))
+        assert not service.service().standing
+
+    asyncio.run(main())
+
+
+def test_none_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSIE_STANDING", "0")
+    asyncio.run(_one_call())
+    end = time.monotonic() + 3 * service.REFILL_SECONDS
+    assert not harness.wait_until(lambda: service.service().standing, end - time.monotonic())
+
+
+async def _one_call() -> None:
+    async with open_one(IsolationLevel.STRICT) as sandbox:
+        with pytest.raises(PluginExecutionError, match="ValueError"):
+            await sandbox.execute_plugin_safe(int, "x")
