@@ -51,7 +51,10 @@ SCM_CREDENTIALS = 2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 
 class Malformed(ValueError):
@@ -95,10 +98,26 @@ def send_bytes(sock: _socket.socket, data: bytes, fds: Sequence[int] = ()) -> No
     sock.sendmsg([data], ancillary)
 
 
+def patiently(receive: Callable[[], T]) -> T:
+    """Call `receive` again if the first answer is ECONNRESET.
+
+    An end that closes with messages unread leaves that error, and the kernel hands it out before what that end has said.
+    """
+    try:
+        return receive()
+    except ConnectionResetError:
+        return receive()
+
+
+def receive_frame(sock: _socket.socket) -> bytes:
+    """One frame of a reply; b"" when the other end is closed."""
+    return patiently(lambda: sock.recv(FRAME + 1))
+
+
 def receive_bytes(sock: _socket.socket, limit: int, max_fds: int = 0) -> tuple[bytes, list[int], int]:
     """(data, fds, pid of the sender or 0); data is b"" when the other end is closed. Raises Malformed."""
     space = _socket.CMSG_SPACE(4 * max_fds) + _socket.CMSG_SPACE(12)
-    data, ancillary, flags, _ = sock.recvmsg(limit, space, _socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = patiently(lambda: sock.recvmsg(limit, space, _socket.MSG_CMSG_CLOEXEC))
     fds: list[int] = []
     pid = 0
     for level, kind, payload in ancillary:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sandbox.engine.loop import Loop, Timer
     from sandbox.recipe_data import Recipe
 
+WARDEN_DIED = "the sandbox's warden has died, and all of its calls with it: open a new sandbox"
 VALUE_MODULES = ("sandbox.engine.codec",)  # what a zygote needs whose workers send values
 # Seconds that a killed sandbox may take to vanish, and that the caller's own clock waits longer than the warden's.
 GRACE = 5.0
@@ -126,7 +127,7 @@ class Zygote:
             data, fds, _ = channel.receive_bytes(self.control, channel.MESSAGE)
         except BlockingIOError:
             return False
-        except (ConnectionResetError, channel.Malformed):
+        except channel.Malformed:
             data, fds = b"", []
         close_fds(fds)
         if not data:
@@ -323,12 +324,11 @@ class Sandbox:
             data, fds, _ = channel.receive_bytes(self.hub, channel.MESSAGE, 1)
         except BlockingIOError:
             return
-        except (ConnectionResetError, channel.Malformed):
+        except channel.Malformed:
             data, fds = b"", []
         if not data:
             self.zygote.catch_up()
-            why = self.error or self.zygote.error
-            self.fail(why or ResourceError("the sandbox's warden has died, and all of its calls with it: open a new sandbox"))
+            self.fail(self.error or self.zygote.error or ResourceError(WARDEN_DIED))
             return
         kind, fields = channel.unpack(data)
         call = self.calls.get(int(fields.get("call", "0") or "0"))
@@ -353,7 +353,7 @@ class Sandbox:
             close_fds(fds)
         except BlockingIOError:
             return
-        except (ConnectionResetError, channel.Malformed):
+        except channel.Malformed:
             data = b""
         if not data:
             self.loop.remove_reader(self.violations.fileno())
@@ -407,6 +407,8 @@ class Sandbox:
         if self.is_gone:
             return
         self.is_gone = True
+        if not self.closing and self.error is None:
+            self.error = ResourceError(WARDEN_DIED)
         self.close()
         self.slot.release()
         if self.leaf is not None:
@@ -523,11 +525,9 @@ class Call:
 
     def _job_readable(self) -> None:
         try:
-            data = self.job.recv(channel.FRAME + 1)
+            data = channel.receive_frame(self.job)
         except BlockingIOError:
             return
-        except ConnectionResetError:
-            data = b""
         if not data:
             self._close_job()
             return
@@ -554,8 +554,8 @@ class Call:
     def _drain_job(self) -> None:
         while self.job.fileno() >= 0:
             try:
-                data = self.job.recv(channel.FRAME + 1)
-            except (BlockingIOError, ConnectionResetError):
+                data = channel.receive_frame(self.job)
+            except BlockingIOError:
                 return
             if not data:
                 return

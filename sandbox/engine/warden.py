@@ -310,8 +310,6 @@ class Warden:
             if not data:
                 return False
             kind, fields = channel.unpack(data)
-        except ConnectionResetError:
-            return False
         except channel.Malformed:
             self.kill(call, "killed")
             return False
@@ -333,10 +331,7 @@ class Warden:
 
     def instructed(self) -> bool:
         """One instruction of the caller; False when it has gone."""
-        try:
-            instruction, fds = channel.receive_instruction(self.hub, 8)
-        except ConnectionResetError:
-            return False
+        instruction, fds = channel.receive_instruction(self.hub, 8)
         if instruction is None:
             return False
         operation = instruction["op"]

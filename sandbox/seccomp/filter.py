@@ -206,9 +206,9 @@ def _compile(profile: _Profile, permitted: tuple[str, ...], machine: str, notify
     architectures = {"x86_64": pyseccomp.Arch.X86_64, "aarch64": pyseccomp.Arch.AARCH64}
     if machine not in architectures:
         raise ValueError(f"no seccomp profiles for {machine}: there are some for {', '.join(architectures)}")
-    numbers = known_syscalls(machine)
-    elsewhere = {name for other in architectures for name in known_syscalls(other)}
-    unknown = profile.named_syscalls() - elsewhere - profile.newer
+    known = {other: known_syscalls(other) for other in architectures}
+    numbers = known[machine]
+    unknown = profile.named_syscalls() - {name for names in known.values() for name in names} - profile.newer
     profile._check(not unknown, f"no system calls of these names: {sorted(unknown)}")
 
     actions = dict(profile.actions)

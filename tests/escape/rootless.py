@@ -14,7 +14,7 @@ from escape import kit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 100
-NEEDED = "import pytest, pytest_timeout, cloudpickle, msgspec, prctl, pyseccomp, sandbox"
+NEEDED = "import pytest, pytest_timeout, cloudpickle, prctl, pyseccomp, sandbox"
 
 
 class Session:
