@@ -613,8 +613,11 @@ class _Compiler:
 
     def tasks(self) -> int | None:
         """RLIMIT_NPROC counts the tasks of an id within its user namespace: a limit only where that id is the sandbox's own."""
-        if "user" in self.namespaces or (self.host.root and self.permissions.sandbox_user is None):
-            return OWN_PROCESSES + self.threads + self.subprocesses
+        each = OWN_PROCESSES + self.threads + self.subprocesses
+        if "user" in self.namespaces:
+            return each
+        if self.host.root and self.permissions.sandbox_user is None:
+            return each  # times the calls that run: the id is that of all calls of the sandbox (see sandbox.engine.worker)
         return None
 
     def cpu_seconds(self) -> int:

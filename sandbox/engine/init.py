@@ -56,7 +56,7 @@ def set_up(recipe: dict[str, Any], ids: dict[str, Any], report: _socket.socket) 
     step("call: change of ids", privileges.become, *ids["plugin"])
     step("call: not dumpable", sc.prctl, sc.PR_SET_DUMPABLE, 0)
     step("call: pdeathsig", privileges.die_with_parent)
-    step("call: rlimits", privileges.set_rlimits, rlimits(recipe, ids))
+    step("call: rlimits", privileges.set_rlimits, [line for line in recipe["rlimits"] if line[0] not in worker.OWN_RLIMITS])
     step("call: bounding set and securebits", privileges.empty_bounding_set)
     step("call: no_new_privs", privileges.no_new_privs)
     step("call: control of the self-probe", open_probe, recipe)
@@ -70,20 +70,6 @@ def set_up(recipe: dict[str, Any], ids: dict[str, Any], report: _socket.socket) 
         )
     step("call: capabilities to nothing", privileges.drop_capabilities)
     return notes
-
-
-def rlimits(recipe: dict[str, Any], ids: dict[str, Any]) -> list[list[Any]]:
-    """The recipe's rlimits but RLIMIT_NOFILE, which the worker sets when its listener has left: fds under way count, for
-    all processes of an id together, against the sender's limit (unix(7), ETOOMANYREFS).
-
-    Without a user namespace RLIMIT_NPROC counts the tasks of all calls of the sandbox: it grows with those that run.
-    """
-    calls = 1 if "user" in recipe["namespaces"] else ids["calls"]
-    return [
-        [name, value * calls if name == "RLIMIT_NPROC" else value]
-        for name, value in recipe["rlimits"]
-        if name != "RLIMIT_NOFILE"
-    ]
 
 
 def open_probe(recipe: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from types import CodeType
     from typing import Any, NoReturn
 
+OWN_RLIMITS = ("RLIMIT_NOFILE", "RLIMIT_NPROC")
 TEXT_CHARACTERS = 8192  # of a message about a value that cannot travel
 
 
@@ -41,7 +42,7 @@ def run(
 ) -> NoReturn:
     """The life of a worker, after the fork. `fds`: job, stdin, stdout, stderr."""
     try:
-        job = seal(recipe, report, fds, notes, tty=tty)
+        job = seal(recipe, ids, report, fds, notes, tty=tty)
         if tty:
             sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         instruction, _ = channel.receive_instruction(job, 0)
@@ -58,7 +59,9 @@ def run(
     os._exit(status)
 
 
-def seal(recipe: dict[str, Any], report: _socket.socket, fds: list[int], notes: list[str], *, tty: bool) -> _socket.socket:
+def seal(
+    recipe: dict[str, Any], ids: dict[str, Any], report: _socket.socket, fds: list[int], notes: list[str], *, tty: bool
+) -> _socket.socket:
     """The last steps of the set-up: standard streams, session, filter, self-probe, "sealed". Returns the job socket."""
     line = "call: standard streams"
     try:
@@ -84,7 +87,7 @@ def seal(recipe: dict[str, Any], report: _socket.socket, fds: list[int], notes: 
         line = "call: rlimit of open files"
         channel.send(report, "listener", {}, [listener])
         os.close(listener)
-        privileges.set_rlimits([[name, value] for name, value in recipe["rlimits"] if name == "RLIMIT_NOFILE"])
+        privileges.set_rlimits(own_rlimits(recipe, ids))
         channel.send(report, "sealed", {"probe": probe, "notes": "; ".join(notes)})
         report.close()
     except (OSError, ValueError) as error:
@@ -93,6 +96,19 @@ def seal(recipe: dict[str, Any], report: _socket.socket, fds: list[int], notes: 
         channel.send(report, "failed", fields)
         os._exit(1)
     return channel.from_fd(job)
+
+
+def own_rlimits(recipe: dict[str, Any], ids: dict[str, Any]) -> list[list[Any]]:
+    """The rlimits that init must not have.
+
+    Fds under way count, for all processes of an id together, against the RLIMIT_NOFILE of the sender (unix(7),
+    ETOOMANYREFS): the listener has to be out before. RLIMIT_NPROC counts all tasks of an id: without a user namespace
+    those of every call of the sandbox, so init could not fork beside others; it allows for the calls that run.
+    """
+    calls = 1 if "user" in recipe["namespaces"] else ids["calls"]
+    return [
+        [name, value * calls if name == "RLIMIT_NPROC" else value] for name, value in recipe["rlimits"] if name in OWN_RLIMITS
+    ]
 
 
 def self_probe(recipe: dict[str, Any]) -> str:
