@@ -56,8 +56,9 @@ def new_sandbox(level: IsolationLevel) -> EnhancedPluginSandbox:
     return EnhancedPluginSandbox(PluginLimitsV2(max_memory_mb=64), PluginPermissionsV2(), IsolationConfig(level=level))
 
 
-async def library(level: IsolationLevel, peer: Callable[[], float]) -> dict[str, list[float]]:
-    """Create, call and destroy in turn with the peer."""
+async def library(level: IsolationLevel, peer: Callable[[], float], *, standing: bool = True) -> dict[str, list[float]]:
+    """Create, call and destroy in turn with the peer; with one standing ready each time, as by default, or without."""
+    os.environ["PSIE_STANDING"] = str(int(standing))
     times: dict[str, list[float]] = {"ready": [], "call": [], "whole": [], "peer": []}
     for _ in range(ROUNDS + 3):
         start = perf_counter()
@@ -144,6 +145,10 @@ def main() -> None:
         row(f"{level.value}: a call", times["call"], None, "")
         third = "ratio at most 0.33" if level is IsolationLevel.MAXIMUM else ""
         row(f"{level.value}: create + call + destroy", times["whole"], times["peer"], third)
+    shut_down()
+    new = asyncio.run(library(IsolationLevel.MAXIMUM, lambda: spawn(call_peer), standing=False))
+    row("maximum, none standing ready: request to ready", new["ready"], None, "")
+    row("maximum, none standing ready: the whole", new["whole"], new["peer"], "")
     row("bwrap --unshare-all python -I -c", times["peer"], times["peer"], "")
 
     run_peer = bubblewrap(HELLO)

@@ -56,7 +56,14 @@ def register_own_modules(library_path: Sequence[str]) -> None:
     _seen_modules = set(sys.modules)
 
 
-def _dumps(value: object) -> bytes:
+_pickler: type | None = None
+
+
+def _pickler_class() -> type:
+    """cloudpickle's Pickler that refuses what it would copy or lose without a word; made once, cloudpickle is heavy."""
+    global _pickler
+    if _pickler is not None:
+        return _pickler
     import cloudpickle
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -72,8 +79,13 @@ def _dumps(value: object) -> bytes:
             cloudpickle.Pickler.dispatch_table,
         )
 
+    _pickler = Pickler
+    return Pickler
+
+
+def _dumps(value: object) -> bytes:
     with io.BytesIO() as buffer:
-        Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+        _pickler_class()(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
         return buffer.getvalue()
 
 

@@ -112,7 +112,7 @@ def run(
 
 def fork_worker() -> int:
     try:
-        return os.fork()
+        return sc.fork()
     except OSError as error:
         raise mounts.LineFailed("call: fork of the worker", error) from None
 

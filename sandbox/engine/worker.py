@@ -1,4 +1,4 @@
-"""The worker: the process that runs the plugin, an os.fork() child of init.
+"""The worker: the process that runs the plugin, a fork of init.
 
 It puts the filter on, shows by a self-probe that Landlock holds, reports "sealed", waits for a job, runs it and replies.
 From the moment the plugin runs nothing that this process says is believed beyond being the plugin's reply.
@@ -17,8 +17,9 @@ import os
 import sys
 import termios
 
-from sandbox.engine import channel, failure
+from sandbox.engine import channel, failure, forkhooks
 from sandbox.ns import mounts, privileges
+from sandbox.ns import syscalls as sc
 from sandbox.seccomp import load
 
 TYPE_CHECKING = False
@@ -49,6 +50,8 @@ def run(
         if instruction is None:
             os._exit(0)
         payload = receive_payload(job, int(instruction["size"]))  # type: ignore[call-overload]
+        sc.after_fork()
+        forkhooks.make_up()
         take_on(instruction, recipe["environment"])
         status = {"run": run_file, "call": run_call, "function": run_function}[str(instruction["kind"])](
             job, instruction, payload

@@ -39,7 +39,7 @@ import select
 import sys
 
 from sandbox.cgroups import leaf
-from sandbox.engine import channel, warden
+from sandbox.engine import channel, forkhooks, warden
 from sandbox.ns import mounts, network
 from sandbox.ns import syscalls as sc
 
@@ -68,8 +68,10 @@ def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> Non
     for name in ("exit", "quit"):
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
     builtins.help = _sitebuiltins._Helper()
+    forkhooks.begin()
     for module in modules:
         __import__(module)
+    forkhooks.end()
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("a preloaded module has started a thread: a process with threads cannot be forked safely")
 

@@ -103,8 +103,8 @@ def clone3(flags: int, cgroup_fd: int | None = None) -> tuple[int, int]:
     """clone3(2) as a fork with namespace flags: (pid, pidfd) in the parent, (0, -1) in the child.
 
     For single-threaded processes only, and for children that run nothing but psie's own code: CPython's fork hooks are
-    left out, because they write to 200 pages of what preloaded modules registered and cost 0.6 ms a child; glibc's cached
-    thread id is stale as well. Before anything foreign runs, fork once more by os.fork(), which does run the hooks.
+    left out, which would cost 0.6 ms a child, and glibc's cached thread id is stale. Before anything foreign runs, fork
+    once more, by `fork`.
     """
     pidfd = ctypes.c_int(-1)
     if cgroup_fd is not None:
@@ -116,6 +116,20 @@ def clone3(flags: int, cgroup_fd: int | None = None) -> tuple[int, int]:
         return 0, -1
     os.set_inheritable(pidfd.value, False)
     return pid, pidfd.value
+
+
+def fork() -> int:
+    """fork(2) by the C library, whose own handlers run and whose thread id is right in the child; but without CPython's.
+
+    A child that may stand idle for long calls `after_fork` when it is needed, and before anything foreign runs. For
+    single-threaded processes only.
+    """
+    return check(_libc.fork())
+
+
+def after_fork() -> None:
+    """What CPython does in the child of os.fork(): its own state made new, then the functions of os.register_at_fork()."""
+    ctypes.pythonapi.PyOS_AfterFork_Child()
 
 
 def unshare(flags: int) -> None:

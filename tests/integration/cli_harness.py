@@ -25,7 +25,9 @@ from typing import Any, Self
 from . import harness
 from .unprivileged import User
 
-TOKEN = harness.TOKEN + "-cli"  # marks the engine's processes of these commands; those of the library's tests are not among them
+TOKEN = (
+    harness.TOKEN + "-cli"
+)  # marks the engine's processes of these commands; those of the library's tests are not among them
 SECRET = "hunter2-of-the-caller"
 SECONDS = 20.0  # that any command may take on a loaded machine
 READY = b"ready\n"  # what a plugin prints when a test may go on
@@ -145,9 +147,8 @@ def unprivileged(level: str, user: User) -> Caller:
     return Caller(level, folder, tuple(user.command(user.interpreter)), environment, user.uid)
 
 
-def read_until(fd: int, wanted: bytes, seconds: float = SECONDS) -> bytes:
-    """Read from `fd` until `wanted` has come; raises AssertionError, with what has come, where it ends or takes too long."""
-    seen = b""
+def read_until(fd: int, wanted: bytes, seen: bytes = b"", seconds: float = SECONDS) -> bytes:
+    """Read from `fd` behind `seen` until `wanted` has come; AssertionError, with what has, if it ends or takes too long."""
     end = time.monotonic() + seconds
     while wanted not in seen:
         left = end - time.monotonic()
@@ -200,6 +201,7 @@ class Session:
             cwd=caller.folder,
             env={**caller.environment, "TERM": "xterm"},
         )
+        self.seen = b""
         self.before = termios.tcgetattr(slave)
         for fd in (slave, report, wait):
             os.close(fd)
@@ -224,7 +226,9 @@ class Session:
         os.write(self.master, text)
 
     def until(self, wanted: bytes) -> bytes:
-        return read_until(self.master, wanted)
+        """What comes up to `wanted`; what has come behind it is kept for the next time."""
+        head, _, self.seen = read_until(self.master, wanted, self.seen).partition(wanted)
+        return head + wanted
 
     def settings(self) -> list[Any]:
         return termios.tcgetattr(self.master)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import pty
 import re
@@ -27,7 +26,8 @@ from . import cli_harness, harness
 from .cli_harness import READY, SECRET, Caller, Done, Session, read_until
 
 LEVELS = [level.value for level in IsolationLevel]
-EVERYWHERE = [*(("own", level) for level in LEVELS), ("user", "standard"), ("user", "strict")]
+EVERYWHERE = [*(("own", level) for level in LEVELS), ("user", "standard")]
+TWICE = [("own", "strict"), ("user", "standard")]
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +43,15 @@ def as_user(level: str, request: pytest.FixtureRequest) -> Caller:
 @pytest.fixture(params=EVERYWHERE, ids="-".join)
 def everywhere(request: pytest.FixtureRequest, cli_folder: Path) -> Iterator[Caller]:
     """Every level as whoever runs the tests, and the commonest without rights."""
+    who, level = request.param
+    caller = cli_harness.privileged(level, cli_folder) if who == "own" else as_user(level, request)
+    yield caller
+    caller.clean()
+
+
+@pytest.fixture(params=TWICE, ids="-".join)
+def twice(request: pytest.FixtureRequest, cli_folder: Path) -> Iterator[Caller]:
+    """With and without rights: for what depends less on the level."""
     who, level = request.param
     caller = cli_harness.privileged(level, cli_folder) if who == "own" else as_user(level, request)
     yield caller
@@ -81,30 +90,32 @@ def assert_refused(done: Done, *parts: str) -> None:
 
 SURROUNDINGS = """
     import json, os, sys
-    argv, folder = sys.argv, os.getcwd()
-    print(json.dumps([__name__, __file__, argv, folder, dict(os.environ), open("/proc/self/environ").read()]))
+    try:
+        kernel_says = open("/proc/self/environ").read()
+    except PermissionError:
+        kernel_says = ""
+    print(json.dumps([__name__, __file__, sys.argv, os.getcwd(), dict(os.environ), kernel_says]))
 """
 
 
 def test_a_program_sees_what_python_would_show_it(everywhere: Caller) -> None:
-    done = everywhere.plugin(SURROUNDINGS, "one", "-x", "--level", "", "ü\udc80")
+    done = everywhere.plugin(SURROUNDINGS, "one", "-")
     assert done.status == 0, done
     assert done.errors == b""
     name, file, argv, folder, environment, kernel_says = json.loads(done.out)
     path = str(everywhere.folder / "plugin.py")
-    # what is no option of psie's can follow the file only behind "--"
     assert name == "__main__"
     assert file == path
-    assert argv[0] == path
+    assert argv == [path, "one", "-"]
     assert folder != str(everywhere.folder)
     assert SECRET not in json.dumps([environment, kernel_says])
     assert "API_TOKEN" not in environment
 
 
-def test_arguments_arrive_as_they_were_given(everywhere: Caller) -> None:
+def test_arguments_arrive_as_they_were_given(twice: Caller) -> None:
     source = "import os, sys\nsys.stdout.buffer.write(b'\\0'.join(map(os.fsencode, sys.argv[1:])))"
     given = ["one", "", "two words", "ü", "a\nb", "--level", "-q", "--", "-"]
-    done = everywhere.plugin(source, "--", *given)
+    done = twice.plugin(source, "--", *given)
     assert (done.status, done.errors) == (0, b"")
     assert done.out.split("\0") == given
 
@@ -112,17 +123,14 @@ def test_arguments_arrive_as_they_were_given(everywhere: Caller) -> None:
 def test_options_before_and_after_the_file(caller: Caller) -> None:
     path = str(caller.write("plugin.py", "import sys; print(sys.argv[1:])"))
     result = caller.folder / "result.json"
-    done = caller.run("run", "one", path)
-    assert_refused(done, "one", "no such file")
+    assert_refused(caller.run("run", "one", path), "one", "no such file")
     for words in (
         ["--level=strict", "-q", path, "a", "b"],
         [path, "--level", "strict", "a", "-q", "b"],
         ["-q", path, "a", "--level=strict", "--", "b"],
         ["--level", "minimal", path, "--level", "strict", "-q", "a", "b"],  # the last one counts
     ):
-        done = caller.run("run", *words[:1], "--result-file", result, *words[1:]) if words[0] != path else caller.run(
-            "run", *words, "--result-file", result
-        )
+        done = caller.run("run", f"--result-file={result}", *words)
         assert (done.status, done.out, done.err) == (0, "['a', 'b']\n", "")
         assert json.loads(result.read_text())["level"] == "strict"
     done = caller.run("run", "-q", "--", path, "--level", "none", "--raw")
@@ -143,16 +151,23 @@ def test_stdin_is_a_pipe(everywhere: Caller) -> None:
     assert done.output == content[::-1]
 
 
-def test_stdin_is_a_file(everywhere: Caller) -> None:
-    with open(everywhere.write("input.txt", "first\nsecond\n")) as stdin:
-        done = everywhere.plugin("import os, sys\nprint(input(), sys.stdin.read())\nos.lseek(0, 0, 0)", stdin=stdin)
+def test_stdin_is_a_file(twice: Caller) -> None:
+    with open(twice.write("input.txt", "first\nsecond\n")) as stdin:
+        done = twice.plugin("import os, sys\nprint(input(), sys.stdin.read())\nos.lseek(0, 0, 0)", stdin=stdin)
     assert (done.status, done.out, done.err) == (0, "first second\n\n", "")
 
 
 @pytest.mark.parametrize("closed", [0, 1, 2, 3])
 def test_a_closed_standard_stream(caller: Caller, closed: int) -> None:
     """As /dev/null: 0, 1, 2, or with 3 all of them. What is open works."""
-    line = caller.plugin_line("import sys\nprint('out', repr(sys.stdin.read()))\nprint('err', file=sys.stderr)\nsys.exit(7)")
+    source = """
+        import os, stat, sys
+        assert not any(stat.S_ISSOCK(os.fstat(fd).st_mode) for fd in range(3)), "a socket of psie's is inside"
+        print("out", repr(sys.stdin.read()))
+        print("err", file=sys.stderr)
+        sys.exit(7)
+    """
+    line = caller.plugin_line(source)
     redirections = ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"]
     shell = ["sh", "-c", f'exec "$@" {redirections[closed]}', "sh", *caller.command(*line)]
     done = subprocess.run(shell, env=caller.environment, capture_output=True, timeout=20, check=False, input=b"text")
@@ -189,16 +204,16 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_the_status_is_the_programs(everywhere: Caller, ending: str) -> None:
+def test_the_status_is_the_programs(twice: Caller, ending: str) -> None:
     source, status, errors = ENDINGS[ending]
-    done = everywhere.plugin(source)
+    done = twice.plugin(source)
     assert done.status == status, done
     assert done.output == (b"x\n" if ending == "end" else b"")
     if errors is not None:
         assert done.err == errors
     elif ending != "SIGINT":
         assert ending in done.err
-    assert "sandbox" not in done.err
+    assert "sandbox" not in done.err, done.err
 
 
 def test_an_uncaught_exception_is_shown_as_python_shows_it(everywhere: Caller) -> None:
@@ -211,12 +226,12 @@ def test_an_uncaught_exception_is_shown_as_python_shows_it(everywhere: Caller) -
     assert "return {}['key']" in done.err
 
 
-def test_an_uncaught_interrupt_is_shown_without_frames_of_psie(everywhere: Caller) -> None:
-    done = everywhere.plugin("def inner():\n    raise KeyboardInterrupt\n\ninner()\n")
+def test_an_uncaught_interrupt_is_shown_without_frames_of_psie(twice: Caller) -> None:
+    done = twice.plugin("def inner():\n    raise KeyboardInterrupt\n\ninner()\n")
     assert done.status == 130
     assert done.err.startswith("Traceback (most recent call last):\n"), done.err
-    assert done.err.endswith("KeyboardInterrupt\n")
-    assert re.findall(r'File "([^"]*)"', done.err) == [str(everywhere.folder / "plugin.py")] * 2
+    assert "\nKeyboardInterrupt\n" in done.err
+    assert re.findall(r'File "([^"]*)"', done.err) == [str(twice.folder / "plugin.py")] * 2
 
 
 @pytest.mark.parametrize(
@@ -227,26 +242,26 @@ def test_an_uncaught_interrupt_is_shown_without_frames_of_psie(everywhere: Calle
     ],
     ids=["syntax", "indentation"],
 )
-def test_a_file_that_is_no_python_is_shown_with_its_line(everywhere: Caller, source: bytes, shown: str) -> None:
-    done = everywhere.plugin(source)
+def test_a_file_that_is_no_python_is_shown_with_its_line(twice: Caller, source: bytes, shown: str) -> None:
+    done = twice.plugin(source)
     assert (done.status, done.output) == (1, b"")
-    path = everywhere.folder / "plugin.py"
+    path = twice.folder / "plugin.py"
     python = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
     assert done.err == python.stderr
     assert shown in done.err
 
 
-def test_a_file_that_is_not_utf_8_is_shown_with_its_line(everywhere: Caller) -> None:
-    done = everywhere.plugin(b"print('before')\nname = '\xe4'\n")
+def test_a_file_that_is_not_utf_8_is_shown_with_its_line(twice: Caller) -> None:
+    done = twice.plugin(b"print('before')\nname = '\xe4'\n")
     assert (done.status, done.output) == (1, b"")
     assert "SyntaxError" in done.err
     assert "line 2" in done.err
-    assert str(everywhere.folder / "plugin.py") in done.err
+    assert str(twice.folder / "plugin.py") in done.err
     assert "psie: " not in done.err
 
 
-def test_a_file_with_another_declared_encoding_runs(everywhere: Caller) -> None:
-    done = everywhere.plugin("# coding: latin-1\nprint('ä' == chr(0xe4))\n".encode("latin-1"))
+def test_a_file_with_another_declared_encoding_runs(twice: Caller) -> None:
+    done = twice.plugin("# coding: latin-1\nprint('ä' == chr(0xe4))\n".encode("latin-1"))
     assert (done.out, done.err) == ("True\n", "")
 
 
@@ -279,14 +294,14 @@ def test_what_else_lies_beside_the_file_is_not_shown(everywhere: Caller) -> None
     assert SECRET not in done.out
 
 
-def test_threads_and_atexit_functions_are_finished(everywhere: Caller) -> None:
+def test_threads_and_atexit_functions_are_finished(twice: Caller) -> None:
     source = """
         import atexit, sys, threading, time
         atexit.register(print, "atexit")
         threading.Thread(target=lambda: (time.sleep(0.1), print("thread"))).start()
         sys.stdout.write("main ")
     """
-    done = everywhere.plugin(source)
+    done = twice.plugin(source)
     assert (done.status, done.out, done.err) == (0, "main thread\natexit\n", "")
 
 
@@ -368,13 +383,13 @@ THREADS = """
 """
 
 
-def test_pids_bounds_threads(everywhere: Caller) -> None:
-    done = everywhere.plugin(THREADS, options=["--pids", "3"])
+def test_pids_bounds_threads(twice: Caller) -> None:
+    done = twice.plugin(THREADS, options=["--pids", "3"])
     assert done.status == 0, done
     error, count = done.out.splitlines()
     assert error == "can't start new thread"
     assert 1 <= int(count) <= 3
-    assert everywhere.plugin(THREADS, options=["--pids", "20"]).out == "8\n"
+    assert twice.plugin(THREADS, options=["--pids", "20"]).out == "8\n"
 
 
 SUBPROCESS = """
@@ -411,8 +426,8 @@ def test_the_result_file_tells_everything(everywhere: Caller) -> None:
         assert states["PID namespace"] == states["mount namespace"] == "enforced"
 
 
-def test_the_result_file_tells_of_an_exception(everywhere: Caller) -> None:
-    result = result_of(everywhere, "raise ValueError('wrong')", status=1)
+def test_the_result_file_tells_of_an_exception(twice: Caller) -> None:
+    result = result_of(twice, "raise ValueError('wrong')", status=1)
     assert result["reason"] == "ValueError: wrong"
 
 
@@ -423,36 +438,36 @@ def test_the_result_file_replaces_an_older_one_and_is_the_callers(caller: Caller
     assert path.stat().st_uid == caller.uid
 
 
-def test_summary(everywhere: Caller) -> None:
-    done = everywhere.plugin("import sys; sys.exit(7)", options=["--summary"])
+def test_summary(twice: Caller) -> None:
+    done = twice.plugin("import sys; sys.exit(7)", options=["--summary"])
     lines = done.err.splitlines()
     assert done.status == 7
     assert 2 <= len(lines) <= 5
     assert all(line.startswith("psie: ") for line in lines)
-    assert lines[0].startswith(f"psie: level {everywhere.level}, status 7, ")
+    assert lines[0].startswith(f"psie: level {twice.level}, status 7, ")
     assert "no_new_privs" in lines[1]
     assert lines[1].startswith("psie: enforced: ")
 
 
-def test_the_warning_names_the_substitutes(everywhere: Caller) -> None:
-    path = str(everywhere.write("plugin.py", "print('x')"))
-    explained = json.loads(everywhere.run("explain", "--level", everywhere.level, "--json").out)
+def test_the_warning_names_the_substitutes(twice: Caller) -> None:
+    path = str(twice.write("plugin.py", "print('x')"))
+    explained = json.loads(twice.run("explain", "--level", twice.level, "--json").out)
     weakened = [item for item in explained["protections"] if item["state"] == "substituted"]
-    done = everywhere.run("run", "--level", everywhere.level, path)
+    done = twice.run("run", "--level", twice.level, path)
     assert done.out == "x\n"
     assert done.err.count("\n") == (1 if weakened else 0), done.err
     for item in weakened:
         assert f"{item['name']}: {item['mechanism']}" in done.err
     for quiet in ("-q", "--quiet"):
-        assert everywhere.run("run", quiet, "--level", everywhere.level, path).err == ""
+        assert twice.run("run", quiet, "--level", twice.level, path).err == ""
 
 
-def test_require_limits(everywhere: Caller) -> None:
+def test_require_limits(twice: Caller) -> None:
     facts = host.facts()
-    if everywhere.is_root and facts.cgroup_writable and {"memory", "pids", "cpu"} <= set(facts.controllers):
+    if twice.is_root and facts.cgroup_writable and {"memory", "pids", "cpu"} <= set(facts.controllers):
         pytest.skip("this host enforces every limit")
-    done = everywhere.plugin("print('x')", options=["--require-limits"])
-    assert_refused(done, "controller", "cgroup", "--require-limits")
+    done = twice.plugin("print('x')", options=["--require-limits"])
+    assert_refused(done, "cgroup", "--require-limits")
 
 
 def test_a_config_file(caller: Caller) -> None:
@@ -513,7 +528,6 @@ def test_variables(caller: Caller) -> None:
 MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no file": (["run"], ("FILE", "psie --help")),
     "missing file": (["run", "missing.py"], ("missing.py", "no such file")),
-    "no file but a device": (["run", "/dev/zero"], ("/dev/zero",)),
     "folder": (["run", "."], ("directory", "give the Python file")),
     "level": (["run", "--level", "strct", "plugin.py"], ("strct", "did you mean strict", "minimal, standard")),
     "level unlike any": (["run", "--level", "xyz", "plugin.py"], ("xyz", "minimal, standard, strict, maximum")),
@@ -579,6 +593,12 @@ def test_an_unreadable_file_is_one_sentence(somebody: Caller) -> None:
     assert_refused(somebody.run("run", "--result-file", "closed/out.json", path), "--result-file closed/out.json")
 
 
+def test_a_file_of_a_terabyte_is_one_sentence(caller: Caller) -> None:
+    path = caller.write("plugin.py", "")
+    os.truncate(path, 1 << 40)
+    assert_refused(caller.run("run", path), str(path))
+
+
 def test_a_name_with_escapes_is_shown_safely(caller: Caller) -> None:
     done = caller.run("run", "x\x1b[31m\n.py")
     assert_refused(done, "\\x1b[31m")
@@ -588,8 +608,8 @@ def test_a_name_with_escapes_is_shown_safely(caller: Caller) -> None:
 # -- hostile plugins ----------------------------------------------------------------------------------------------------
 
 
-def test_a_gigabyte_of_output(everywhere: Caller) -> None:
-    done = everywhere.plugin("import os\nblock = b'x' * 65536\nfor _ in range(16384): os.write(1, block)")
+def test_a_gigabyte_of_output(twice: Caller) -> None:
+    done = twice.plugin("import os\nblock = b'x' * 65536\nfor _ in range(16384): os.write(1, block)")
     assert done.status == 153, done.err
     assert done.output == b"x" * (16 << 20)
     assert done.err.count("\n") == 1
@@ -606,8 +626,8 @@ def test_output_counts_on_both_streams(caller: Caller, stream: int) -> None:
     assert len(done.output) <= 16 << 20
 
 
-def test_an_endless_loop(everywhere: Caller) -> None:
-    done = everywhere.plugin("while True: pass", options=["--timeout", "1"])
+def test_an_endless_loop(twice: Caller) -> None:
+    done = twice.plugin("while True: pass", options=["--timeout", "1"])
     assert done.status == 124
     assert done.err.count("\n") == 1
     assert "longer than 1 s" in done.err
@@ -622,8 +642,8 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_memory_bomb(everywhere: Caller, bomb: str) -> None:
-    done = everywhere.plugin(BOMBS[bomb], options=["--memory", "64M", "--timeout", "20"])
+def test_a_memory_bomb(twice: Caller, bomb: str) -> None:
+    done = twice.plugin(BOMBS[bomb], options=["--memory", "64M", "--timeout", "20"])
     assert done.status == 137, done
     assert "memory" in done.err.splitlines()[-1]
     assert done.output == b""
@@ -636,9 +656,9 @@ def test_a_refused_socket_that_ends_it_is_a_violation(everywhere: Caller) -> Non
     assert "socket() was refused" in result["reason"]
 
 
-def test_a_refused_socket_that_is_caught_is_told_but_not_the_end(everywhere: Caller) -> None:
+def test_a_refused_socket_that_is_caught_is_told_but_not_the_end(twice: Caller) -> None:
     source = "import socket\ntry: socket.socket()\nexcept OSError: print('caught')"
-    result = result_of(everywhere, source, status=0)
+    result = result_of(twice, source, status=0)
     assert [item["details"]["syscall"] for item in result["violations"]] == ["socket"]
 
 
@@ -660,19 +680,19 @@ DAEMON = """
 def test_a_daemon_does_not_outlive_its_plugin(everywhere: Caller) -> None:
     done = everywhere.plugin(DAEMON, options=["--allow-subprocess"])
     assert done.status == 0, done
-    assert done.out.endswith("parent\n")
+    assert "parent\n" in done.out
     assert done.seconds < 5
     assert harness.wait_until(cli_harness.engine_is_gone, 1.0)
 
 
-def test_a_plugin_that_closes_every_fd(everywhere: Caller) -> None:
-    done = everywhere.plugin("import os\nprint('before', flush=True)\nos.closerange(0, 4096)\nos._exit(5)")
+def test_a_plugin_that_closes_every_fd(twice: Caller) -> None:
+    done = twice.plugin("import os\nprint('before', flush=True)\nos.closerange(0, 4096)\nos._exit(5)")
     assert (done.status, done.out, done.err) == (5, "before\n", "")
 
 
-def test_a_plugin_that_closes_every_fd_and_lives_on_is_ended_by_the_clock(everywhere: Caller) -> None:
+def test_a_plugin_that_closes_every_fd_and_lives_on_is_ended_by_the_clock(caller: Caller) -> None:
     source = "import os, time\nos.closerange(0, 4096)\ntime.sleep(600)"
-    done = everywhere.plugin(source, options=["--timeout", "1"])
+    done = caller.plugin(source, options=["--timeout", "1"])
     assert done.status == 124, done
 
 
@@ -688,8 +708,8 @@ GARBAGE = """
 """
 
 
-def test_a_plugin_that_writes_garbage_to_every_fd(everywhere: Caller) -> None:
-    done = everywhere.plugin(GARBAGE)
+def test_a_plugin_that_writes_garbage_to_every_fd(twice: Caller) -> None:
+    done = twice.plugin(GARBAGE)
     assert (done.status, done.out) == (0, "done\n")
     assert "Traceback" not in done.err
 
@@ -753,9 +773,9 @@ def fd_of(stream: Any) -> int:
     return number
 
 
-def test_a_reader_that_leaves_ends_it_quietly(everywhere: Caller) -> None:
-    line = everywhere.plugin_line("while True: print('y' * 100)")
-    with everywhere.start(*line) as process:
+def test_a_reader_that_leaves_ends_it_quietly(twice: Caller) -> None:
+    line = twice.plugin_line("while True: print('y' * 100)")
+    with twice.start(*line) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert os.read(process.stdout.fileno(), 10) == b"y" * 10
@@ -765,9 +785,9 @@ def test_a_reader_that_leaves_ends_it_quietly(everywhere: Caller) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT"])
-def test_a_signal_ends_it(everywhere: Caller, name: str) -> None:
+def test_a_signal_ends_it(twice: Caller, name: str) -> None:
     number = getattr(signal, name)
-    with everywhere.start(*everywhere.plugin_line(WAITING)) as process:
+    with twice.start(*twice.plugin_line(WAITING)) as process:
         read_until(fd_of(process.stdout), READY)
         process.send_signal(number)
         assert process.wait(10) == 128 + number
@@ -777,9 +797,9 @@ def test_a_signal_ends_it(everywhere: Caller, name: str) -> None:
 
 
 HANDLER = """
-    import signal, time
+    import os, signal, time
     def handler(number, frame):
-        print("interrupted", flush=True)
+        os.write(1, b"interrupted\n")  # print cannot be interrupted by itself
     signal.signal(signal.SIGINT, handler)
     print("ready", flush=True)
     while True:
@@ -799,8 +819,8 @@ def test_an_interrupt_reaches_the_plugin_and_a_second_one_kills(everywhere: Call
         assert process.stderr.read() == b""
 
 
-def test_an_interrupt_that_the_plugin_does_not_handle(everywhere: Caller) -> None:
-    with everywhere.start(*everywhere.plugin_line(WAITING)) as process:
+def test_an_interrupt_that_the_plugin_does_not_handle(twice: Caller) -> None:
+    with twice.start(*twice.plugin_line(WAITING)) as process:
         read_until(fd_of(process.stdout), READY)
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
@@ -829,7 +849,7 @@ def test_a_plugin_whose_parts_are_stopped_still_ends(caller: Caller) -> None:
 # -- a terminal ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[("own", "standard"), ("own", "maximum"), ("own", "minimal"), ("user", "standard")], ids="-".join)
+@pytest.fixture(params=[("own", "maximum"), ("own", "minimal"), ("user", "standard")], ids="-".join)
 def at_terminal(request: pytest.FixtureRequest, cli_folder: Path) -> Iterator[Caller]:
     who, level = request.param
     caller = cli_harness.privileged(level, cli_folder) if who == "own" else as_user(level, request)
@@ -873,7 +893,7 @@ def test_the_terminal_is_raw_meanwhile_and_restored_after_a_kill(at_terminal: Ca
 WINDOW = """
     import os, signal
     def handler(number, frame):
-        print("now", *os.get_terminal_size(), flush=True)
+        os.write(1, b"now %d %d\n" % os.get_terminal_size())
     signal.signal(signal.SIGWINCH, handler)
     print("ready", *os.get_terminal_size(), flush=True)
     while True:
@@ -913,7 +933,9 @@ def test_ctrl_c_reaches_the_plugin(at_terminal: Caller) -> None:
 
 
 def test_ctrl_c_twice_kills(at_terminal: Caller) -> None:
-    source = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('ready', flush=True)\nwhile True: signal.pause()"
+    source = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('ready', flush=True)\nwhile True: signal.pause()"
+    )
     with Session(at_terminal, *at_terminal.plugin_line(source)) as session:
         session.until(b"ready")
         session.type(b"\x03\x03")
@@ -1015,8 +1037,8 @@ def test_a_call_that_raises(everywhere: Caller) -> None:
     assert done.err == expected
 
 
-def test_an_async_function_is_awaited(everywhere: Caller) -> None:
-    done = everywhere.call("import asyncio\nasync def main(x):\n    await asyncio.sleep(0.001)\n    return x + 1\n", "41")
+def test_an_async_function_is_awaited(twice: Caller) -> None:
+    done = twice.call("import asyncio\nasync def main(x):\n    await asyncio.sleep(0.001)\n    return x + 1\n", "41")
     assert (done.status, done.out, done.err) == (0, "42\n", "")
 
 
@@ -1072,8 +1094,7 @@ def test_a_key_that_json_does_not_have(caller: Caller) -> None:
 def test_lone_surrogates_in_a_reply(caller: Caller) -> None:
     """JSON has an escape for them; UTF-8 does not."""
     done = caller.call("def main(): return 'a\\udc80'")
-    assert (done.status, done.err) == (0, "")
-    assert json.loads(done.out) == "a\udc80"
+    assert (done.status, done.err, done.output) == (0, "", b'"a\\udc80"\n')
 
 
 def test_nan_is_no_json(caller: Caller) -> None:
@@ -1087,10 +1108,11 @@ def test_nan_is_no_json(caller: Caller) -> None:
     json.loads(done.out, parse_constant=refuse)
 
 
-def test_a_reply_that_cannot_travel(everywhere: Caller) -> None:
+def test_a_reply_that_cannot_travel(twice: Caller) -> None:
     source = "class Thing: pass\ndef main(): return {'a': [1, Thing()]}"
-    done = everywhere.call(source)
-    assert (done.status, done.output) == (125, b"") or (done.status, done.output) == (1, b""), done
+    done = twice.call(source)
+    assert done.status in (1, 125), done
+    assert done.output == b""
     assert done.err.startswith("psie: ")
     assert done.err.count("\n") == 1
     assert "Thing" in done.err
@@ -1107,8 +1129,8 @@ def test_a_reply_that_is_a_socket(caller: Caller) -> None:
     assert "Traceback" not in done.err
 
 
-def test_a_reply_that_is_too_large(everywhere: Caller) -> None:
-    done = everywhere.call("def main(): return b'x' * (17 << 20)")
+def test_a_reply_that_is_too_large(twice: Caller) -> None:
+    done = twice.call("def main(): return b'x' * (17 << 20)")
     assert done.status not in (0, None)
     assert done.output == b""
     assert done.err.startswith("psie: ")
@@ -1129,10 +1151,10 @@ def test_a_call_that_exits(caller: Caller) -> None:
     assert_refused(done, "without a reply")
 
 
-def test_limits_hold_for_a_call(everywhere: Caller) -> None:
-    assert everywhere.call("def main():\n while True: pass", options=["--timeout", "1"]).status == 124
-    assert everywhere.call("def main(): return len(bytearray(1 << 34))").status == 137
-    assert everywhere.call("import socket\ndef main(): socket.socket()").status == 126
+def test_limits_hold_for_a_call(caller: Caller) -> None:
+    assert caller.call("def main():\n while True: pass", options=["--timeout", "1"]).status == 124
+    assert caller.call("def main(): return len(bytearray(1 << 34))").status == 137
+    assert caller.call("import socket\ndef main(): socket.socket()").status == 126
 
 
 def test_a_call_whose_reader_has_left(caller: Caller) -> None:
@@ -1160,15 +1182,15 @@ def test_explain(somebody: Caller, caller: Caller) -> None:
         assert "denylist" not in one.out
 
 
-def test_explain_as_json_is_what_runs(everywhere: Caller) -> None:
-    done = everywhere.run("explain", "--level", everywhere.level, "--json")
+def test_explain_as_json_is_what_runs(twice: Caller) -> None:
+    done = twice.run("explain", "--level", twice.level, "--json")
     assert (done.status, done.err) == (0, "")
     data = json.loads(done.out)
     refused = data.pop("refused")
-    assert data["level"] == everywhere.level
+    assert data["level"] == twice.level
     assert json.loads(json.dumps(Recipe.from_dict(data).to_dict())) == data
     assert refused == ""
-    result = result_of(everywhere, "pass")
+    result = result_of(twice, "pass")
     assert [(item["name"], item["mechanism"]) for item in result["protections"]] == [
         (item["name"], item["mechanism"]) for item in data["protections"]
     ]
@@ -1214,7 +1236,20 @@ def test_help(caller: Caller) -> None:
 
 # -- how light it is ----------------------------------------------------------------------------------------------------
 
-HEAVY = {"click", "asyncio", "dataclasses", "pyroute2", "psutil", "json", "cloudpickle", "re", "enum", "typing", "rich", "logging"}
+HEAVY = {
+    "click",
+    "asyncio",
+    "dataclasses",
+    "pyroute2",
+    "psutil",
+    "json",
+    "cloudpickle",
+    "re",
+    "enum",
+    "typing",
+    "rich",
+    "logging",
+}
 
 
 def imported(caller: Caller) -> set[str]:
@@ -1225,9 +1260,9 @@ def imported(caller: Caller) -> set[str]:
     return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
 
 
-def test_a_second_run_imports_nothing_heavy(everywhere: Caller) -> None:
-    imported(everywhere)
-    modules = imported(everywhere)
+def test_a_second_run_imports_nothing_heavy(twice: Caller) -> None:
+    imported(twice)
+    modules = imported(twice)
     assert "sandbox.cli.session" in modules
     assert not modules & HEAVY
 
@@ -1237,10 +1272,3 @@ def test_a_changed_option_is_not_taken_from_the_cache(caller: Caller) -> None:
         assert result_of(caller, "pass", "--level", level)["level"] == level
     for size in ("64M", "65M", "64M"):
         assert size[:2] + " MB" in detail(result_of(caller, "pass", "--memory", size), "memory")
-
-
-def test_mapped_memory_is_what_the_bomb_takes() -> None:
-    """Control of the shared bomb: outside it is possible."""
-    with mmap.mmap(-1, 1 << 30) as shared:
-        shared[0] = 1
-        assert shared[0] == 1
