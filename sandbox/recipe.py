@@ -454,6 +454,19 @@ class _Compiler:
                 shared += ["/usr/bin", "/usr/local/bin"]
         return outermost([*(path for path in shared if os.path.isdir(path)), *self.interpreter_paths()])
 
+    def interpreter_links(self, shown: list[str]) -> list[Line]:
+        """The symbolic links from sys.executable to the interpreter, as far as they are not in what is shown."""
+        lines: list[Line] = []
+        path = self.host.executable
+        for _ in range(40):  # ELOOP, path_resolution(7)
+            if not os.path.islink(path):
+                break
+            target = os.readlink(path)
+            if not under(path, shown):
+                lines.append(["symlink", target, path])
+            path = os.path.normpath(os.path.join(os.path.dirname(path), target))
+        return lines
+
     def attached(self) -> list[list[str]]:
         """The caller's folders and files that are not visible anyway: (source, target, flags)."""
         if "mnt" not in self.namespaces:
@@ -493,6 +506,7 @@ class _Compiler:
                 elif os.path.isdir("/" + name) and name != "bin":
                     lines.append(["bind_optional", "/" + name, "/" + name, "ro,nosuid,nodev"])
             shown = self.libraries()
+            lines += self.interpreter_links(shown)
             lines += [["file", path, text] for path, text in ETC.items()]
             lines += [["bind_optional", path, path, "ro,nosuid,nodev,noexec"] for path in ETC_SHARED if os.path.exists(path)]
         lines += [["bind", path, path, "ro,nosuid,nodev"] for path in shown]
@@ -524,11 +538,12 @@ class _Compiler:
         return template, call
 
     def template_for_reach(self) -> dict[str, object] | None:
-        """As root without a mount namespace: one all the same if the interpreter lies where the plugin's id cannot walk."""
+        """As root without a mount namespace: one all the same if the interpreter, or what the plugin may read, lies where
+        the plugin's id cannot walk."""
         if not self.host.root:
             return None
         blocked: dict[str, list[str]] = {}
-        for path in self.interpreter_paths():
+        for path in outermost([*self.interpreter_paths(), *self.read_only]):
             gate = unwalkable(path)
             if gate is not None:
                 blocked.setdefault(gate, []).append(path)
@@ -540,7 +555,7 @@ class _Compiler:
         self.add(
             "reach of the interpreter",
             "a mount namespace shared by all calls",
-            f"{', '.join(sorted(blocked))} hidden but for Python",
+            f"{', '.join(sorted(blocked))} hidden but for what is needed",
         )
         return {"lines": lines, "pivot": False}
 
@@ -605,7 +620,7 @@ class _Compiler:
     def lacking_limit(self, name: str, reason: str, mend: str, substitute: str) -> None:
         if self.config.require_limits and self.strict:
             raise SandboxInitializationError(
-                f"{name} cannot be had: {reason}",
+                f"it cannot be had: {reason}",
                 protection=name,
                 mend=f"{mend}, or leave out require_limits (--require-limits)",
             )

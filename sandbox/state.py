@@ -120,6 +120,12 @@ class Cache:
         """Remove what is stored under `name`, whatever its key."""
         self._unlink(self._file(name))
 
+    def trim(self, most: int) -> None:
+        """Remove all of this kind if there are more than `most`."""
+        names = os.listdir(self.folder) if self.folder is not None else []
+        if sum(name.startswith(self.kind + "-") for name in names) > most:
+            self.clear()
+
     def clear(self) -> None:
         """Remove all of this kind."""
         try:

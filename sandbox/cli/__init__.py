@@ -16,11 +16,22 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 
+def open_standard_fds() -> None:
+    """/dev/null for each standard stream that the caller has closed: else the next thing we open takes its number, and a
+    socket of ours would be handed to the plugin as its stdin."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+
+
 def leave(status: int) -> NoReturn:
     """Exit without tearing the interpreter down, which would cost 4 ms: everything of ours is closed already."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None:  # closed by the caller
+                stream.flush()
         except (OSError, ValueError):
             continue  # nobody reads any more
     os._exit(status)
@@ -28,6 +39,7 @@ def leave(status: int) -> NoReturn:
 
 def main() -> None:
     """The console script. Exits with the plugin's status, or as the README's table of statuses says."""
+    open_standard_fds()
     gc.disable()  # nothing here lives long enough for a collection to pay
     arguments = sys.argv[1:]
     if arguments == ["--version"]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Options that compile() never sees.
 NOT_SETTINGS = ("file", "target", "args", "env", "result_file", "quiet", "raw", "summary", "arg", "kwarg", "ro")
+ENTRIES = 256  # kept at once
 SOURCES = ("recipe.py", "recipe_data.py", "config.py", "host.py", "engine/client.py", "seccomp/filter.py")
 
 
@@ -43,6 +44,7 @@ def recipe_for(given: dict[str, Any], read_only: Sequence[str]) -> tuple[Recipe,
     config, limits, permissions = settings.settings(given)
     compiled = recipe.compile(config, limits, permissions, host.facts(), read_only=read_only)
     wire = client.wire_form(compiled)
+    cache.trim(ENTRIES)
     cache.write(name, marshal.dumps((key, compiled.to_dict(), wire)))
     return compiled, wire
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 
@@ -61,29 +62,41 @@ def keyword(text: str) -> tuple[str, object]:
 def print_reply(session: Session) -> int:
     call = session.call
     assert call is not None
-    if call.reply_kind == channel.REPLY_ERROR:
-        return 1
+    if call.reply_kind in (channel.REPLY_ERROR, channel.REPLY_UNFIT):
+        return 1  # it has been told
     if call.reply_kind != channel.REPLY_VALUE or not call.reply_complete:
         raise run_command.Failed("the plugin ended without a reply")
     value = codec.decode(bytes(call.reply), max_bytes=call.reply_limit)
+    text = json.dumps(jsonable(value), allow_nan=False, ensure_ascii=os.isatty(1))
     try:
-        print(json.dumps(value, default=plain, ensure_ascii=os.isatty(1)))
+        sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")  # \ud800 is JSON's own escape
+        sys.stdout.buffer.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
 
 
-def plain(value: object) -> object:
-    """What JSON does not have: sets become lists, bytes base64, arrays nested lists, the rest its text."""
+def jsonable(value: object) -> object:
+    """What JSON does not have: sets become lists, bytes base64, arrays nested lists, nan and infinity null, the rest text."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {
+            key if key is None or isinstance(key, (str, bool, int)) else str(key): jsonable(item) for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
     if isinstance(value, (set, frozenset)):
-        return sorted(value, key=repr)
+        return [jsonable(item) for item in sorted(value, key=repr)]
     if isinstance(value, (bytes, bytearray)):
         import base64
 
         return base64.b64encode(value).decode()
     if isinstance(value, codec.DataclassRecord):
-        return value.fields
+        return jsonable(value.fields)
     if isinstance(value, codec.EnumRecord):
-        return value.value
-    tolist = getattr(value, "tolist", None)
-    return tolist() if tolist is not None else str(value)
+        return jsonable(value.value)
+    tolist = getattr(value, "tolist", None)  # numpy
+    return jsonable(tolist()) if tolist is not None else str(value)

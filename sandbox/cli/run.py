@@ -6,6 +6,7 @@ The order of the imports is part of the design: a zygote is started before anyth
 from __future__ import annotations
 
 import os
+import stat
 import sys
 
 from sandbox.engine import spawn
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 FAILED = 125
+SOURCE_BYTES = 64 << 20
 
 
 # Turns what cannot be part of a name in ASCII into spaces; re would cost 4 ms of imports.
@@ -57,11 +59,18 @@ def plugin_path(file: str) -> str:
 
 
 def source_of(path: str) -> bytes:
+    """The file's bytes: a regular file or a pipe of at most SOURCE_BYTES."""
     try:
         with open(path, "rb") as file:
-            return file.read()
+            kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
+            if kind not in (stat.S_IFREG, stat.S_IFIFO):
+                raise Failed(f"{path} is no file: give a Python file")
+            source = file.read(SOURCE_BYTES + 1)
     except OSError as error:
         raise Failed(f"{path} cannot be read: {error.strerror}") from None
+    if len(source) > SOURCE_BYTES:
+        raise Failed(f"{path} is larger than {SOURCE_BYTES >> 20} MB: give a Python file")
+    return source
 
 
 def siblings(path: str, source: bytes) -> list[str]:

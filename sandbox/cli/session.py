@@ -13,7 +13,7 @@ from time import monotonic, time
 
 from sandbox.cli import cached, inputs
 from sandbox.cli import run as run_command
-from sandbox.engine import client, spawn
+from sandbox.engine import channel, client, spawn
 from sandbox.engine.loop import PollLoop
 from sandbox.errors import ResourceLimitExceededError, SandboxException, SecurityViolationError
 from sandbox.recipe_data import ENFORCED, MISSING, SUBSTITUTED, Protection, confirm
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from sandbox.engine.streams import Streams
     from sandbox.violations import SandboxViolation
 
+# What a line discipline echoes for an erased character: harmless, and unreadable when escaped.
+ERASE, ERASE_ESCAPED = b"\b \b", b"\\x08 \\x08"
 FAILED = run_command.FAILED
 TIMED_OUT = 124
 VIOLATED = 126
@@ -82,6 +84,7 @@ class Session:
         self.streams: Streams | None = None
         self.terminal: Terminal | None = None
         self.violations: dict[tuple[str, str], dict[str, str]] = {}
+        self.flushes: list[Callable[[], None]] = []  # what the escapers hold back
         self.interrupts = 0
         self.ended_by: int | None = None
         self.reader_gone = False
@@ -113,6 +116,8 @@ class Session:
                 self.streams.finish()
             if self.terminal is not None:
                 self.terminal.close()
+            for flush in self.flushes:
+                flush()
             sandbox.close()
             self.loop.run_until(lambda: sandbox.is_gone)
             self.zygote.close()
@@ -135,7 +140,13 @@ class Session:
         if tty:
             from sandbox.cli.terminal import Terminal
 
-            self.terminal = Terminal(self.loop, self._output(1), raw=self.given["raw"], on_interrupts=self._kill)
+            self.terminal = Terminal(
+                self.loop,
+                self._output(1, terminal=True),
+                limit=int(self.recipe.limits["output_bytes"]),
+                on_interrupts=self._interrupt_again,
+                on_excess=lambda: self._kill("output"),
+            )
             inside = self.terminal.inside
         else:
             from sandbox.engine.streams import Streams
@@ -174,11 +185,19 @@ class Session:
         if self.call is not None:
             self.call.kill(cause)
 
-    def _output(self, fd: int) -> Callable[[bytes], None]:
+    def _output(self, fd: int, *, terminal: bool = False) -> Callable[[bytes], None]:
+        """A sink that writes to `fd`, escaped if that is a terminal. `terminal`: what comes is a line discipline's."""
         escaper = None if self.given.get("raw") or not os.isatty(fd) else TerminalEscaper()
 
         def write(data: bytes) -> None:
-            view = memoryview(escaper.feed(data) if escaper is not None else data)
+            if escaper is not None:
+                data = escaper.feed(data)
+                if terminal:
+                    data = data.replace(ERASE_ESCAPED, ERASE)
+            put(data)
+
+        def put(data: bytes) -> None:
+            view = memoryview(data)
             try:
                 while view and not self.reader_gone:
                     view = view[write_some(fd, view) :]
@@ -186,7 +205,13 @@ class Session:
                 self.reader_gone = True
                 self._kill("reader")
 
+        if escaper is not None:
+            self.flushes.append(lambda: put(escaper.flush()))
         return write
+
+    def _interrupt_again(self) -> None:
+        self.ended_by = signal.SIGINT
+        self._kill("interrupt")
 
     def _catch_signals(self) -> None:
         """Ctrl-C once for the plugin, twice to kill; the others end the sandbox."""
@@ -198,8 +223,7 @@ class Session:
             if self.interrupts == 1:
                 self.call.signal(signal.SIGINT)
             else:
-                self.ended_by = signal.SIGINT
-                self.call.kill("interrupt")
+                self._interrupt_again()
 
         def end(number: int, frame: object) -> None:
             self.ended_by = number
@@ -218,15 +242,20 @@ class Session:
         violations = [outcome.describe_violation(fields) for fields in self.call.violations.values()]
         error = outcome.judge(self.call, violations)
         status = self._exit_code(error)
-        if self.call.cause == "interrupt" or self.reader_gone:
+        unasked = self.call.reply_kind == channel.REPLY_UNFIT and not self._is_unfit()
+        if self.call.cause == "interrupt" or self.reader_gone or unasked:
             error = None
-        if error is not None and (status != 1 or not isinstance(error, SandboxException) or not is_plain_exception(error)):
+        if error is not None and (status != 1 or self._is_unfit() or not is_plain_exception(error)):
             say(str(error).splitlines()[0])
         if self.result_file is not None:
             write_result(self, self.result_file, status, error, violations)
         if self.given.get("summary"):
             print_summary(self, status)
         return status
+
+    def _is_unfit(self) -> bool:
+        """A reply was wanted, and what the function returned cannot travel."""
+        return "raw" not in self.given and self.call is not None and self.call.reply_kind == channel.REPLY_UNFIT
 
     def _exit_code(self, error: SandboxException | None) -> int:
         from sandbox.engine import outcome
@@ -246,6 +275,8 @@ class Session:
             return FAILED
         if number is not None:
             return 128 + number
+        if self._is_unfit():
+            return 1
         if self.call.outcome.get("cause") == "killed":
             return 128 + int(signal.SIGKILL)
         return code if code is not None else FAILED

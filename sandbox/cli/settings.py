@@ -68,7 +68,7 @@ def settings(given: dict[str, Any]) -> tuple[IsolationConfig, PluginLimitsV2, Pl
     if given.get("cpu") is not None:
         bounds["max_cpu_percent"] = number("--cpu", given["cpu"])
     if given.get("pids") is not None:
-        if not given["pids"].lstrip("-").isdecimal():
+        if not given["pids"].removeprefix("-").isdecimal():
             raise UsageError(f"--pids {given['pids']}: give a whole number")
         bounds["max_thread_count"] = int(given["pids"])
     if subprocess:

@@ -20,20 +20,25 @@ if TYPE_CHECKING:
     from sandbox.engine.loop import PollLoop
 
 INTERRUPT = 0x03  # Ctrl-C
-# What a line discipline echoes for an erased character: harmless, and unreadable when escaped.
-ERASE, ERASE_ESCAPED = b"\b \b", b"\\x08 \\x08"
 
 
 class Terminal:
-    """The pty of one call. `on_interrupts("interrupt")` is called at a second Ctrl-C in a row."""
+    """The pty of one call. `on_interrupts()` at a second Ctrl-C in a row, `on_excess()` after `limit` bytes of output."""
 
     def __init__(
-        self, loop: PollLoop, output: Callable[[bytes], None], *, raw: bool, on_interrupts: Callable[[str], None]
+        self,
+        loop: PollLoop,
+        output: Callable[[bytes], None],
+        *,
+        limit: int,
+        on_interrupts: Callable[[], None],
+        on_excess: Callable[[], None],
     ) -> None:
         self.loop = loop
         self.output = output
-        self.raw = raw
+        self.left = limit
         self.on_interrupts = on_interrupts
+        self.on_excess = on_excess
         self.master, slave = os.openpty()
         for fd in (self.master, slave):
             os.set_inheritable(fd, False)
@@ -65,7 +70,7 @@ class Terminal:
         for byte in data:
             self.interrupts = self.interrupts + 1 if byte == INTERRUPT else 0
             if self.interrupts == 2:
-                self.on_interrupts("interrupt")
+                self.on_interrupts()
         self.pending += data
         self._pass_on()
 
@@ -89,7 +94,11 @@ class Terminal:
         if not data:
             self.loop.remove_reader(self.master)
             return False
-        self.output(data)
+        if self.left >= 0:
+            self.output(data[: self.left])
+            self.left -= len(data)
+            if self.left < 0:
+                self.on_excess()
         return True
 
     def close(self) -> None:
@@ -106,4 +115,7 @@ class Terminal:
         atexit.unregister(self._restore)
 
     def _restore(self) -> None:
-        termios.tcsetattr(0, termios.TCSADRAIN, self.saved)
+        try:
+            termios.tcsetattr(0, termios.TCSADRAIN, self.saved)
+        except (termios.error, OSError):
+            return  # the person's terminal has gone

@@ -193,8 +193,9 @@ def guarded(job: _socket.socket, action: Callable[[], None]) -> int:
         action()
     except SystemExit as stop:
         return exit_status(stop.code)
-    except KeyboardInterrupt:
-        sys.excepthook(*sys.exc_info())
+    except KeyboardInterrupt as error:
+        traceback = own_frames_off(error.__traceback__)
+        sys.excepthook(type(error), error.with_traceback(traceback), traceback)
         finalize()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

@@ -799,7 +799,7 @@ def test_a_signal_ends_it(twice: Caller, name: str) -> None:
 HANDLER = """
     import os, signal, time
     def handler(number, frame):
-        os.write(1, b"interrupted\n")  # print cannot be interrupted by itself
+        os.write(1, b"interrupted\\n")  # print cannot be interrupted by itself
     signal.signal(signal.SIGINT, handler)
     print("ready", flush=True)
     while True:
@@ -893,7 +893,7 @@ def test_the_terminal_is_raw_meanwhile_and_restored_after_a_kill(at_terminal: Ca
 WINDOW = """
     import os, signal
     def handler(number, frame):
-        os.write(1, b"now %d %d\n" % os.get_terminal_size())
+        os.write(1, b"now %d %d\\n" % os.get_terminal_size())
     signal.signal(signal.SIGWINCH, handler)
     print("ready", *os.get_terminal_size(), flush=True)
     while True:
