@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict, dataclass, fields
 
 from sandbox import state
+from sandbox.errors import ResourceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class HostFacts:
     `user_namespaces`, `fresh_proc` and `overlay` hold "" where the thing works and otherwise the reason why not.
     """
 
-    root: bool
+    root: bool  # and with ids to give away: see _is_root
     uid: int
     gid: int
     kernel: str
@@ -171,6 +172,19 @@ def _cgroup() -> tuple[str, bool, tuple[str, ...]]:
     return tree, True, tuple(name for name in ("memory", "pids", "cpu") if name in handed_down)
 
 
+def _is_root() -> bool:
+    """Root that has ids to give away. In a container that maps few ids it is a user like any other."""
+    from sandbox.ns import userids
+
+    if os.getuid() != 0:
+        return False
+    try:
+        userids.id_region(userids.REGION)
+    except ResourceError:
+        return False
+    return True
+
+
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -210,7 +224,7 @@ def probe() -> HostFacts:
     if user_namespaces and (hints := _sysctl_hints()):
         user_namespaces = f"{user_namespaces}: {hints}"
     return HostFacts(
-        root=os.getuid() == 0,
+        root=_is_root(),
         uid=os.getuid(),
         gid=os.getgid(),
         kernel=uname.release,

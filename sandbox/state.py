@@ -22,9 +22,9 @@ def folder(kind: str) -> str:
 
     Raises PermissionError, with the mend, if another user owns it, other OSErrors if it cannot be made.
     """
-    if os.getuid() == 0:
-        path = {"run": "/run/psie", "cache": "/var/cache/psie", "lib": "/var/lib/psie"}[kind]
-    else:
+    path = {"run": "/run/psie", "cache": "/var/cache/psie", "lib": "/var/lib/psie"}[kind]
+    # Root of a user namespace may be nobody to these folders.
+    if os.getuid() != 0 or not os.access(path if os.path.lexists(path) else os.path.dirname(path), os.W_OK):
         home = os.path.expanduser("~")
         base = {
             "run": os.environ.get("XDG_RUNTIME_DIR", ""),

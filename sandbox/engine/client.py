@@ -257,7 +257,7 @@ class Sandbox:
                 }
             own = [os.getuid(), os.getgid()]
             return {"ids": {"setup": None, "plugin": own}, "owner": own}
-        base = userids.id_region(userids.IDS_PER_SLOT * (userids.SLOTS + 1)) + userids.IDS_PER_SLOT * self.slot.number
+        base = userids.id_region(userids.REGION) + userids.IDS_PER_SLOT * self.slot.number
         outside = wanted["outside"] if wanted["outside"] is not None else base + 1
         if wanted["user_namespace"]:
             id_map = f"0 {base} 1\n1000 {outside} 1"

@@ -26,6 +26,8 @@ IDS_PER_SLOT = 2  # the owner of the set-up, and the plugin
 MAX_SANDBOXES = 256  # unless PSIE_MAX_SANDBOXES says otherwise
 SLOTS = 4096  # there is no room for more
 
+REGION = IDS_PER_SLOT * (SLOTS + 1)
+
 _RECORD = struct.Struct("=Q")  # bytes of memory claimed; record 0 holds the high-water mark of slots
 _MUTEX = 1 << 40  # offset of the byte that serialises changes
 MUTEX_TRIES = 200
