@@ -417,7 +417,10 @@ def test_a_read_only_cache_is_read_and_never_an_error() -> None:
 @needs_root
 def test_a_read_only_disk_is_no_error() -> None:
     def action() -> list[Any]:
-        sc.mount("tmpfs", "/var/cache", "tmpfs", sc.MS_RDONLY, None)
+        os.environ["HOME"] = "/var/cache"
+        os.environ.pop("XDG_CACHE_HOME", None)
+        for folder in ("/var/cache", "/tmp"):
+            sc.mount("tmpfs", folder, "tmpfs", sc.MS_RDONLY, None)
         return _all_of(state.Cache("kind"))
 
     assert isolated(action, 0) == [None, None]
