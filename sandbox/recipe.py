@@ -62,7 +62,7 @@ LEVELS = {
 }
 VIEWS = {
     "host": "the host's files, read-only by Landlock",
-    "host-hidden": "the host's files, read-only; /root, /home, /run, /var hidden",
+    "host-hidden": "the host's files, read-only; /root, /home, /run, /var, /tmp hidden",
     "libraries": "only interpreter, libraries, plugin",
     "minimal": "only interpreter, standard library, shared libraries, plugin, in a tmpfs root",
 }
@@ -677,7 +677,7 @@ class _Compiler:
         }
 
     def environment(self, workspace: str) -> dict[str, str]:
-        """A clean, listed set: nothing of the caller's own environment but its time zone."""
+        """A clean, listed set: nothing of the caller's own environment."""
         if not self.permissions.allow_environment_variables:
             return {}
         temporary = "/tmp" if "mnt" in self.namespaces else workspace

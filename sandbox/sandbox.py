@@ -91,7 +91,7 @@ class EnhancedPluginSandbox:
         self._wire: dict[str, Any] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._standby: _Run | None = None
-        self._gone: concurrent.futures.Future[bool] | None = None
+        self._gone: concurrent.futures.Future[None] | None = None
         self._lifetime: asyncio.TimerHandle | None = None
         self._expired = False
 
@@ -111,7 +111,7 @@ class EnhancedPluginSandbox:
         self.recipe, wire = compiled(self.config, self.limits, self.permissions)
         self._telemetry.start_time = datetime.now(UTC)
         self._service = service()
-        self._gone = concurrent.futures.Future()
+        self._gone = promise()
         self._standby = _Run(self)
         try:
             if not self._take(wire, self._standby):
@@ -162,12 +162,8 @@ class EnhancedPluginSandbox:
                 return  # what stood ready for others has gone to make room
             self._refuse(standby, error)
             return
-        except SandboxException as error:
-            self._refuse(standby, error)
-            return
-        except OSError as error:
-            text = f"a sandbox could not be opened: {error.strerror}"
-            self._refuse(standby, SandboxInitializationError(text, errno=error.errno, path=error.filename))
+        except Exception as error:  # whatever it is, the caller waits for a word
+            self._refuse(standby, no_start(error))
             return
         self._sandbox = worker.sandbox
         self._wire = wire
@@ -180,11 +176,15 @@ class EnhancedPluginSandbox:
         standby.refuse(error)
         self._finished()
 
+    def _post(self, callback: Callable[..., Any], *args: Any) -> None:
+        assert self._service is not None
+        self._service.post(callback, *args)
+
     def _finished(self) -> None:
         """In the engine's thread: all of it has gone."""
         assert self._gone is not None
         if not self._gone.done():
-            self._gone.set_result(True)
+            self._gone.set_result(None)
         if self._sandbox is not None and self._service is not None and self.recipe is not None:
             self._service.loop.call_later(0, self._service.refill, self.recipe, self._wire)
 
@@ -246,7 +246,11 @@ class EnhancedPluginSandbox:
         instruction, payload = self._job(plugin_function, args, kwargs)
         run, self._standby = self._standby or self._new_run(), None
         self._telemetry.plugin_id = getattr(plugin_function, "__qualname__", type(plugin_function).__name__)
-        await run.stands()
+        try:
+            await run.stands()
+        except asyncio.CancelledError:
+            self._post(run.give_up)
+            raise
         run.call.source_file = getattr(getattr(plugin_function, "__code__", None), "co_filename", "")
         try:
             await run.execute(instruction, payload, self.limits.max_execution_time_seconds)
@@ -372,8 +376,8 @@ class _Run:
         self.owner = owner
         self.worker: Worker | None = None
         self.violations: list[SandboxViolation] = []
-        self._sealed: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._sealed = promise()
+        self._done = promise()
         self._raw: dict[tuple[str, str], SandboxViolation] = {}
         self._escapers = {1: TerminalEscaper(), 2: TerminalEscaper()}
 
@@ -410,12 +414,22 @@ class _Run:
     # In the engine's thread:
 
     def refuse(self, error: SandboxException) -> None:
-        self._sealed.set_exception(error)
+        self._on_stands(error)
 
     def start(self) -> None:
         """A further worker in the owner's open sandbox."""
         assert self.owner._sandbox is not None
-        self.use(Worker(self.owner._sandbox))
+        try:
+            worker = Worker(self.owner._sandbox)
+        except Exception as error:  # whatever it is, the caller waits for a word
+            self.refuse(no_start(error))
+            return
+        self.use(worker)
+
+    def give_up(self) -> None:
+        """Nobody waits for this worker any more."""
+        if self.worker is not None:
+            self.worker.call.kill("cancelled")
 
     def use(self, worker: Worker) -> None:
         self.worker = worker
@@ -456,6 +470,23 @@ class _Run:
         self.violations.append(violation)
         if len(self.violations) > self.owner.config.violation_threshold:
             self.call.kill("violations")
+
+
+def promise() -> concurrent.futures.Future[None]:
+    """A Future that its waiter cannot cancel: the engine's thread always may set it."""
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def no_start(error: Exception) -> SandboxException:
+    """What kept a sandbox or a worker from starting, as one of the documented exceptions."""
+    if isinstance(error, SandboxException):
+        return error
+    if isinstance(error, OSError):
+        text = f"a sandbox could not be opened: {error.strerror or error}"
+        return SandboxInitializationError(text, errno=error.errno, path=error.filename)
+    return SandboxInitializationError(f"a sandbox could not be opened: {type(error).__name__}: {error}")
 
 
 _compiled: dict[str, tuple[Recipe, dict[str, Any]]] = {}

@@ -13,6 +13,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
 
@@ -54,7 +55,18 @@ def main() -> None:
         if given is not None:
             from sandbox.cli import run
 
-            leave(run.run(given))
+            leave(guarded(lambda: run.run(given)))
     from sandbox.cli import app
 
-    sys.exit(app.main(arguments))
+    sys.exit(guarded(lambda: app.main(arguments)))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """What nobody foresaw is a failure of psie's, and says so in one line; with PSIE_DEBUG it is a traceback."""
+    try:
+        return command()
+    except Exception as error:
+        if os.environ.get("PSIE_DEBUG"):
+            raise
+        print(f"psie: internal error: {type(error).__name__}: {error}; PSIE_DEBUG=1 shows where", file=sys.stderr)
+        return 125

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+OWN_PLACES = ("/", "/run", "/tmp", "/var/tmp", "/workspace")  # a sandbox has its own
+
 
 class UsageError(ValueError):
     """A mistake on the command line: one sentence with the mend. Status 125."""
@@ -33,7 +35,7 @@ def readable(paths: tuple[str, ...]) -> list[str]:
             raise UsageError(f"--ro {path}: there is no such file or folder")
         if not os.access(full, os.R_OK):
             raise UsageError(f"--ro {path}: you may not read it yourself: chmod it, or leave it out")
-        if full == "/" or full.split("/")[1] in ("proc", "sys", "dev"):
+        if full in OWN_PLACES or full.split("/")[1] in ("proc", "sys", "dev"):
             raise UsageError(f"--ro {path}: a sandbox has its own {full}: give a folder of files")
         found.append(full)
     return found

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FAILED = 125
 SOURCE_BYTES = 64 << 20
+TEXT_BYTES = 1 << 20  # of a module that are looked through for names
 
 
 # Turns what cannot be part of a name in ASCII into spaces; re would cost 4 ms of imports.
@@ -45,8 +46,8 @@ def spawn_early(level: str | None) -> tuple[int, _socket.socket, bool] | None:
     outer = os.getuid() != 0 and level.lower() != "minimal"
     try:
         return (*spawn.spawn_zygote(sys.executable, outer_user_namespace=outer), outer)
-    except FileNotFoundError:
-        return None  # the host's facts will say so
+    except OSError:
+        return None  # tried again when there is a recipe, and then told
 
 
 def plugin_path(file: str) -> str:
@@ -76,7 +77,8 @@ def source_of(path: str) -> bytes:
 def siblings(path: str, source: bytes) -> list[str]:
     """The plugin's file and the modules and packages beside it that it names, or that those name in turn.
 
-    A folder holds more than one plugin's business: what no text of the plugin mentions stays out of the sandbox.
+    A folder holds more than one plugin's business: what no text of the plugin mentions stays out of the sandbox, and so
+    does what a symbolic link leads to: whoever wrote the plugin may have made it.
     """
     folder = os.path.dirname(os.path.realpath(path))
     found = [os.path.realpath(path)]
@@ -91,19 +93,22 @@ def siblings(path: str, source: bytes) -> list[str]:
             entry = os.path.join(folder, name) if name is not None else ""
             if not entry or entry in found:
                 continue
-            if os.path.isdir(entry) and os.access(entry, os.R_OK | os.X_OK):
+            kind = stat.S_IFMT(os.lstat(entry).st_mode)
+            if kind == stat.S_IFDIR and os.access(entry, os.R_OK | os.X_OK):
                 modules = [inner for inner in sorted(os.listdir(entry)) if inner.endswith(".py")]
                 found += [entry] if modules else []
                 texts += [read_text(os.path.join(entry, inner)) for inner in modules]
-            elif entry.endswith((".py", ".so")):
+            elif kind == stat.S_IFREG and entry.endswith((".py", ".so")):
                 found.append(entry)
                 texts += [read_text(entry)] if entry.endswith(".py") else []
     return found
 
 
 def read_text(path: str) -> bytes:
+    """The beginning of a regular file; nothing of what is none, or cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return b""
+    with open(fd, "rb") as file:
+        return file.read(TEXT_BYTES) if stat.S_ISREG(os.fstat(fd).st_mode) else b""

@@ -210,8 +210,14 @@ class Session:
         return write
 
     def _interrupt_again(self) -> None:
-        self.ended_by = signal.SIGINT
+        self._end(signal.SIGINT)
+
+    def _end(self, number: int) -> None:
+        """Kill the call; if even that leads to nothing, leave: the zygote sees it and ends everything."""
+        self.ended_by = number
         self._kill("interrupt")
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+        signal.alarm(int(client.GRACE))
 
     def _catch_signals(self) -> None:
         """Ctrl-C once for the plugin, twice to kill; the others end the sandbox."""
@@ -226,10 +232,10 @@ class Session:
                 self._interrupt_again()
 
         def end(number: int, frame: object) -> None:
-            self.ended_by = number
-            self._kill("interrupt")
+            self._end(number)
 
         signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)  # in the background a terminal's input ends instead of stopping us
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, end)
 

@@ -10,16 +10,19 @@ Two forms, one per direction of trust:
   ============ ================== ==========================================================================
   kind         who -> whom        fields
   ============ ================== ==========================================================================
-  ready        zygote -> host     notes (of the template, joined by ;)
+  ready        zygote -> host
   failed       any -> host        line, errno, path, text; sandbox or call, where it belongs to one
   opened       warden -> host     (with the workspace's fd, if it is a mount)
   listener     worker -> warden   (with the notification listener's fd)
   sealed       worker -> warden   probe, notes (with the worker's credentials)
   sealed       warden -> host     call, and what was read back from /proc: see warden.read_back
   ended        init -> warden     status (a wait status), maxrss_kb, utime, stime
-  ended        warden -> host     call, cause (exit, timeout, killed, supervisor), and the fields above
+  ended        warden -> host     call, cause (exit, timeout, memory, killed, supervisor, failed, or the host's own word),
+                                  used (bytes, where memory is the cause), and the fields above
   closed       zygote -> host     sandbox, left (what could not be removed, or nothing)
   violation    supervisor -> host call, nr, arg0 .. arg2, pid, count
+  failure      worker -> host     see sandbox.engine.failure; as a reply
+  unfit        worker -> host     text, allowed, used: what cannot travel and why; as a reply
   ============ ================== ==========================================================================
 
 * *Frames* carry a reply from the worker: one byte of kind, in upper case in the last frame of the reply, and at most FRAME
@@ -32,13 +35,13 @@ else of psie.
 from __future__ import annotations
 
 import _socket
+import fcntl
 import marshal
 import os
 
 FRAME = 65536  # bytes of data per frame
 MESSAGE = 65536  # bytes per message that the host accepts
 INSTRUCTION = 65536  # bytes per instruction: below the size from which malloc(3) maps pages for one
-RECIPE = 1 << 20  # bytes per instruction to a zygote, which may hold a whole recipe with its filter
 REPLY_TEXT = 1 << 19  # bytes of a reply that is no value
 
 REPLY_VALUE = b"v"  # a piece of an encoded value
@@ -52,7 +55,7 @@ SCM_CREDENTIALS = 2
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     T = TypeVar("T")
 
@@ -62,11 +65,16 @@ class Malformed(ValueError):
 
 
 def pair(*, blocking: bool = True) -> tuple[_socket.socket, _socket.socket]:
-    a, b = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-    for end in (a, b):
-        os.set_inheritable(end.fileno(), False)
-        end.setblocking(blocking)
-    return a, b
+    """A connected pair whose fds lie above the standard ones, also where the caller has closed those."""
+    ends = []
+    for end in _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET):
+        high = from_fd(fcntl.fcntl(end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)) if end.fileno() < 3 else end
+        if high is not end:
+            end.close()
+        os.set_inheritable(high.fileno(), False)
+        high.setblocking(blocking)
+        ends.append(high)
+    return ends[0], ends[1]
 
 
 def from_fd(fd: int) -> _socket.socket:
@@ -140,12 +148,25 @@ def instruct(sock: _socket.socket, instruction: dict[str, object], fds: Sequence
     send_bytes(sock, marshal.dumps(instruction), fds)
 
 
-def receive_instruction(
-    sock: _socket.socket, max_fds: int = 16, limit: int = INSTRUCTION
-) -> tuple[dict[str, object] | None, list[int]]:
+def receive_instruction(sock: _socket.socket, max_fds: int = 16) -> tuple[dict[str, object] | None, list[int]]:
     """(instruction, fds); None when the sender has gone."""
-    data, fds, _ = receive_bytes(sock, limit, max_fds)
+    data, fds, _ = receive_bytes(sock, INSTRUCTION, max_fds)
     return (marshal.loads(data) if data else None), fds
+
+
+def in_memory(value: dict[str, Any]) -> int:
+    """An fd of a memory file with the marshalled value, which may be larger than a message: memfd_create(2)."""
+    fd = os.memfd_create("psie", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(marshal.dumps(value))
+    return fd
+
+
+def from_memory(fd: int) -> object:
+    """What `in_memory` put there; closes the fd."""
+    with open(fd, "rb") as file:
+        file.seek(0)
+        return marshal.loads(file.read())
 
 
 def keep_only(fds: Sequence[int]) -> None:

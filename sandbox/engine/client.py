@@ -8,7 +8,9 @@ Must not know levels, and must not import anything of the sandbox's side but the
 from __future__ import annotations
 
 import errno
+import marshal
 import os
+import select
 import sys
 
 from sandbox import state
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 WARDEN_DIED = "the sandbox's warden has died, and all of its calls with it: open a new sandbox"
 VALUE_MODULES = ("sandbox.engine.codec",)  # what a zygote needs whose workers send values
+SHUT_RDWR = 2
+STRAYS = 1000
+REFUSALS = 10_000  # refused calls after which a plugin only burns our time and is ended
 # Seconds that a killed sandbox may take to vanish, and that the caller's own clock waits longer than the warden's.
 GRACE = 5.0
 
@@ -48,8 +53,7 @@ MENDS = {
 def failed_line(fields: dict[str, str]) -> SandboxInitializationError:
     """The error for a "failed" message: it names the recipe's line, errno, path and mend."""
     number = int(fields.get("errno", "0") or "0")
-    if number in (errno.EPERM, errno.ENOSPC, errno.ENOSYS):
-        state.distrust()
+    state.distrust()
     return SandboxInitializationError(
         f"a sandbox could not be set up: {fields.get('text', '')}",
         line=fields.get("line", ""),
@@ -57,6 +61,15 @@ def failed_line(fields: dict[str, str]) -> SandboxInitializationError:
         path=fields.get("path") or None,
         mend=MENDS.get(number, "run psie explain to see what this host can do"),
     )
+
+
+def hang_up(sock: _socket.socket) -> None:
+    """Close for all who have it: a fork of the caller may hold a copy."""
+    try:
+        sock.shutdown(SHUT_RDWR)
+    except OSError:
+        pass  # the other end has gone already
+    sock.close()
 
 
 def close_fds(fds: Sequence[int]) -> None:
@@ -93,7 +106,7 @@ class Zygote:
             "link": recipe.network["mode"] == "veth",
             "template": recipe.template,
         }
-        self._instruct(instruction, [])
+        self._hand_over({}, instruction)
 
     def teach(self, wire: dict[str, Any]) -> int:
         """The number under which the zygote knows this wire form of a recipe."""
@@ -102,19 +115,39 @@ class Zygote:
                 return number
         number = len(self.recipes) + 1
         self.recipes[number] = wire
-        self._instruct({"number": number, "recipe": wire}, [])
+        self._hand_over({"learn": number}, wire)
         return number
 
+    def _hand_over(self, instruction: dict[str, object], value: dict[str, Any]) -> None:
+        """An instruction with a value that may be larger than a message."""
+        fd = channel.in_memory(value)
+        try:
+            self._instruct(instruction, [fd])
+        finally:
+            os.close(fd)
+
     def open(self, sandbox: Sandbox, instruction: dict[str, object], fds: Sequence[int]) -> None:
+        self._instruct(instruction, fds)
         self.opened += 1
         self.sandboxes[sandbox.name] = sandbox
-        self._instruct(instruction, fds)
 
     def _instruct(self, instruction: dict[str, object], fds: Sequence[int]) -> None:
-        try:
-            channel.instruct(self.control, instruction, fds)
-        except OSError:
-            return  # it has died; what it said before, and that it has, is read in the loop
+        """Send it; a zygote that is busy with its preloads is waited for.
+
+        Raises ResourceError if it does not read for GRACE seconds. That it has died is read, with the reason, in the loop.
+        """
+        poll = select.poll()
+        poll.register(self.control.fileno(), select.POLLOUT)
+        for _ in range(2):
+            try:
+                channel.instruct(self.control, instruction, fds)
+            except BlockingIOError:
+                if poll.poll(GRACE * 1000):
+                    continue
+                raise ResourceError("the zygote is too busy to open another sandbox: open fewer at once") from None
+            except (BrokenPipeError, ConnectionResetError):
+                return
+            return
 
     def catch_up(self) -> None:
         """Read all that the zygote has said so far: why it died comes before that it died."""
@@ -165,7 +198,7 @@ class Zygote:
             return
         self.closed = True
         self.loop.remove_reader(self.control.fileno())
-        self.control.close()
+        hang_up(self.control)
         self.loop.add_reader(self.pidfd, self._reap)
 
     def _reap(self) -> None:
@@ -195,7 +228,6 @@ class Sandbox:
         self.is_gone = False
         self.left = ""  # what could not be removed
         self.closing = False
-        self.on_opened: Callable[[], None] | None = None
         self.on_gone: Callable[[], None] | None = None
         self.slot = userids.claim(int(recipe.limits["memory_bytes"]), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         self.leaf: tuple[int, str] | None = None
@@ -216,7 +248,6 @@ class Sandbox:
         instruction: dict[str, object] = {
             "sandbox": self.name,
             "mount_namespace": "mnt" in self.recipe.namespaces,
-            "binds": self.recipe.sandbox_mounts,
             **ids,
         }
         try:
@@ -334,8 +365,6 @@ class Sandbox:
         call = self.calls.get(int(fields.get("call", "0") or "0"))
         if kind == "opened":
             self.workspace = fds.pop() if fds else None
-            if self.on_opened is not None:
-                self.on_opened()
         elif kind == "failed" and call is None:
             self.fail(failed_line(fields))
         elif kind == "failed" and call is not None:
@@ -385,8 +414,6 @@ class Sandbox:
         for call in list(self.calls.values()):
             call.fail(error)
         self.calls.clear()
-        if self.on_opened is not None:
-            self.on_opened()
         self.close()
 
     def close(self) -> None:
@@ -397,7 +424,7 @@ class Sandbox:
         for sock in (self.hub, self.violations):
             if sock.fileno() >= 0:
                 self.loop.remove_reader(sock.fileno())
-                sock.close()
+                hang_up(sock)
         if self.workspace is not None:
             os.close(self.workspace)
             self.workspace = None
@@ -429,9 +456,11 @@ class Sandbox:
 
     def _remove_places(self) -> None:
         if self.leaf is not None:
-            leaf.remove(*self.leaf)
-            os.close(self.leaf[0])
-            self.leaf = None
+            try:
+                leaf.remove(*self.leaf)
+            finally:
+                os.close(self.leaf[0])
+                self.leaf = None
         if self.folder is not None:
             from sandbox.engine.warden import remove_folder
 
@@ -462,6 +491,7 @@ class Call:
         self.reply_kind = b""
         self.reply = bytearray()
         self.reply_complete = False
+        self.strays = 0  # frames that belong to no reply
         self.reply_limit = int(sandbox.recipe.limits["result_bytes"])
         self.reply_size = 0
         self.violations: dict[tuple[str, str], dict[str, str]] = {}
@@ -496,10 +526,10 @@ class Call:
         """Let the worker begin; from now on the warden's clock runs for `seconds`."""
         self.sandbox._instruct({"op": "deadline", "call": self.number, "seconds": seconds})
         self._timer = self.loop.call_later(seconds + GRACE, self._overdue)
-        view = memoryview(payload)
-        header = {**instruction, "size": len(payload)}
+        header = marshal.dumps(instruction)
+        view = memoryview(header + payload)
         try:
-            channel.instruct(self.job, header)
+            channel.instruct(self.job, {"header": len(header), "size": len(view)})
         except OSError:
             return  # it has ended already; its end is reported
         self._outgoing = [view[start : start + channel.FRAME] for start in range(0, len(view), channel.FRAME)]
@@ -534,11 +564,13 @@ class Call:
         self._frame(data[:1], data[1:])
 
     def _frame(self, kind: bytes, data: bytes) -> None:
-        """One frame of the reply. After the end of a reply, or of another kind than it began: ignored, it is nobody's."""
-        if self.reply_complete:
-            return
+        """One frame of the reply. What belongs to no reply is nobody's; who sends much of it is not listened to any more."""
         last, kind = kind.isupper(), kind.lower()
-        if kind not in (channel.REPLY_VALUE, channel.REPLY_ERROR, channel.REPLY_UNFIT) or self.reply_kind not in (b"", kind):
+        known = kind in (channel.REPLY_VALUE, channel.REPLY_ERROR, channel.REPLY_UNFIT)
+        if self.reply_complete or not known or self.reply_kind not in (b"", kind) or not (data or last):
+            self.strays += 1
+            if self.strays > STRAYS:
+                self._close_job()
             return
         self.reply_kind = kind
         self.reply_size += len(data)
@@ -565,12 +597,14 @@ class Call:
         if self.job.fileno() >= 0:
             self.loop.remove_reader(self.job.fileno())
             self.loop.remove_writer(self.job.fileno())
-            self.job.close()
+            hang_up(self.job)
 
     def violation(self, fields: dict[str, str]) -> None:
         key = fields["nr"], fields["arg0"]
         is_new = key not in self.violations
         self.violations[key] = fields
+        if sum(int(known["count"]) for known in self.violations.values()) >= REFUSALS:
+            self.kill("violations")
         if is_new and self.on_violation is not None:
             self.on_violation(self, fields)
 
@@ -645,6 +679,7 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         network["request"] = link_request()
     return {
         "namespaces": list(recipe.namespaces),
+        "sandbox_mounts": recipe.sandbox_mounts,
         "call_mounts": recipe.call_mounts,
         "workspace": recipe.workspace,
         "network": network,

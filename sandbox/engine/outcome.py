@@ -140,7 +140,11 @@ def with_source(traceback_text: str, filename: str) -> str:
         prefix = f'  File "{filename}", line '
         if line.startswith(prefix) and not following.startswith("    "):
             number = line[len(prefix) :].partition(",")[0]
-            source = linecache.getline(filename, int(number)).strip() if number.isdecimal() else ""
+            source = (
+                linecache.getline(filename, int(number)).strip()
+                if number.isascii() and number.isdecimal() and len(number) < 9
+                else ""
+            )
             if source:
                 shown.append("    " + source)
     return "\n".join(shown)

@@ -53,7 +53,10 @@ class ThreadLoop(PollLoop):
         os.read(self.wake_reader, 4096)
         while self.posted:
             callback, args = self.posted.popleft()
-            callback(*args)
+            try:
+                callback(*args)
+            except Exception:  # a mistake of ours: what others have posted still counts
+                sys.excepthook(*sys.exc_info())
 
     def _serve(self) -> None:
         while True:
@@ -81,7 +84,11 @@ class Worker:
         limit = int(sandbox.recipe.limits["output_bytes"])
         sinks = (lambda data: self._output(1, data), lambda data: self._output(2, data))
         self.streams = Streams(sandbox.loop, limit, lambda: self.call.kill("output"), sinks, None)
-        self.call: Call = sandbox.call(self.streams.inside)
+        try:
+            self.call: Call = sandbox.call(self.streams.inside)
+        except BaseException:
+            self.streams.finish()
+            raise
         self.streams.close_inside()
         self.call.on_sealed = self._sealed
         self.call.on_done = self._done
@@ -151,7 +158,12 @@ class Service:
         return worker
 
     def _new(self, recipe: Recipe, wire: dict[str, Any]) -> Worker:
-        return Worker(Sandbox(self._zygote(recipe), recipe, wire, os.urandom(8).hex()))
+        sandbox = Sandbox(self._zygote(recipe), recipe, wire, os.urandom(8).hex())
+        try:
+            return Worker(sandbox)
+        except BaseException:
+            sandbox.close()
+            raise
 
     def touch(self, recipe: Recipe, wire: dict[str, Any]) -> None:
         """This recipe is in use: have the next one of it ready soon, and none when it has not been used for long."""

@@ -18,8 +18,58 @@ if TYPE_CHECKING:
 READ = 65536
 
 
+class Pump:
+    """Copies a caller's stdin into a pipe, as far as somebody reads there.
+
+    The plugin never gets the caller's own descriptor: it could be a terminal, which it would drive, or a file that it
+    could seek, lock or change.
+    """
+
+    def __init__(self, loop: Loop, source: int) -> None:
+        self.loop = loop
+        self.source = source
+        self.inside, self.writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self.writer, False)
+        self.pending = b""
+        self.closed = False
+        loop.add_reader(source, self._fill)
+
+    def _fill(self) -> None:
+        try:
+            self.pending = os.read(self.source, READ)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.pending = b""  # a terminal that has gone, or is not ours to read in the background
+        if not self.pending:
+            self.close()
+            return
+        self.loop.remove_reader(self.source)
+        self._drain()
+
+    def _drain(self) -> None:
+        try:
+            while self.pending:
+                self.pending = self.pending[os.write(self.writer, self.pending) :]
+        except BlockingIOError:
+            self.loop.add_writer(self.writer, self._drain)
+            return
+        except BrokenPipeError:
+            self.close()
+            return
+        self.loop.remove_writer(self.writer)
+        self.loop.add_reader(self.source, self._fill)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.loop.remove_reader(self.source)
+            self.loop.remove_writer(self.writer)
+            os.close(self.writer)
+
+
 class Streams:
-    """Stdin from /dev/null (or a given fd), stdout and stderr through pipes into sinks, all output counted together.
+    """Stdin from /dev/null or pumped from a given fd; stdout and stderr through pipes into sinks, counted together.
 
     `on_excess` is called once when more than `limit` bytes have come; what comes after is read and dropped.
     """
@@ -32,13 +82,19 @@ class Streams:
         self.on_excess = on_excess
         self.used = 0
         self.sinks: dict[int, Sink] = {}
-        self.inside = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC) if stdin is None else os.dup(stdin)]
-        for sink in sinks:
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-            os.set_blocking(reader, False)
-            self.inside.append(writer)
-            self.sinks[reader] = sink
-            loop.add_reader(reader, self._readable, reader)
+        self.pump = Pump(loop, stdin) if stdin is not None else None
+        source = self.pump.inside if self.pump is not None else os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self.inside = [source]
+        try:
+            for sink in sinks:
+                reader, writer = os.pipe2(os.O_CLOEXEC)
+                os.set_blocking(reader, False)
+                self.inside.append(writer)
+                self.sinks[reader] = sink
+                loop.add_reader(reader, self._readable, reader)
+        except OSError:
+            self.finish()
+            raise
 
     def close_inside(self) -> None:
         """The sandbox has its copies: ours would keep the pipes open."""
@@ -70,10 +126,12 @@ class Streams:
         os.close(fd)
 
     def finish(self) -> None:
-        """The writers have gone: read what is left and close."""
+        """The writers have gone: read what is left, up to the limit, and close."""
         self.close_inside()
+        if self.pump is not None:
+            self.pump.close()
         for fd in list(self.sinks):
-            while fd in self.sinks and self._readable(fd):
+            while fd in self.sinks and self.used <= self.limit and self._readable(fd):
                 pass
             if fd in self.sinks:
                 self._close(fd)

@@ -85,8 +85,8 @@ class Warden:
     def set_up(self, host_namespace: int | None) -> None:
         """Attach what the whole sandbox shares: the workspace and the caller's folders."""
         workspace = self.recipe["workspace"]
-        if host_namespace is not None and self.instruction["binds"]:
-            mounts.attach_from(host_namespace, self.instruction["binds"])
+        if host_namespace is not None and self.recipe["sandbox_mounts"]:
+            mounts.attach_from(host_namespace, self.recipe["sandbox_mounts"])
         fds = []
         if workspace["kind"] == "tmpfs":
             uid, gid = self.instruction["owner"]
@@ -130,7 +130,10 @@ class Warden:
         call = Call(number, pid, pidfd, report)
         if "mnt" in self.recipe["namespaces"]:
             # The kernel takes a millisecond to tear a mount namespace down. While we hold it, init need not wait for that.
-            call.mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                call.mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                call.mounts = None  # it has ended already
         self.calls[pidfd] = call
         self.reports[report.fileno()] = call
         self.poll.register(pidfd, select.POLLIN)

@@ -13,6 +13,7 @@ import _socket
 import errno
 import fcntl
 import gc
+import marshal
 import os
 import sys
 import termios
@@ -46,10 +47,13 @@ def run(
         job = seal(recipe, ids, report, fds, notes, tty=tty)
         if tty:
             sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        instruction, _ = channel.receive_instruction(job, 0)
-        if instruction is None:
+        sizes, _ = channel.receive_instruction(job, 0)
+        if sizes is None:
             os._exit(0)
-        payload = receive_payload(job, int(instruction["size"]))  # type: ignore[call-overload]
+        payload = receive_payload(job, int(sizes["size"]))  # type: ignore[call-overload]
+        header = int(sizes["header"])  # type: ignore[call-overload]
+        instruction = marshal.loads(payload[:header])
+        del payload[:header]
         sc.after_fork()
         forkhooks.make_up()
         take_on(instruction, recipe["environment"])

@@ -19,6 +19,8 @@ supervisor   warden: pidfd of the supervisor              warden kills every ini
 init         kernel: end of the PID namespace; without    every process of the call; warden reports the end
              one PDEATHSIG of the worker and cgroup.kill
 worker       init: waitid                                 init reports the status and exits, which ends the namespace
+caller and   kernel, as above                             all processes; but the cgroup leaf and a workspace on disk stay
+zygote                                                    until the next sandbox takes that place of the ledger
 net helper   -                                            nothing: its message is cached, its namespace is held by a
                                                           socket of the zygote
 ============ ============================================ ===========================================================
@@ -77,18 +79,28 @@ def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> Non
 
 
 def open_streams() -> None:
-    """sys.stdin, stdout and stderr as a Python has them whose standard streams are pipes; workers inherit the objects."""
-    for name, fd, mode, errors in (
-        ("stdin", 0, "r", "surrogateescape"),
-        ("stdout", 1, "w", "surrogateescape"),
-        ("stderr", 2, "w", "backslashreplace"),
+    """sys.stdin, stdout and stderr as a Python has them whose standard streams are pipes; workers inherit the objects.
+
+    They are made on pipes, because a file object remembers whether its descriptor could seek.
+    """
+    saved = [os.dup(fd) for fd in (0, 1, 2)]
+    reader, writer = os.pipe()
+    for (name, mode, errors), fd, end in zip(
+        (("stdin", "r", "surrogateescape"), ("stdout", "w", "surrogateescape"), ("stderr", "w", "backslashreplace")),
+        (0, 1, 2),
+        (reader, writer, writer),
+        strict=True,
     ):
+        os.dup2(end, fd)
         raw = open(fd, mode + "b", closefd=False)  # noqa: SIM115  (it lives as long as the process)
         stream = io.TextIOWrapper(raw, "utf-8", errors, line_buffering=fd == 2)
         stream.mode = mode  # type: ignore[misc]  # as CPython sets it at its start
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    os.umask(0o022)
+    for fd, before in enumerate(saved):
+        os.dup2(before, fd)
+    for fd in (*saved, reader, writer):
+        os.close(fd)
 
 
 def set_environment(variables: dict[str, str]) -> None:
@@ -104,6 +116,14 @@ def freeze() -> None:
     """
     gc.disable()
     gc.freeze()
+
+
+def mount_namespace_of(pid: int) -> int | None:
+    """An fd of the mount namespace of a child; None if the child has ended already."""
+    try:
+        return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def anonymous_memory() -> int:
@@ -142,7 +162,6 @@ class Zygote:
         self.poll = select.poll()
 
     def set_up(self, instruction: dict[str, Any]) -> None:
-        notes: list[str] = []
         try:
             prepare_interpreter(instruction["path"], instruction["prefix"], instruction["modules"])
         except Exception as error:
@@ -166,12 +185,7 @@ class Zygote:
             mounts.build_template(template["lines"], pivot=template["pivot"])
         freeze()
         self.baseline = anonymous_memory()
-        channel.send(self.control, "ready", {"notes": "; ".join(notes)})
-
-    def learn(self, instruction: dict[str, Any]) -> None:
-        """Keep a recipe that the sandboxes to come name by its number."""
-        self.recipes[int(instruction["number"])] = instruction["recipe"]
-        gc.freeze()
+        channel.send(self.control, "ready", {})
 
     def open(self, instruction: dict[str, Any], fds: list[int]) -> None:
         """Clone a warden; the fds are: hub, violations, slot lock or cgroup parent and leaf or folder, as `fds` names them."""
@@ -192,7 +206,7 @@ class Zygote:
         folder = (given.pop("folder_parent"), instruction["folder"]) if "folder_parent" in given else None
         for fd in given.values():
             os.close(fd)
-        mounts_fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) if instruction["mount_namespace"] else None
+        mounts_fd = mount_namespace_of(pid) if instruction["mount_namespace"] else None
         self.sandboxes[pidfd] = Sandbox(instruction["sandbox"], pid, pidfd, leaf, folder, mounts_fd)
         self.poll.register(pidfd, select.POLLIN)
 
@@ -246,11 +260,12 @@ class Zygote:
                 if fd == CALLER:
                     return
                 if fd == CONTROL:
-                    instruction, fds = channel.receive_instruction(self.control, limit=channel.RECIPE)
+                    instruction, fds = channel.receive_instruction(self.control)
                     if instruction is None:
                         return
-                    if "recipe" in instruction:
-                        self.learn(instruction)
+                    if "learn" in instruction:
+                        self.recipes[int(instruction["learn"])] = channel.from_memory(fds[0])  # type: ignore[assignment, call-overload]
+                        gc.freeze()
                     else:
                         self.open(instruction, fds)
                 elif fd in self.sandboxes:
@@ -283,11 +298,11 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the caller's Ctrl-C is the caller's to handle
     zygote = Zygote()
     try:
-        instruction, _ = channel.receive_instruction(zygote.control, limit=channel.RECIPE)
+        instruction, fds = channel.receive_instruction(zygote.control)
         if instruction is None:
             os._exit(0)
         try:
-            zygote.set_up(instruction)
+            zygote.set_up(channel.from_memory(fds[0]))  # type: ignore[arg-type]
         except mounts.LineFailed as failure:
             zygote.report_failure(failure)
             os._exit(1)

@@ -53,7 +53,6 @@ PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
-PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 
 # With PyDLL the GIL stays held over a call: a thread of the caller can never be half-way through Python code in a child.
@@ -179,11 +178,6 @@ def mount_setattr(tree: int, attributes: int, *, recursive: bool, what: str) -> 
 def openat2(directory: int, path: str, flags: int, resolve_flags: int) -> int:
     open_how = (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, 0, resolve_flags)
     return syscall("openat2", directory, os.fsencode(path), ctypes.byref(open_how), ctypes.sizeof(open_how), what=path)
-
-
-def close_range(first: int, last: int) -> None:
-    if first <= last:
-        syscall("close_range", first, last, 0)
 
 
 def pidfd_send_signal(pidfd: int, number_: int) -> None:

@@ -135,14 +135,18 @@ def _setting(name: str, default: int) -> int:
 # -- host ids ------------------------------------------------------------------------------------------------------------
 
 
-def _ranges(path: str, columns: slice, separator: str | None) -> list[tuple[int, int]]:
-    """(first, last) of every "start length" pair in a table; a missing table has none."""
+def _ranges(path: str) -> list[tuple[int, int]]:
+    """(first, last) of every `name:start:length` in a table; lines that say nothing of the kind count for nothing."""
     try:
         with open(path) as file:
-            lines = [line.strip().split(separator)[columns] for line in file if line.strip() and not line.startswith("#")]
+            rows = [line.strip().split(":") for line in file]
     except FileNotFoundError:
         return []
-    return [(int(start), int(start) + int(length) - 1) for start, length in (line for line in lines if len(line) == 2)]
+    return [
+        (int(row[1]), int(row[1]) + int(row[2]) - 1)
+        for row in rows
+        if len(row) == 3 and row[1].isdecimal() and row[2].isdecimal()
+    ]
 
 
 _regions: dict[int, int] = {}  # found before: neither passwd nor subuid is read for every sandbox
@@ -158,7 +162,7 @@ def id_region(need: int) -> int:
     with open("/proc/self/uid_map") as file:
         rows = [line.split() for line in file]
     mapped = [(int(inside), int(inside) + int(length) - 1) for inside, _, length in rows]
-    taken = [*_ranges("/etc/subuid", slice(1, 3), ":"), *_ranges("/etc/subgid", slice(1, 3), ":")]
+    taken = [*_ranges("/etc/subuid"), *_ranges("/etc/subgid")]
     # In a container with few ids: the last ones below 60000, where users are and systemd's own ranges begin above.
     for start in (PREFERRED[0], 60000 - need):
         last = start + need - 1

@@ -111,7 +111,7 @@ CASES: dict[str, Case] = {
         ResourceLimitExceededError,
         limits={"max_execution_time_seconds": 1},
     ),
-    "forged flood of nothing": limit(hostile.flood_the_job_socket, "time", b"?", max_execution_time_seconds=0.5),
+    "forged flood of nothing": Case(hostile.flood_the_job_socket, (b"?",), match="BrokenPipeError|exited with status"),
     "takes python apart": Case(hostile.break_python),
     # processes
     "daemon": Case(hostile.leave_a_daemon, (), None, value="done", forks=4),

@@ -153,8 +153,8 @@ def test_stdin_is_a_pipe(everywhere: Caller) -> None:
 
 def test_stdin_is_a_file(twice: Caller) -> None:
     with open(twice.write("input.txt", "first\nsecond\n")) as stdin:
-        done = twice.plugin("import os, sys\nprint(input(), sys.stdin.read())\nos.lseek(0, 0, 0)", stdin=stdin)
-    assert (done.status, done.out, done.err) == (0, "first second\n\n", "")
+        done = twice.plugin("import sys\nprint(input(), sys.stdin.read(), sys.stdin.seekable())", stdin=stdin)
+    assert (done.status, done.out, done.err) == (0, "first second\n False\n", ""), "the caller's own file stays outside"
 
 
 @pytest.mark.parametrize("closed", [0, 1, 2, 3])
@@ -1272,3 +1272,38 @@ def test_a_changed_option_is_not_taken_from_the_cache(caller: Caller) -> None:
         assert result_of(caller, "pass", "--level", level)["level"] == level
     for size in ("64M", "65M", "64M"):
         assert size[:2] + " MB" in detail(result_of(caller, "pass", "--memory", size), "memory")
+
+
+def test_the_callers_terminal_stays_outside(caller: Caller) -> None:
+    """Stdin a terminal and stdout not: the plugin gets what is typed, and nothing that it could write to or set."""
+    source = """
+        import os, stat, sys
+        print(os.isatty(0), stat.S_ISFIFO(os.fstat(0).st_mode))
+        try:
+            os.write(0, b"owned")
+        except OSError as error:
+            print(error.strerror)
+        print(input())
+    """
+    master, slave = os.openpty()
+    try:
+        os.write(master, b"typed\n")
+        done = caller.plugin(source, stdin=slave)
+    finally:
+        os.close(slave)
+        os.close(master)
+    assert (done.status, done.out) == (0, "False True\nBad file descriptor\ntyped\n")
+
+
+def test_links_beside_the_file_lead_nowhere(caller: Caller) -> None:
+    caller.write("secret.txt", "value = 'secret'")
+    os.symlink(caller.folder / "secret.txt", caller.folder / "helper.py")
+    os.mkfifo(caller.folder / "queue.py")
+    done = caller.plugin("import queue\nimport helper\nprint(helper.value)", "--level", "strict")
+    assert done.status == 1
+    assert "No module named 'helper'" in done.err
+
+
+def test_arguments_of_any_size(caller: Caller) -> None:
+    done = caller.plugin("import sys\nprint([len(each) for each in sys.argv[1:]])", "--", "a" * 100_000, "b" * 100_000)
+    assert (done.status, done.out) == (0, "[100000, 100000]\n")
