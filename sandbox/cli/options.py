@@ -21,7 +21,7 @@ SHARED: tuple[tuple[str, str, str, str], ...] = (
     ("--timeout", VALUE, "SECONDS", "Wall-clock time (default: 30)."),
     ("--cpu", VALUE, "PERCENT", "CPU rate in percent of one CPU (default: 50)."),
     ("--pids", VALUE, "N", "Threads; with --allow-subprocess also processes that may exist at once (default: 4)."),
-    ("--ro", MANY, "PATH", "A file or folder that the plugin may read, at the same path. Repeatable."),
+    ("--ro", MANY, "PATH", "A file or folder that the plugin may read, at its real path. Repeatable."),
     ("--env", MANY, "NAME[=VALUE]", "An environment variable, or one of yours to pass on. Repeatable."),
     ("--allow-subprocess", FLAG, "", "The plugin may start processes."),
     ("--allow-degraded", FLAG, "", "Run also where an isolation of the level cannot be had."),

@@ -293,6 +293,7 @@ def main() -> None:
     for fd in (CONTROL, CALLER):
         os.set_inheritable(fd, False)
     os.setsid()
+    os.umask(0o022)
     sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the caller's Ctrl-C is the caller's to handle

@@ -44,9 +44,6 @@ MOUNT_ATTR_NOSUID = 0x00000002
 MOUNT_ATTR_NODEV = 0x00000004
 MOUNT_ATTR_NOEXEC = 0x00000008
 
-RESOLVE_NO_SYMLINKS = 0x04
-RESOLVE_NO_MAGICLINKS = 0x02
-RESOLVE_BENEATH = 0x08
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -173,11 +170,6 @@ def mount_setattr(tree: int, attributes: int, *, recursive: bool, what: str) -> 
     mount_attr = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     syscall("mount_setattr", tree, b"", flags, ctypes.byref(mount_attr), ctypes.sizeof(mount_attr), what=what)
-
-
-def openat2(directory: int, path: str, flags: int, resolve_flags: int) -> int:
-    open_how = (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, 0, resolve_flags)
-    return syscall("openat2", directory, os.fsencode(path), ctypes.byref(open_how), ctypes.sizeof(open_how), what=path)
 
 
 def pidfd_send_signal(pidfd: int, number_: int) -> None:
