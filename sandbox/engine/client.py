@@ -17,7 +17,7 @@ from sandbox import state
 from sandbox.cgroups import leaf
 from sandbox.engine import channel, spawn
 from sandbox.errors import ResourceError, SandboxException, SandboxInitializationError
-from sandbox.ns import userids
+from sandbox.ns import userids, workspace
 from sandbox.recipe_data import differences
 
 TYPE_CHECKING = False
@@ -316,13 +316,11 @@ class Sandbox:
 
     def _make_folder(self, owner: list[int]) -> int:
         """The workspace as a folder on disk; returns an fd of its parent."""
-        from sandbox.engine.warden import remove_folder
-
         work = os.path.join(state.folder("lib"), "work")
         os.makedirs(work, mode=0o711, exist_ok=True)
         parent = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         name = str(self.slot.number)
-        remove_folder(parent, name)
+        workspace.remove_folder(parent, name)
         self.folder = os.path.join(work, name)
         for path in (self.folder, self.folder + "/files"):
             os.mkdir(path, 0o700)
@@ -462,11 +460,9 @@ class Sandbox:
                 os.close(self.leaf[0])
                 self.leaf = None
         if self.folder is not None:
-            from sandbox.engine.warden import remove_folder
-
             parent = os.open(os.path.dirname(self.folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                remove_folder(parent, os.path.basename(self.folder))
+                workspace.remove_folder(parent, os.path.basename(self.folder))
             finally:
                 os.close(parent)
 

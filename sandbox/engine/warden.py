@@ -17,7 +17,7 @@ from time import monotonic
 
 from sandbox.cgroups import leaf
 from sandbox.engine import channel, init, supervisor
-from sandbox.ns import mounts, network, privileges
+from sandbox.ns import mounts, network, privileges, workspace
 from sandbox.ns import syscalls as sc
 
 TYPE_CHECKING = False
@@ -84,15 +84,15 @@ class Warden:
 
     def set_up(self, host_namespace: int | None) -> None:
         """Attach what the whole sandbox shares: the workspace and the caller's folders."""
-        workspace = self.recipe["workspace"]
+        wanted = self.recipe["workspace"]
         if host_namespace is not None and self.recipe["sandbox_mounts"]:
             mounts.attach_from(host_namespace, self.recipe["sandbox_mounts"])
         fds = []
-        if workspace["kind"] == "tmpfs":
+        if wanted["kind"] == "tmpfs":
             uid, gid = self.instruction["owner"]
-            options = f"mode=700,uid={uid},gid={gid},size={workspace['bytes']},nr_inodes={workspace['inodes']}"
-            mounts.carry_out("", [["tmpfs", workspace["path"], "nosuid,nodev", options, []]], "sandbox")
-            fds.append(os.open(workspace["path"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            options = f"mode=700,uid={uid},gid={gid},size={wanted['bytes']},nr_inodes={wanted['inodes']}"
+            mounts.carry_out("", [["tmpfs", wanted["path"], "nosuid,nodev", options, []]], "sandbox")
+            fds.append(os.open(wanted["path"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         channel.send(self.hub, "opened", {}, fds)
         for fd in fds:
             os.close(fd)
@@ -396,21 +396,6 @@ class Warden:
             self.reap(call.pid)
 
 
-def place(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The recipe with the places of a workspace that is a folder on disk filled in."""
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, str):
-            return value.replace("{folder}", folder)
-        if isinstance(value, (list, tuple)):
-            return [fill(item) for item in value]
-        if isinstance(value, dict):
-            return {key: fill(item) for key, item in value.items()}
-        return value
-
-    return {key: fill(value) for key, value in recipe.items()}
-
-
 def children(pid: int) -> list[int]:
     """Child processes of all threads of `pid` (proc_tid_children(5)); none where it has ended."""
     found: list[int] = []
@@ -430,48 +415,6 @@ def read(path: str) -> str:
         os.close(fd)
 
 
-def remove_folder(parent: int, name: str) -> None:
-    """Remove the folder `name` below the fd `parent`; links in it are removed, never followed.
-
-    Folders inside it are moved up to its top one by one, so that a tree of any depth needs two fds and no recursion.
-    """
-    try:
-        top = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    except FileNotFoundError:
-        return
-    try:
-        os.fchmod(top, 0o700)
-        mark, moved = os.urandom(16).hex(), 0  # a name that the plugin could not foresee
-        while folders := unlink_files(top):
-            for folder in folders:
-                os.chmod(folder, 0o700, dir_fd=top)
-                inner = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
-                try:
-                    os.fchmod(inner, 0o700)
-                    for deeper in unlink_files(inner):
-                        os.chmod(deeper, 0o700, dir_fd=inner)  # one that nobody may write cannot be moved
-                        os.rename(deeper, f"{mark}-{moved}", src_dir_fd=inner, dst_dir_fd=top)
-                        moved += 1
-                finally:
-                    os.close(inner)
-                os.rmdir(folder, dir_fd=top)
-    finally:
-        os.close(top)
-    os.rmdir(name, dir_fd=parent)
-
-
-def unlink_files(folder: int) -> list[str]:
-    """Unlink all in the open folder that is no folder; returns the names of those."""
-    folders = []
-    with os.scandir(folder) as entries:
-        for entry in list(entries):
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.name)
-            else:
-                os.unlink(entry.name, dir_fd=folder)
-    return folders
-
-
 def run(
     recipe: dict[str, Any],
     instruction: dict[str, Any],
@@ -489,7 +432,7 @@ def run(
         keep += [fd for fd in (host_namespace, link_socket.fileno() if link_socket else None) if fd is not None]
         channel.keep_only(keep)
         if "folder_path" in instruction:
-            recipe = place(recipe, instruction["folder_path"])
+            recipe = workspace.place(recipe, instruction["folder_path"])
         if "pid" not in recipe["namespaces"]:
             sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
         warden = Warden(recipe, instruction, fds, link_socket)

@@ -42,7 +42,7 @@ import sys
 
 from sandbox.cgroups import leaf
 from sandbox.engine import channel, forkhooks, warden
-from sandbox.ns import mounts, network
+from sandbox.ns import mounts, network, workspace
 from sandbox.ns import syscalls as sc
 
 CONTROL = 3  # the socket to the caller
@@ -238,7 +238,7 @@ class Zygote:
             if sandbox.leaf:
                 leaf.remove(*sandbox.leaf)
             if sandbox.folder:
-                warden.remove_folder(*sandbox.folder)
+                workspace.remove_folder(*sandbox.folder)
         except OSError as error:
             left = f"{error.filename or 'a folder or cgroup of the sandbox'}: {error.strerror}"
         for place in (sandbox.leaf, sandbox.folder):
