@@ -10,7 +10,7 @@ Who dies when whom is killed:
 ============ ============================================ ===========================================================
 killed       notices                                      dies
 ============ ============================================ ===========================================================
-caller       zygote: pidfd of the caller                  zygote closes every hub; wardens end their calls and leave;
+caller       zygote: pidfd; wardens: hub closes           wardens end their calls and leave, or are killed after GRACE;
                                                           the zygote removes cgroup leaves and folders, then exits
 zygote       kernel: PDEATHSIG of warden                  wardens, and with them all below (next line); the caller
                                                           sees the control socket close and removes the leaves
