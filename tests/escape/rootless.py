@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,7 @@ from escape import kit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 100
+HEAVY = ("mypy", "numpy", "ruff")  # packages that no attack needs
 NEEDED = "import pytest, pytest_timeout, cloudpickle, prctl, pyseccomp, sandbox"
 
 
@@ -25,6 +27,13 @@ class Session:
         self.home = tempfile.mkdtemp(prefix="psie-rootless-")
         os.chown(self.home, self.uid, self.uid)
         os.chmod(self.home, 0o700)
+        self.repository, packages = (
+            self._reachable(place, parts)
+            for place, parts in (
+                (REPOSITORY, ("sandbox", "tests", "pyproject.toml")),
+                (Path(sysconfig.get_path("purelib")), ()),
+            )
+        )
         self.report = Path(self.home) / "report.json"
         self.environment = {
             "PATH": "/usr/bin:/bin",
@@ -32,12 +41,26 @@ class Session:
             "TMPDIR": "/tmp",
             "XDG_RUNTIME_DIR": self.home,
             "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPATH": f"{REPOSITORY}:{sysconfig.get_path('purelib')}",
+            "PYTHONPATH": f"{self.repository}:{packages}",
             "PSIE_ESCAPE_REPORT": str(self.report),
             **({"PSIE_ESCAPE_PLACE": str(kit.place())} if kit.place() else {}),
         }
         self.process: subprocess.Popen[str] | None = None
         self.reason = ""
+
+    def _reachable(self, place: Path, parts: tuple[str, ...]) -> Path:
+        """`place` itself if anybody may walk to it, else a copy of its `parts` (or of all) in the home."""
+        if all(folder.stat().st_mode & 0o001 for folder in (place, *place.parents)):
+            return place
+        copy = Path(self.home) / place.name
+        for part in parts or [entry.name for entry in place.iterdir() if not entry.name.startswith(HEAVY)]:
+            source = place / part
+            copy.mkdir(exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(source, copy / part)
+        return copy
 
     def interpreter(self) -> str | None:
         """One that the id can run, with everything that is needed."""
@@ -59,7 +82,7 @@ class Session:
             group=self.uid,
             extra_groups=[],
             env=self.environment,
-            cwd=REPOSITORY,
+            cwd=self.repository,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

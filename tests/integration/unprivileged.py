@@ -17,7 +17,7 @@ import pytest
 
 from . import harness
 
-HEAVY = ("mypy*", "numpy*", "ruff*", "*.dist-info", "__pycache__")
+HEAVY = ("mypy*", "numpy*", "ruff*", "__pycache__")
 
 
 @dataclasses.dataclass(frozen=True)
