@@ -360,7 +360,7 @@ def print_summary(session: Session, status: int) -> None:
     protections = session.protections()
     states = {state: [p.name for p in protections if p.state == state] for state in (ENFORCED, SUBSTITUTED, MISSING)}
     seconds = monotonic() - session.job_sent
-    say(f"level {session.recipe.level}, status {status}, {seconds * 1000:.0f} ms; read back from the running sandbox:")
+    say(f"level {session.recipe.level}, status {status}, {seconds * 1000:.0f} ms; what held the plugin:")
     for state, names in states.items():
         if names:
             say(f"{state}: {', '.join(names)}")
