@@ -154,6 +154,16 @@ def receive_instruction(sock: _socket.socket, max_fds: int = 16) -> tuple[dict[s
     return (marshal.loads(data) if data else None), fds
 
 
+def hung_up(sock: _socket.socket) -> bool:
+    """Whether the other end is closed; nothing is taken from the socket."""
+    try:
+        return not sock.recv(1, _socket.MSG_DONTWAIT | _socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
 def in_memory(value: dict[str, Any]) -> int:
     """An fd of a memory file with the marshalled value, which may be larger than a message: memfd_create(2)."""
     fd = os.memfd_create("psie", os.MFD_CLOEXEC)

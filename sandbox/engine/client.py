@@ -612,7 +612,7 @@ class Call:
             self.sandbox._instruct({"op": "kill", "call": self.number, "cause": cause})
 
     def signal(self, number: int) -> None:
-        """Send a signal to the worker, through init."""
+        """Send a signal to the worker."""
         if not self.done and not self.sandbox.closing:
             self.sandbox._instruct({"op": "signal", "call": self.number, "signal": number})
 

@@ -1,4 +1,4 @@
-"""PID 1 of a call: carries out the recipe from inside, line by line, forks the worker, reaps, forwards signals, ends.
+"""PID 1 of a call: carries out the recipe from inside, line by line, forks the worker, reaps, ends.
 
 The order is fixed: (cgroup and namespaces at clone, id maps by the warden) - mounts, root, /proc - link, hostname -
 change of ids - pdeathsig - rlimits - bounding set, securebits - no_new_privs - Landlock - capabilities to nothing -
@@ -7,11 +7,9 @@ fork of the worker. Each step depends on those before it: see `set_up`. Must not
 
 from __future__ import annotations
 
-import _signal as signal
 import _socket
 import os
 import resource
-import select
 import sys
 
 from sandbox.engine import channel, worker
@@ -55,7 +53,11 @@ def set_up(recipe: dict[str, Any], ids: dict[str, Any], report: _socket.socket) 
         step("call: hostname", _socket.sethostname, recipe["hostname"])
     step("call: change of ids", privileges.become, *ids["plugin"])
     step("call: not dumpable", sc.prctl, sc.PR_SET_DUMPABLE, 0)
+    if "pid" not in namespaces:
+        step("call: subreaper", sc.prctl, sc.PR_SET_CHILD_SUBREAPER, 1)
     step("call: pdeathsig", privileges.die_with_parent)
+    if channel.hung_up(report):
+        os._exit(1)  # the warden died before the line above
     step("call: rlimits", privileges.set_rlimits, [line for line in recipe["rlimits"] if line[0] not in worker.OWN_RLIMITS])
     step("call: bounding set and securebits", privileges.empty_bounding_set)
     step("call: no_new_privs", privileges.no_new_privs)
@@ -118,35 +120,12 @@ def fork_worker() -> int:
 
 
 def watch(pid: int, report: _socket.socket) -> NoReturn:
-    """Reap everything, forward signals to the worker, and leave when the worker or the warden has gone."""
-    sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
-    wake, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    poll = select.poll()
-    poll.register(wake, select.POLLIN)
-    poll.register(report.fileno(), select.POLLIN)
-    while True:
-        reap(pid, report)
-        for fd, event in poll.poll():
-            if fd == wake:
-                os.read(wake, 4096)
-            elif fd == report.fileno():
-                instruction, _ = channel.receive_instruction(report, 0) if event & select.POLLIN else (None, [])
-                if instruction is None:
-                    os._exit(1)
-                os.kill(pid, int(instruction["signal"]))  # type: ignore[call-overload]
+    """Reap all that ends; the worker's end is the call's end, and is reported.
 
-
-def reap(pid: int, report: _socket.socket) -> None:
-    """Reap all that has ended; the worker's end is the call's end, and is reported."""
+    It sleeps in one system call, because each page that Python writes to here is a page more per sandbox.
+    """
     while True:
-        try:
-            ended, status, usage = os.wait4(-1, os.WNOHANG)
-        except ChildProcessError:
-            os._exit(1)
-        if ended == 0:
-            return
+        ended, status, usage = os.wait4(-1, 0)
         if ended == pid:
             children = resource.getrusage(resource.RUSAGE_CHILDREN)
             fields = {

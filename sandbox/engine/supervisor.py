@@ -2,7 +2,8 @@
 
 Every call that reaches it is one that the profile refuses and that is worth a record: it is refused with EPERM and told
 to the caller as a violation; nothing is ever continued. A process of its own, so that a flood of notifications starves
-nothing else. When it dies, the warden kills the sandbox. Must not import anything heavy.
+nothing else. The warden starts it when the first notification waits: a plugin that is refused nothing needs none. When it
+dies, the warden kills the sandbox. Must not import anything heavy.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It holds the sandbox's mount namespace with the workspace and the caller's folders attached, clones an init for each
 call, writes its id maps, reads the protections back from outside, keeps the wall clock, and kills. It never runs foreign
-code and never reads foreign memory: that is the supervisor's. Must not import anything heavy.
+code and never reads foreign memory or notifications: that is the supervisor's. Must not import anything heavy.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class Call:
         self.pid = pid
         self.pidfd = pidfd
         self.report = report
+        self.listener: int | None = None  # of the worker's filter, until the supervisor has it
         self.mounts: int | None = None  # init's mount namespace, held until its end has been told
-        self.worker: int | None = None  # a pidfd, where no PID namespace ends the worker with its init
+        self.worker: int | None = None  # a pidfd
         self.deadline: float | None = None
         self.cause = "exit"
         self.used = 0  # bytes of memory, where that is the cause
@@ -73,6 +74,7 @@ class Warden:
         self.link_socket = link_socket
         self.calls: dict[int, Call] = {}  # by pidfd
         self.reports: dict[int, Call] = {}  # by the report socket's fd
+        self.listeners: dict[int, Call] = {}  # by the listener's fd, while no supervisor has it
         self.poll = select.poll()
         self.reaped: dict[int, int] = {}  # wait statuses of children that were reaped before their turn
         self.supervisor: tuple[int, int, _socket.socket] | None = None  # pid, pidfd, socket
@@ -145,9 +147,6 @@ class Warden:
             line = "call: id maps and link"
             self.report_failure(mounts.LineFailed(line, error), number)
             self.kill(call, "failed")
-        # Off the critical path: the first init is busy with its mounts.
-        if self.supervisor is None:
-            self.start_supervisor()
 
     def bless(self, call: Call) -> None:
         """What only a parent can do for its child: the id maps, and the link's inner end."""
@@ -171,33 +170,59 @@ class Warden:
         self.poll.register(pidfd, select.POLLIN)
 
     def listens(self, call: Call, fds: list[int]) -> None:
-        """Pass the worker's listener on to the supervisor, the only one who keeps it."""
+        """Keep the worker's listener until something is refused for the first time. We look no further than at poll(2)."""
+        (call.listener,) = fds
+        self.listeners[call.listener] = call
+        self.poll.register(call.listener, select.POLLIN)
+
+    def refused(self, call: Call) -> None:
+        """A refused call waits to be answered: pass the listener on to the supervisor, which reads and answers it."""
+        if self.supervisor is None:
+            try:
+                self.start_supervisor()
+            except OSError:
+                self.kill(call, "supervisor")
+                self.let_go(call)
+                return
         assert self.supervisor is not None
+        assert call.listener is not None
         try:
-            channel.instruct(self.supervisor[2], {"call": call.number}, fds)
-        finally:
-            for fd in fds:
-                os.close(fd)
+            channel.instruct(self.supervisor[2], {"call": call.number}, [call.listener])
+        except OSError:
+            pass  # it has just died, which is noticed by its pidfd
+        self.let_go(call)
+
+    def let_go(self, call: Call) -> None:
+        """Close our end of the worker's listener."""
+        if call.listener is not None:
+            self.poll.unregister(call.listener)
+            del self.listeners[call.listener]
+            os.close(call.listener)
+            call.listener = None
 
     def sealed(self, call: Call, fields: dict[str, str], pid: int) -> None:
         """The worker stands: read back what holds it, and tell the caller."""
-        if "pid" not in self.recipe["namespaces"]:
-            call.worker = os.pidfd_open(pid)
         try:
-            fields.update(self.read_back(pid))
+            call.worker = os.pidfd_open(pid)
+            fields.update(self.read_back(pid, call.pid))
         except OSError as error:
             self.report_failure(mounts.LineFailed("call: read-back of the protections", error), call.number)
             self.kill(call, "failed")
             return
         channel.send(self.hub, "sealed", {"call": call.number, **fields})
 
-    def read_back(self, pid: int) -> dict[str, str]:
-        """What the kernel says about the worker (proc_pid_status(5), proc_pid_ns(5), proc_pid_limits(5))."""
+    def read_back(self, pid: int, init_pid: int) -> dict[str, str]:
+        """What the kernel says about the worker (proc_pid_status(5), proc_pid_ns(5), proc_pid_limits(5)).
+
+        Raises ProcessLookupError where `pid` is no child of init any more: the worker has ended, its number may be another's.
+        """
         fields = {}
         for line in read(f"/proc/{pid}/status").splitlines():
             name, _, value = line.partition(":")
             if name in STATUS_LINES:
                 fields[name] = value.strip()
+            elif name == "PPid" and int(value) != init_pid:
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), f"/proc/{pid}")
         for name in self.recipe["namespaces"]:
             own = os.readlink(f"/proc/{pid}/ns/{name}") != self.own_namespaces[name]
             fields["ns/" + name] = "own" if own else "shared"
@@ -223,6 +248,7 @@ class Warden:
         if self.reports.pop(call.report.fileno(), None):
             self.poll.unregister(call.report.fileno())
         os.close(call.pidfd)
+        self.let_go(call)
         call.report.close()
         if call.worker is not None:
             sc.pidfd_send_signal(call.worker, signal.SIGKILL)
@@ -348,8 +374,8 @@ class Warden:
             self.kill(call, str(instruction["cause"]))
         elif operation == "deadline":
             call.deadline = monotonic() + float(instruction["seconds"])  # type: ignore[arg-type]
-        elif operation == "signal":
-            channel.instruct(call.report, {"signal": instruction["signal"]})
+        elif operation == "signal" and call.worker is not None:
+            sc.pidfd_send_signal(call.worker, int(instruction["signal"]))  # type: ignore[call-overload]
         return True
 
     def wait_ms(self) -> int | None:
@@ -373,6 +399,11 @@ class Warden:
                     if not event & select.POLLIN or not self.heard(self.reports[fd]):
                         self.poll.unregister(fd)  # init is on its way out; its pidfd tells when it has gone
                         del self.reports[fd]
+                elif fd in self.listeners:
+                    if event & select.POLLIN:
+                        self.refused(self.listeners[fd])
+                    else:
+                        self.let_go(self.listeners[fd])  # every process under the filter has gone
                 elif self.supervisor and fd == self.supervisor[1]:
                     self.supervisor_died()
                     return

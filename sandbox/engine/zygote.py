@@ -15,7 +15,8 @@ caller       zygote: pidfd; wardens: hub closes           wardens end their call
 zygote       kernel: PDEATHSIG of warden                  wardens, and with them all below (next line); the caller
                                                           sees the control socket close and removes the leaves
 warden       kernel: PDEATHSIG of supervisor and of init  supervisor, inits; the caller sees the hub close
-supervisor   warden: pidfd of the supervisor              warden kills every init, reports it, exits
+supervisor   warden: pidfd of the supervisor (there is    warden kills every init, reports it, exits
+             one once something has been refused)
 init         kernel: end of the PID namespace; without    every process of the call; warden reports the end
              one PDEATHSIG of the worker and cgroup.kill
 worker       init: waitid                                 init reports the status and exits, which ends the namespace

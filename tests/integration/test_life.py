@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sandbox import (
+    EnhancedPluginSandbox,
     IsolationLevel,
     PluginExecutionError,
     ResourceError,
@@ -106,7 +107,7 @@ def test_a_killed_caller_leaves_nothing_after_a_second(level: IsolationLevel) ->
             found = harness.roles(caller.pid, token)
             caller.kill()
         left = {role: len(pids) for role, pids in found.items()}
-        assert left == {"zygote": 1, "warden": 1, "supervisor": 1, "init": 20, "worker": 20, "other": 0}
+        assert left == {"zygote": 1, "warden": 1, "supervisor": 0, "init": 20, "worker": 20, "other": 0}
         assert harness.wait_until(lambda: gone(token), 1.0), f"{harness.engine_processes(token)} after a second"
 
 
@@ -127,7 +128,8 @@ def test_a_killed_part_ends_the_call(level: IsolationLevel, victim: str) -> None
 
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox:
-            task = asyncio.create_task(sandbox.execute_plugin_safe(plugins.signal_and_sleep))
+            plugin = plugins.be_refused_and_sleep if victim == "supervisor" else plugins.signal_and_sleep
+            task = asyncio.create_task(sandbox.execute_plugin_safe(plugin))
             await harness.wait_for((sandbox.temp_directory / "started").exists)
             (pid,) = harness.roles(os.getpid())[victim] if victim != "zygote" else [zygote_of_a_warden()]
             os.kill(pid, signal.SIGKILL)
@@ -163,6 +165,28 @@ def test_a_killed_part_between_calls(level: IsolationLevel, victim: str) -> None
             async with asyncio.timeout(harness.SETTLE):
                 with pytest.raises((ResourceError, RuntimeError)):
                     await sandbox.execute_plugin_safe(plugins.give_back, 2)
+
+    asyncio.run(main())
+
+
+@rootless
+def test_a_supervisor_is_started_by_the_first_refusal(level: IsolationLevel) -> None:
+    async def started(sandbox: EnhancedPluginSandbox, plugin: Callable[[], None]) -> int:
+        task = asyncio.create_task(sandbox.execute_plugin_safe(plugin))
+        await harness.wait_for((sandbox.temp_directory / "started").exists)
+        count = len(harness.roles(os.getpid())["supervisor"])
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        (sandbox.temp_directory / "started").unlink()
+        return count
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            assert await started(sandbox, plugins.signal_and_sleep) == 0
+            assert not sandbox.get_violations()
+            assert await started(sandbox, plugins.be_refused_and_sleep) == 1
+            assert await started(sandbox, plugins.be_refused_and_sleep) == 1  # one serves all calls
+            assert [violation.details["syscall"] for violation in sandbox.get_violations()] == ["chroot", "chroot"]
 
     asyncio.run(main())
 
