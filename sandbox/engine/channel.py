@@ -19,6 +19,7 @@ Two forms, one per direction of trust:
   ended        init -> warden     status (a wait status), maxrss_kb, utime, stime
   ended        warden -> host     call, cause (exit, timeout, memory, killed, supervisor, failed, or the host's own word),
                                   used (bytes, where memory is the cause), and the fields above
+  free         warden -> zygote
   closed       zygote -> host     sandbox, left (what could not be removed, or nothing)
   violation    supervisor -> host call, nr, arg0 .. arg2, pid, count
   failure      worker -> host     see sandbox.engine.failure; as a reply
@@ -174,9 +175,10 @@ def in_memory(value: dict[str, Any]) -> int:
 
 def from_memory(fd: int) -> object:
     """What `in_memory` put there; closes the fd."""
-    with open(fd, "rb") as file:
-        file.seek(0)
-        return marshal.loads(file.read())
+    try:
+        return marshal.loads(os.pread(fd, os.fstat(fd).st_size, 0))  # no shared offset: others may read it as well
+    finally:
+        os.close(fd)
 
 
 def keep_only(fds: Sequence[int]) -> None:

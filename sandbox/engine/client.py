@@ -96,8 +96,11 @@ class Zygote:
         self.on_idle: Callable[[Zygote], None] | None = None
         loop.add_reader(self.control.fileno(), self._readable)
 
-    def set_up(self, recipe: Recipe, modules: Sequence[str]) -> None:
-        """Send it what it prepares once. Sandboxes may be opened at once: they wait in the socket."""
+    def set_up(self, recipe: Recipe, modules: Sequence[str], *, spare: bool = False) -> None:
+        """Send it what it prepares once. Sandboxes may be opened at once: they wait in the socket.
+
+        With `spare` it always has a warden ready for the next sandbox.
+        """
         instruction = {
             "path": recipe.interpreter["path"],
             "prefix": recipe.interpreter["prefix"],
@@ -105,6 +108,7 @@ class Zygote:
             "environment": recipe.environment,
             "link": recipe.network["mode"] == "veth",
             "template": recipe.template,
+            "spare": spare,
         }
         self._hand_over({}, instruction)
 
@@ -245,11 +249,7 @@ class Sandbox:
         temporary = [hub_inside, violations_inside]
         opened: list[int] = []
         ids = self._ids()
-        instruction: dict[str, object] = {
-            "sandbox": self.name,
-            "mount_namespace": "mnt" in self.recipe.namespaces,
-            **ids,
-        }
+        instruction: dict[str, object] = {"sandbox": self.name, **ids}
         try:
             if self.recipe.cgroup is not None:
                 parent, own = self._make_leaf()
@@ -348,17 +348,18 @@ class Sandbox:
         except OSError:
             self.fail(ResourceError("the sandbox's warden has gone: open a new sandbox"))
 
-    def _hub_readable(self) -> None:
+    def _hub_readable(self) -> bool:
+        """Read one message; False when there is none now, or will be none."""
         try:
             data, fds, _ = channel.receive_bytes(self.hub, channel.MESSAGE, 1)
         except BlockingIOError:
-            return
+            return False
         except channel.Malformed:
             data, fds = b"", []
         if not data:
             self.zygote.catch_up()
             self.fail(self.error or self.zygote.error or ResourceError(WARDEN_DIED))
-            return
+            return False
         kind, fields = channel.unpack(data)
         call = self.calls.get(int(fields.get("call", "0") or "0"))
         if kind == "opened":
@@ -373,6 +374,7 @@ class Sandbox:
             del self.calls[call.number]
             call.ended(fields)
         close_fds(fds)
+        return True
 
     def _violation_readable(self) -> None:
         try:
@@ -428,9 +430,11 @@ class Sandbox:
             self.workspace = None
 
     def gone(self) -> None:
-        """The warden has been reaped, and the zygote has removed leaf and folder."""
+        """The warden has seen the end of it or has died, and the zygote has removed leaf and folder."""
         if self.is_gone:
             return
+        while not self.closing and self._hub_readable():
+            pass  # what the warden has said last may be unread still
         self.is_gone = True
         if not self.closing and self.error is None:
             self.error = ResourceError(WARDEN_DIED)

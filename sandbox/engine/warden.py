@@ -1,4 +1,4 @@
-"""The warden: one process per open sandbox, between the zygote and the calls.
+"""The warden: one process per open sandbox, between the zygote and the calls. It serves one sandbox after the other.
 
 It holds the sandbox's mount namespace with the workspace and the caller's folders attached, clones an init for each
 call, writes its id maps, reads the protections back from outside, keeps the wall clock, and kills. It never runs foreign
@@ -39,6 +39,10 @@ STATUS_LINES = (
 )
 
 
+# A mount namespace takes a millisecond to be torn down, which whoever closes it last waits for: we do it when nobody waits
+# for us, after a rest of so many milliseconds, or when there are so many.
+REST_MS = 20
+KEPT = 16
 SAMPLE_SECONDS = 0.1  # between looks at the memory of running calls, where no memory controller does it
 
 
@@ -66,7 +70,9 @@ class Warden:
         instruction: dict[str, Any],
         fds: dict[str, int],
         link_socket: _socket.socket | None,
+        kept: list[int],
     ) -> None:
+        self.kept = kept
         self.recipe = recipe
         self.instruction = instruction
         self.fds = fds
@@ -131,7 +137,7 @@ class Warden:
             os.close(cgroup)
         call = Call(number, pid, pidfd, report)
         if "mnt" in self.recipe["namespaces"]:
-            # The kernel takes a millisecond to tear a mount namespace down. While we hold it, init need not wait for that.
+            # While we hold it, init need not wait until it has been torn down.
             try:
                 call.mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
@@ -261,7 +267,7 @@ class Warden:
             call.result = {"status": str(status)}
         channel.send(self.hub, "ended", {"call": call.number, "cause": call.cause, "used": call.used, **call.result})
         if call.mounts is not None:
-            os.close(call.mounts)
+            self.kept.append(call.mounts)
 
     def reap(self, pid: int) -> int:
         """The wait status of `pid`; orphans that were left to us (we are a child subreaper) are reaped on the way."""
@@ -381,7 +387,7 @@ class Warden:
     def wait_ms(self) -> int | None:
         deadlines = [call.deadline for call in self.calls.values() if call.deadline is not None]
         if not deadlines:
-            return None
+            return REST_MS if self.kept else None
         seconds = max(0.0, min(deadlines) - monotonic())
         return int(1000 * (seconds if self.recipe["memory_sampled"] is None else min(seconds, SAMPLE_SECONDS))) + 1
 
@@ -389,7 +395,10 @@ class Warden:
         hub = self.hub.fileno()
         self.poll.register(hub, select.POLLIN)
         while True:
-            for fd, event in self.poll.poll(self.wait_ms()):
+            events = self.poll.poll(self.wait_ms())
+            if not events or len(self.kept) > KEPT:
+                close_all(self.kept)
+            for fd, event in events:
                 if fd == hub:
                     if not self.instructed():
                         return
@@ -421,10 +430,24 @@ class Warden:
             self.ended(call)
 
     def finish(self) -> None:
-        """End every call, and see it gone, before the folder and the leaf go."""
-        for call in list(self.calls.values()):
+        """End every call and the supervisor, see all of them gone, and let go of everything that was the sandbox's."""
+        for call in self.calls.values():
             self.kill(call, "killed")
-            self.reap(call.pid)
+        end_children()
+        for call in self.calls.values():
+            self.let_go(call)
+            call.report.close()
+            for fd in (call.pidfd, call.worker):
+                if fd is not None:
+                    os.close(fd)
+            if call.mounts is not None:
+                self.kept.append(call.mounts)
+        if self.supervisor is not None:
+            os.close(self.supervisor[1])
+            self.supervisor[2].close()
+        self.hub.close()
+        for name in self.fds.keys() - {"hub"}:
+            os.close(self.fds[name])
 
 
 def children(pid: int) -> list[int]:
@@ -446,34 +469,89 @@ def read(path: str) -> str:
         os.close(fd)
 
 
-def run(
+def end_children() -> None:
+    """Kill all that is left below us, and reap it."""
+    try:
+        while True:
+            for pid in children(os.getpid()):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(-1, 0)
+    except ChildProcessError:
+        return
+
+
+def close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
+
+
+def serve_sandbox(
     recipe: dict[str, Any],
     instruction: dict[str, Any],
     fds: dict[str, int],
     host_namespace: int | None,
     link_socket: _socket.socket | None,
-) -> NoReturn:
-    """The life of a warden, in the child of the zygote's clone3."""
+    kept: list[int],
+) -> None:
+    """One sandbox from its opening to its end. That the caller has gone meanwhile is an end as well."""
+    if "folder_path" in instruction:
+        recipe = workspace.place(recipe, instruction["folder_path"])
+    warden = Warden(recipe, instruction, fds, link_socket, kept)
     try:
-        privileges.die_with_parent()
-        if os.getppid() != instruction["zygote"]:
-            os._exit(1)  # the zygote died before the line above
-        # The zygote's own ends are none of ours: the caller must be seen to go.
-        keep = [fds[name] for name in ("hub", "violations", "lock", "cgroup") if name in fds]
-        keep += [fd for fd in (host_namespace, link_socket.fileno() if link_socket else None) if fd is not None]
-        channel.keep_only(keep)
-        if "folder_path" in instruction:
-            recipe = workspace.place(recipe, instruction["folder_path"])
-        if "pid" not in recipe["namespaces"]:
-            sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
-        warden = Warden(recipe, instruction, fds, link_socket)
         try:
             warden.set_up(host_namespace)
+            warden.serve()
         except mounts.LineFailed as failure:
             warden.report_failure(failure)
-            os._exit(1)
-        warden.serve()
-        warden.finish()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+            raise
+    warden.finish()
+
+
+def next_task(tasks: _socket.socket, kept: list[int]) -> tuple[dict[str, Any] | None, list[int]]:
+    """The zygote's next instruction; while none comes, mount namespaces of the past are let go."""
+    poll = select.poll()
+    poll.register(tasks.fileno(), select.POLLIN)
+    if kept and (len(kept) > KEPT or not poll.poll(REST_MS)):
+        close_all(kept)
+    return channel.receive_instruction(tasks)
+
+
+def run(
+    tasks: _socket.socket,
+    zygote: int,
+    baseline: int,
+    template: int | None,
+    host_namespace: int | None,
+    link_socket: _socket.socket | None,
+) -> NoReturn:
+    """The life of a warden, in the child of the zygote's clone3. Any error that is not a sandbox's ends it: fail closed."""
+    try:
+        privileges.die_with_parent()
+        if os.getppid() != zygote:
+            os._exit(1)  # the zygote died before the line above
+        # The zygote's own ends are none of ours: the caller must be seen to go.
+        keep = [fd for fd in (template, host_namespace, link_socket.fileno() if link_socket else None) if fd is not None]
+        channel.keep_only([tasks.fileno(), *keep])
+        sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
+        recipes: dict[int, dict[str, Any]] = {}
+        kept: list[int] = []
+        while True:
+            if template is not None:
+                mounts.copy_of(template)
+            instruction, fds = next_task(tasks, kept)
+            while instruction is not None and "learn" in instruction:
+                recipes[instruction["learn"]] = channel.from_memory(fds[0])  # type: ignore[assignment]
+                instruction, fds = next_task(tasks, kept)
+            if instruction is None:
+                os._exit(0)
+            instruction["baseline"] = baseline
+            given = dict(zip(instruction["fds"], fds, strict=True))
+            serve_sandbox(recipes[instruction["recipe_number"]], instruction, given, host_namespace, link_socket, kept)
+            if template is not None:
+                kept.append(mounts.current_namespace())
+            channel.send(tasks, "free", {})
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ECONNRESET):
             sys.excepthook(*sys.exc_info())

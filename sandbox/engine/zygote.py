@@ -1,7 +1,8 @@
 """The zygote: a clean, single-threaded Python that forks sandboxes, so that no call pays for starting an interpreter.
 
 Executed once per (interpreter, preload, template) by `python -I -S -c`; serves one caller and dies with it. It holds the
-template mount tree, clones a warden for each sandbox, and does the last cleaning when the caller has gone.
+template mount tree, gives each sandbox a warden (one that is idle, or a new clone), and does the last cleaning when the caller
+has gone.
 Rootless it is executed *inside* an outer user namespace: after a mere unshare(2) the kernel would keep the memory's old
 user namespace and refuse the read-back of a worker.
 
@@ -15,6 +16,7 @@ caller       zygote: pidfd; wardens: hub closes           wardens end their call
 zygote       kernel: PDEATHSIG of warden                  wardens, and with them all below (next line); the caller
                                                           sees the control socket close and removes the leaves
 warden       kernel: PDEATHSIG of supervisor and of init  supervisor, inits; the caller sees the hub close
+             zygote: pidfd                                an idle one was nobody's: the next sandbox gets another
 supervisor   warden: pidfd of the supervisor (there is    warden kills every init, reports it, exits
              one once something has been refused)
 init         kernel: end of the PID namespace; without    every process of the call; warden reports the end
@@ -40,6 +42,7 @@ import io
 import os
 import select
 import sys
+from collections import deque
 
 from sandbox.cgroups import leaf
 from sandbox.engine import channel, forkhooks, warden
@@ -60,6 +63,10 @@ CALLS = (
 )
 # Seconds that the wardens get to end by themselves when the caller has gone.
 GRACE = 0.5
+# Between looks whether what a killed warden has left has died.
+REAP_MS = 20
+# Wardens without a sandbox that are kept for the next ones.
+IDLE_WARDENS = 4
 
 
 def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> None:
@@ -119,47 +126,45 @@ def freeze() -> None:
     gc.freeze()
 
 
-def mount_namespace_of(pid: int) -> int | None:
-    """An fd of the mount namespace of a child; None if the child has ended already."""
-    try:
-        return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-
-
 def anonymous_memory() -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 
 class Sandbox:
-    """What the zygote keeps of one sandbox: its warden, and what has to be removed when all of it has gone."""
+    """What has to be removed when all of a sandbox has gone."""
 
-    def __init__(
-        self,
-        name: str,
-        pid: int,
-        pidfd: int,
-        leaf: tuple[int, str] | None,
-        folder: tuple[int, str] | None,
-        mounts_fd: int | None,
-    ) -> None:
+    def __init__(self, name: str, leaf: tuple[int, str] | None, folder: tuple[int, str] | None) -> None:
         self.name = name
-        self.pid = pid
-        self.pidfd = pidfd
         self.leaf = leaf  # (fd of the parent cgroup, name)
         self.folder = folder  # (fd of the parent folder, name)
-        self.mounts = mounts_fd  # held until the warden's end has been told: tearing it down takes a millisecond
+
+
+class Warden:
+    """One warden: at work for a sandbox, or idle and ready for the next."""
+
+    def __init__(self, pid: int, pidfd: int, tasks: _socket.socket) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.tasks = tasks
+        self.sandbox: Sandbox | None = None
+        self.learned: set[int] = set()  # recipes
 
 
 class Zygote:
     def __init__(self) -> None:
         self.control = channel.from_fd(CONTROL)
         self.baseline = 0  # bytes of anonymous memory that every child shares with us at first
-        self.recipes: dict[int, dict[str, Any]] = {}
+        self.recipes: dict[int, int] = {}  # memory files by the recipe's number
         self.host_namespace: int | None = None
+        self.template: int | None = None  # our mount namespace, where each sandbox has a copy of it
         self.link_socket: _socket.socket | None = None
-        self.sandboxes: dict[int, Sandbox] = {}  # by the warden's pidfd
+        self.orphans = False  # whether there may be children that are not wardens
+        self.finishing = False  # the caller has gone
+        self.spare = False  # whether a warden more than needed is kept ready
+        self.wardens: dict[int, Warden] = {}  # by pidfd
+        self.at_work: dict[int, Warden] = {}  # by the fd of `tasks`, while it has a sandbox
+        self.idle: deque[Warden] = deque()
         self.poll = select.poll()
 
     def set_up(self, instruction: dict[str, Any]) -> None:
@@ -170,6 +175,7 @@ class Zygote:
         open_streams()
         set_environment(instruction["environment"])
         sc.resolve(*CALLS)
+        self.spare = instruction["spare"]
         # The memory keeps the outer user namespace as its owner; not dumpable, nobody of the same id may look into it.
         sc.prctl(sc.PR_SET_DUMPABLE, 0)
         if instruction["link"]:
@@ -184,56 +190,110 @@ class Zygote:
             except OSError as error:
                 raise mounts.LineFailed("zygote: mount namespace", error) from None
             mounts.build_template(template["lines"], pivot=template["pivot"])
+            if template["pivot"]:
+                self.template = mounts.current_namespace()
         freeze()
         self.baseline = anonymous_memory()
         channel.send(self.control, "ready", {})
 
     def open(self, instruction: dict[str, Any], fds: list[int]) -> None:
-        """Clone a warden; the fds are: hub, violations, slot lock or cgroup parent and leaf or folder, as `fds` names them."""
+        """Give a warden a sandbox. `instruction["fds"]` names the fds: hub, violations, lock, those of cgroup and folder."""
         given = dict(zip(instruction["fds"], fds, strict=True))
-        recipe = self.recipes[instruction["recipe_number"]]
-        own_pid = os.getpid()
-        try:
-            pid, pidfd = sc.clone3(sc.CLONE_NEWNS if instruction["mount_namespace"] else 0)
-        except OSError as error:
-            for fd in fds:
-                os.close(fd)
-            self.report_failure(mounts.LineFailed("sandbox: clone of the warden", error), instruction["sandbox"])
-            return
-        if pid == 0:
-            instruction.update(zygote=own_pid, baseline=self.baseline)
-            warden.run(recipe, instruction, given, self.host_namespace, self.link_socket)
         leaf = (given.pop("cgroup_parent"), instruction["cgroup"]) if "cgroup_parent" in given else None
         folder = (given.pop("folder_parent"), instruction["folder"]) if "folder_parent" in given else None
-        for fd in given.values():
-            os.close(fd)
-        mounts_fd = mount_namespace_of(pid) if instruction["mount_namespace"] else None
-        self.sandboxes[pidfd] = Sandbox(instruction["sandbox"], pid, pidfd, leaf, folder, mounts_fd)
+        sandbox = Sandbox(instruction["sandbox"], leaf, folder)
+        instruction["fds"] = list(given)
+        try:
+            while True:
+                fresh = not self.idle
+                warden = self.clone_warden() if fresh else self.idle.popleft()
+                try:
+                    self.assign(warden, sandbox, instruction, list(given.values()))
+                    break
+                except OSError:
+                    if fresh:
+                        raise
+                    # Somebody has killed it while it was idle: its pidfd tells.
+        except OSError as error:
+            self.report_failure(mounts.LineFailed("sandbox: clone of the warden", error), sandbox.name)
+            self.over(sandbox)
+        finally:
+            for fd in given.values():
+                os.close(fd)
+        if self.spare and not self.idle:
+            try:
+                self.idle.append(self.clone_warden())
+            except OSError:
+                pass  # the next sandbox tries again, and is told why if that fails
+
+    def clone_warden(self) -> Warden:
+        ours, theirs = channel.pair()
+        own_pid = os.getpid()
+        try:
+            pid, pidfd = sc.clone3(0)
+            if pid == 0:
+                warden.run(theirs, own_pid, self.baseline, self.template, self.host_namespace, self.link_socket)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        new = self.wardens[pidfd] = Warden(pid, pidfd, ours)
         self.poll.register(pidfd, select.POLLIN)
+        return new
+
+    def assign(self, warden: Warden, sandbox: Sandbox, instruction: dict[str, Any], fds: list[int]) -> None:
+        number = instruction["recipe_number"]
+        if number not in warden.learned:
+            channel.instruct(warden.tasks, {"learn": number}, [self.recipes[number]])
+            warden.learned.add(number)
+        channel.instruct(warden.tasks, instruction, fds)
+        warden.sandbox = sandbox
+        self.at_work[warden.tasks.fileno()] = warden
+        self.poll.register(warden.tasks.fileno(), select.POLLIN)
 
     def report_failure(self, failure: mounts.LineFailed, sandbox: str = "") -> None:
         fields = {"line": failure.line, "errno": failure.errno, "path": failure.path, "text": failure.text, "sandbox": sandbox}
         channel.send(self.control, "failed", fields)
 
-    def reap(self, pid: int) -> None:
-        """Reap the warden `pid`, and what a killed warden has left to us: we are a child subreaper."""
-        os.waitpid(pid, 0)
-        wardens = {sandbox.pid for sandbox in self.sandboxes.values()}
-        while True:
-            try:
-                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if found is None or found.si_pid in wardens:
-                return  # a warden's own turn comes with its pidfd
-            os.waitpid(found.si_pid, 0)
+    def reap_orphans(self) -> None:
+        """Reap what a killed warden has left to us, a child subreaper; all of it is dying."""
+        orphans = set(warden.children(os.getpid())) - {known.pid for known in self.wardens.values()}
+        for pid in orphans:
+            os.waitpid(pid, os.WNOHANG)
+        self.orphans = bool(orphans)
+
+    def freed(self, warden: Warden) -> None:
+        """A warden has seen the end of its sandbox, or has itself come to an end."""
+        self.poll.unregister(warden.tasks.fileno())
+        del self.at_work[warden.tasks.fileno()]
+        data, _, _ = channel.receive_bytes(warden.tasks, channel.MESSAGE)
+        if not data or warden.sandbox is None:
+            return  # killed: its pidfd tells
+        sandbox, warden.sandbox = warden.sandbox, None
+        self.over(sandbox)
+        if len(self.idle) < IDLE_WARDENS and not self.finishing:
+            self.idle.append(warden)
+        else:
+            warden.tasks.close()  # upon which it leaves
 
     def buried(self, pidfd: int) -> None:
-        """A warden has gone, and all below it: reap it and remove what was its."""
-        sandbox = self.sandboxes.pop(pidfd)
+        """A warden has gone, and all below it: reap it and remove what was its sandbox's."""
+        dead = self.wardens.pop(pidfd)
         self.poll.unregister(pidfd)
-        self.reap(sandbox.pid)
+        os.waitpid(dead.pid, 0)
         os.close(pidfd)
+        self.orphans = True
+        if dead in self.idle:
+            self.idle.remove(dead)
+        if self.at_work.pop(dead.tasks.fileno(), None):
+            self.poll.unregister(dead.tasks.fileno())
+        dead.tasks.close()
+        if dead.sandbox is not None:
+            self.over(dead.sandbox)
+
+    def over(self, sandbox: Sandbox) -> None:
+        """Nothing of it lives any more: remove what was its, and tell the caller."""
         left = ""
         try:
             if sandbox.leaf:
@@ -250,14 +310,14 @@ class Zygote:
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise
-        if sandbox.mounts is not None:
-            os.close(sandbox.mounts)
 
     def serve(self) -> None:
         self.poll.register(CONTROL, select.POLLIN)
         self.poll.register(CALLER, select.POLLIN)
         while True:
-            for fd, _ in self.poll.poll():
+            if self.orphans:
+                self.reap_orphans()
+            for fd, _ in self.poll.poll(REAP_MS if self.orphans else None):
                 if fd == CALLER:
                     return
                 if fd == CONTROL:
@@ -265,26 +325,35 @@ class Zygote:
                     if instruction is None:
                         return
                     if "learn" in instruction:
-                        self.recipes[int(instruction["learn"])] = channel.from_memory(fds[0])  # type: ignore[assignment, call-overload]
-                        gc.freeze()
+                        self.recipes[int(instruction["learn"])] = fds[0]  # type: ignore[call-overload]
                     else:
                         self.open(instruction, fds)
-                elif fd in self.sandboxes:
-                    self.buried(fd)
+                else:
+                    self.heard(fd)
+
+    def heard(self, fd: int) -> None:
+        if fd in self.at_work:
+            self.freed(self.at_work[fd])
+        elif fd in self.wardens:
+            self.buried(fd)
 
     def finish(self) -> None:
         """The caller has gone: the wardens see their hubs close; those that do not leave in time are killed."""
+        self.finishing = True
         self.poll.unregister(CONTROL)
         self.poll.unregister(CALLER)
+        for idle in self.idle:
+            idle.tasks.close()
+        self.idle.clear()
         for round_ in range(2):
-            while self.sandboxes:
-                gone = self.poll.poll(GRACE * 1000)
-                if not gone:
+            while self.wardens:
+                heard = self.poll.poll(GRACE * 1000)
+                if not heard:
                     break
-                for fd, _ in gone:
-                    self.buried(fd)
+                for fd, _ in heard:
+                    self.heard(fd)
             if round_ == 0:
-                for pidfd in self.sandboxes:
+                for pidfd in self.wardens:
                     sc.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 

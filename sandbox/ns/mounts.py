@@ -233,7 +233,18 @@ def own_namespace() -> int:
     """
     sc.unshare(sc.CLONE_NEWNS)
     sc.mount("none", "/", None, sc.MS_REC | sc.MS_SLAVE)
+    return current_namespace()
+
+
+def current_namespace() -> int:
+    """An fd of the mount namespace that we are in."""
     return os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def copy_of(template: int) -> None:
+    """Leave our mount namespace for a new copy of `template`."""
+    sc.setns(template, sc.CLONE_NEWNS)
+    sc.unshare(sc.CLONE_NEWNS)
 
 
 def build_template(lines: list[list[object]], *, pivot: bool) -> None:
@@ -255,7 +266,7 @@ def build_template(lines: list[list[object]], *, pivot: bool) -> None:
 
 def attach_from(host_namespace: int, binds: list[tuple[str, str, str]]) -> None:
     """Attach the caller's folders (source, target, flags) in this mount namespace, by a visit to the caller's."""
-    here = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    here = current_namespace()
     try:
         sc.setns(host_namespace, sc.CLONE_NEWNS)
         trees = []

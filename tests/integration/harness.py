@@ -21,6 +21,7 @@ from typing import Any
 
 from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, host, state
 from sandbox.engine import service
+from sandbox.engine.zygote import IDLE_WARDENS
 from sandbox.ns import userids
 
 LEVELS = tuple(IsolationLevel)
@@ -121,9 +122,13 @@ def engine_processes(token: str = TOKEN, every: dict[int, Process] | None = None
 
 
 def roles(caller: int, token: str = TOKEN) -> dict[str, list[int]]:
-    """The pids of the engine's processes by what they are, as the way they descend from `caller` tells."""
+    """The pids of the engine's processes by what they are, as the way they descend from `caller` tells.
+
+    A warden without a call is "idle", be it with a sandbox or without.
+    """
     marked = engine_processes(token)
-    found: dict[str, list[int]] = {"zygote": [], "warden": [], "supervisor": [], "init": [], "worker": [], "other": []}
+    names = ("zygote", "warden", "idle", "supervisor", "init", "worker", "other")
+    found: dict[str, list[int]] = {name: [] for name in names}
     parents = {process.parent for process in marked.values()}
 
     def role(pid: int) -> str:
@@ -134,7 +139,7 @@ def roles(caller: int, token: str = TOKEN) -> dict[str, list[int]]:
             return "other"
         above = role(parent)
         if above == "zygote":
-            return "warden"
+            return "warden" if pid in parents else "idle"
         if above == "warden":
             return "init" if pid in parents else "supervisor"
         return "worker" if above == "init" else "other"
@@ -206,14 +211,26 @@ def foreign_files() -> frozenset[str]:
     return frozenset(found)
 
 
+def idle_wardens(caller: int, engine: dict[int, Process]) -> set[int]:
+    """The wardens without a call that a zygote may keep: no more than it is meant to."""
+    parents = {process.parent for process in engine.values()}
+    found: dict[int, list[int]] = {pid: [] for pid, process in engine.items() if process.parent == caller}
+    for pid, process in engine.items():
+        if process.parent in found and pid not in parents and process.state != "Z":
+            found[process.parent].append(pid)
+    return {pid for wardens in found.values() for pid in sorted(wardens)[:IDLE_WARDENS]}
+
+
 def snapshot(*, zombies: bool = False) -> dict[str, frozenset[str]]:
-    """Everything of ours that could be left behind; the zygotes, which wait for the next sandbox, are not.
+    """Everything of ours that could be left behind; zygotes and idle wardens, which wait for the next sandbox, are not.
 
     With `zombies` also what has died, but was not waited for by whoever has inherited it.
     """
     own = os.getpid()
     every = all_processes()
-    left = [process for process in engine_processes(TOKEN, every).values() if process.parent != own]
+    engine = engine_processes(TOKEN, every)
+    idle = idle_wardens(own, engine)
+    left = [process for process in engine.values() if process.parent != own and process.pid not in idle]
     left += [process for process in every.values() if process.state == "Z" and process.parent == own]
     left += [process for process in every.values() if is_orphan(process) and (zombies or process.state != "Z")]
     tree = host.facts().cgroup
