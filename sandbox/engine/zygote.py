@@ -17,7 +17,7 @@ zygote       kernel: PDEATHSIG of warden                  wardens, and with them
                                                           sees the control socket close and removes the leaves
 warden       kernel: PDEATHSIG of supervisor and of init  supervisor, inits; the caller sees the hub close
              zygote: pidfd                                an idle one was nobody's: the next sandbox gets another
-supervisor   warden: pidfd of the supervisor (there is    warden kills every init, reports it, exits
+supervisor   warden: pidfd of the supervisor (there is    warden kills every init, reports it, ends the sandbox
              one once something has been refused)
 init         kernel: end of the PID namespace; without    every process of the call; warden reports the end
              one PDEATHSIG of the worker and cgroup.kill
