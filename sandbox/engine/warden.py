@@ -492,6 +492,7 @@ def serve_sandbox(
     host_namespace: int | None,
     link_socket: _socket.socket | None,
     kept: list[int],
+    unprepared: mounts.LineFailed | None,
 ) -> None:
     """One sandbox from its opening to its end. That the caller has gone meanwhile is an end as well."""
     if "folder_path" in instruction:
@@ -499,6 +500,8 @@ def serve_sandbox(
     warden = Warden(recipe, instruction, fds, link_socket, kept)
     try:
         try:
+            if unprepared is not None:
+                raise unprepared
             warden.set_up(host_namespace)
             warden.serve()
         except mounts.LineFailed as failure:
@@ -507,6 +510,16 @@ def serve_sandbox(
         if error.errno not in (errno.EPIPE, errno.ECONNRESET):
             raise
     warden.finish()
+
+
+def prepare(template: int | None) -> mounts.LineFailed | None:
+    """Take a fresh copy of the template; a failure is for the sandbox to tell that needs it."""
+    if template is not None:
+        try:
+            mounts.copy_of(template)
+        except OSError as error:
+            return mounts.LineFailed("sandbox: mount namespace", error)
+    return None
 
 
 def next_task(tasks: _socket.socket, kept: list[int]) -> tuple[dict[str, Any] | None, list[int]]:
@@ -538,8 +551,7 @@ def run(
         recipes: dict[int, dict[str, Any]] = {}
         kept: list[int] = []
         while True:
-            if template is not None:
-                mounts.copy_of(template)
+            unprepared = prepare(template)
             instruction, fds = next_task(tasks, kept)
             while instruction is not None and "learn" in instruction:
                 recipes[instruction["learn"]] = channel.from_memory(fds[0])  # type: ignore[assignment]
@@ -548,7 +560,8 @@ def run(
                 os._exit(0)
             instruction["baseline"] = baseline
             given = dict(zip(instruction["fds"], fds, strict=True))
-            serve_sandbox(recipes[instruction["recipe_number"]], instruction, given, host_namespace, link_socket, kept)
+            recipe = recipes[instruction["recipe_number"]]
+            serve_sandbox(recipe, instruction, given, host_namespace, link_socket, kept, unprepared)
             if template is not None:
                 kept.append(mounts.current_namespace())
             channel.send(tasks, "free", {})

@@ -155,7 +155,7 @@ class Zygote:
     def __init__(self) -> None:
         self.control = channel.from_fd(CONTROL)
         self.baseline = 0  # bytes of anonymous memory that every child shares with us at first
-        self.recipes: dict[int, int] = {}  # memory files by the recipe's number
+        self.recipes: dict[int, dict[str, Any]] = {}
         self.host_namespace: int | None = None
         self.template: int | None = None  # our mount namespace, where each sandbox has a copy of it
         self.link_socket: _socket.socket | None = None
@@ -187,11 +187,11 @@ class Zygote:
         if template is not None:
             try:
                 self.host_namespace = mounts.own_namespace()
+                mounts.build_template(template["lines"], pivot=template["pivot"])
+                if template["pivot"]:
+                    self.template = mounts.current_namespace()
             except OSError as error:
                 raise mounts.LineFailed("zygote: mount namespace", error) from None
-            mounts.build_template(template["lines"], pivot=template["pivot"])
-            if template["pivot"]:
-                self.template = mounts.current_namespace()
         freeze()
         self.baseline = anonymous_memory()
         channel.send(self.control, "ready", {})
@@ -211,9 +211,9 @@ class Zygote:
                     self.assign(warden, sandbox, instruction, list(given.values()))
                     break
                 except OSError:
+                    warden.tasks.close()  # killed while it was idle, perhaps; if not, it leaves now
                     if fresh:
                         raise
-                    # Somebody has killed it while it was idle: its pidfd tells.
         except OSError as error:
             self.report_failure(mounts.LineFailed("sandbox: clone of the warden", error), sandbox.name)
             self.over(sandbox)
@@ -245,7 +245,11 @@ class Zygote:
     def assign(self, warden: Warden, sandbox: Sandbox, instruction: dict[str, Any], fds: list[int]) -> None:
         number = instruction["recipe_number"]
         if number not in warden.learned:
-            channel.instruct(warden.tasks, {"learn": number}, [self.recipes[number]])
+            recipe = channel.in_memory(self.recipes[number])
+            try:
+                channel.instruct(warden.tasks, {"learn": number}, [recipe])
+            finally:
+                os.close(recipe)
             warden.learned.add(number)
         channel.instruct(warden.tasks, instruction, fds)
         warden.sandbox = sandbox
@@ -325,7 +329,8 @@ class Zygote:
                     if instruction is None:
                         return
                     if "learn" in instruction:
-                        self.recipes[int(instruction["learn"])] = fds[0]  # type: ignore[call-overload]
+                        number = int(instruction["learn"])  # type: ignore[call-overload]
+                        self.recipes[number] = channel.from_memory(fds[0])  # type: ignore[assignment]
                     else:
                         self.open(instruction, fds)
                 else:

@@ -21,7 +21,7 @@ async def look(level: IsolationLevel, **config: Any) -> dict[str, Any]:
             seen = await sandbox.execute_plugin_safe(plugins.surroundings)
             return {"seen": seen, "protections": {item.name: item.to_dict() for item in sandbox.protections}}
     except SandboxException as error:
-        fields = {name: getattr(error, name, None) for name in ("protection", "mend")}
+        fields = {name: getattr(error, name, None) for name in ("protection", "line", "mend")}
         return {"error": type(error).__name__, "text": str(error), **fields}
 
 

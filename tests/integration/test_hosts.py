@@ -157,6 +157,22 @@ def test_without_user_namespaces_degraded_levels_say_so(closed_degraded: dict[st
     check_substituted(closed_degraded[name])
 
 
+# -- few mount namespaces ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", range(2, 8))
+def test_with_few_mount_namespaces_a_level_works_or_names_the_line(most: int, user: User) -> None:
+    """Wherever on the way the last one is used up: by the zygote, the warden or init."""
+    levels = probe("root", user, "--user", f"echo {most} > /proc/sys/user/max_mnt_namespaces")["levels"]
+    for told in levels.values():
+        if "error" in told:
+            assert told["error"] == "SandboxInitializationError", told
+            assert told["line"] or told["protection"] == "user namespace", told
+            assert "user.max_" in told["text"]
+    assert most > 2 or "error" in levels["maximum"]
+    assert most < 7 or "error" not in levels["minimal"]
+
+
 # -- no limits ---------------------------------------------------------------------------------------------------------
 
 

@@ -46,25 +46,19 @@ def run_script(name: str, *arguments: str) -> subprocess.Popen[str]:
 # -- many --------------------------------------------------------------------------------------------------------------
 
 
-def counts() -> dict[str, int]:
-    return {kind: len(things) for kind, things in harness.snapshot().items()}
-
-
 def test_500_calls_do_not_add_up(level: IsolationLevel) -> None:
     """125 a level: most in one sandbox, some each in a sandbox of its own."""
 
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox:
             await sandbox.execute_plugin_safe(plugins.give_back, 0)
-            before = counts()
-            for number in range(100):
-                assert await sandbox.execute_plugin_safe(plugins.give_back, number) == number
-            await harness.wait_for(lambda: counts() == before)
-        before = counts()
-        for number in range(25):
-            async with harness.open_sandbox(level) as fresh:
-                assert await fresh.execute_plugin_safe(plugins.give_back, number) == number
-        await harness.wait_for(lambda: counts() == before)
+            with harness.nothing_left():
+                for number in range(100):
+                    assert await sandbox.execute_plugin_safe(plugins.give_back, number) == number
+        with harness.nothing_left():
+            for number in range(25):
+                async with harness.open_sandbox(level) as fresh:
+                    assert await fresh.execute_plugin_safe(plugins.give_back, number) == number
 
     asyncio.run(main())
 
@@ -77,13 +71,12 @@ def test_50_calls_at_once(level: IsolationLevel) -> None:
             return value
 
     async def main() -> None:
-        before = counts()
         async with harness.open_sandbox(level) as sandbox:
             shared = [sandbox.execute_plugin_safe(plugins.give_back, number) for number in range(25)]
             assert await asyncio.gather(*shared, *map(one, range(25, 50))) == list(range(50))
-        await harness.wait_for(lambda: counts() == before)
 
-    asyncio.run(main())
+    with harness.nothing_left():
+        asyncio.run(main())
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------
