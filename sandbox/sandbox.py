@@ -185,8 +185,8 @@ class EnhancedPluginSandbox:
         assert self._gone is not None
         if not self._gone.done():
             self._gone.set_result(None)
-        if self._sandbox is not None and self._service is not None and self.recipe is not None:
-            self._service.loop.call_later(0, self._service.refill, self.recipe, self._wire)
+        if self._sandbox is not None and self._service is not None:
+            self._service.loop.call_later(0, self._service.refill, self._wire)
 
     async def _close(self) -> bool:
         if self._lifetime is not None:

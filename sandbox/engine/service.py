@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections import deque
+from time import monotonic
 
 from sandbox.engine.client import GRACE, VALUE_MODULES, Call, Sandbox, Zygote
 from sandbox.engine.loop import PollLoop, PollTimer
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS = 30.0  # a recipe that was not used for so long has nothing standing ready any more
 REFILL_SECONDS = 0.1  # after a use, or when the used one has gone: so that the refill takes no time from the call
+RUSH_READY = 2  # sandboxes of a recipe that is asked for again within REFILL_SECONDS: they are made beside its calls
 SANDBOXES_PER_ZYGOTE = 1000  # forks share hash seed and address layout: after so many a fresh one takes over
 CALL_MODULES = (*VALUE_MODULES, "cloudpickle", "traceback")
 
@@ -119,8 +121,39 @@ class Worker:
             self.on_done()
 
 
+class Stock:
+    """What stands ready of one recipe, and how it is asked for."""
+
+    def __init__(self, recipe: Recipe, wire: dict[str, Any]) -> None:
+        self.recipe = recipe
+        self.wire = wire
+        self.ready: deque[Worker] = deque()
+        self.used_at = float("-inf")
+        self.rush = False  # whether the last two uses came one right after the other
+        self.idle: PollTimer | None = None
+
+    def missing(self) -> int:
+        """How many more should stand ready now."""
+        rush = self.rush and monotonic() - self.used_at < REFILL_SECONDS
+        return (RUSH_READY if rush else 1) - len(self.ready)
+
+    def take(self) -> Worker | None:
+        """The one that has stood for longest. From any thread."""
+        try:
+            return self.ready.popleft()
+        except IndexError:
+            return None
+
+    def take_all(self) -> list[Worker]:
+        return list(iter(self.take, None))
+
+    def remove(self, worker: Worker) -> None:
+        if worker in self.ready:
+            self.ready.remove(worker)
+
+
 class Service:
-    """Zygotes by what they are made of, and for each recipe in use one sandbox that stands ready for the next caller.
+    """Zygotes by what they are made of, and for each recipe in use sandboxes that stand ready for the next callers.
 
     Only a sandbox that needs nothing of its caller's folders can stand ready; its fresh workspace is part of it. It is
     made off the critical path, used once, and let go after IDLE_SECONDS without a use, and its zygote with it. With
@@ -132,8 +165,7 @@ class Service:
         self.pid = os.getpid()
         self.loop = ThreadLoop()
         self.zygotes: dict[str, Zygote] = {}
-        self.standing: dict[int, Worker] = {}  # by the identity of the recipe's wire form
-        self.idle: dict[int, PollTimer] = {}
+        self.stocks: dict[int, Stock] = {}  # of the recipes in use, by the identity of their wire form
 
     def post(self, callback: Callable[..., Any], *args: Any) -> None:
         if os.getpid() != self.pid:
@@ -150,8 +182,9 @@ class Service:
         return worker
 
     def take(self, wire: dict[str, Any]) -> Worker | None:
-        """The sandbox that stands ready for this recipe, if there is one. From any thread; call `touch` afterwards."""
-        worker = self.standing.pop(id(wire), None)
+        """A sandbox that stands ready for this recipe, if there is one. From any thread; call `touch` afterwards."""
+        stock = self.stocks.get(id(wire))
+        worker = stock.take() if stock is not None else None
         if worker is not None and (worker.sandbox.error is not None or worker.call.done):
             self.post(worker.sandbox.close)
             return None
@@ -167,36 +200,42 @@ class Service:
 
     def touch(self, recipe: Recipe, wire: dict[str, Any]) -> None:
         """This recipe is in use: have the next one of it ready soon, and none when it has not been used for long."""
-        key = id(wire)
-        if key in self.idle:
-            self.idle[key].cancel()
-        self.idle[key] = self.loop.call_later(IDLE_SECONDS, self._let_go, key)
-        self.loop.call_later(REFILL_SECONDS, self.refill, recipe, wire)
+        stock = self.stocks.get(id(wire))
+        if stock is None:
+            stock = self.stocks[id(wire)] = Stock(recipe, wire)
+        now = monotonic()
+        stock.rush = now - stock.used_at < REFILL_SECONDS
+        stock.used_at = now
+        if stock.idle is not None:
+            stock.idle.cancel()
+        stock.idle = self.loop.call_later(IDLE_SECONDS, self._let_go, stock)
+        self.loop.call_later(0 if stock.rush else REFILL_SECONDS, self._fill, stock)
 
-    def refill(self, recipe: Recipe, wire: dict[str, Any]) -> None:
-        """Have a sandbox of this recipe stand ready, if it is in use and none does."""
-        wanted = os.environ.get("PSIE_STANDING", "1") != "0" and not recipe.sandbox_mounts
-        if not wanted or id(wire) in self.standing or id(wire) not in self.idle:
+    def refill(self, wire: dict[str, Any]) -> None:
+        """A sandbox of this recipe has gone: now is a good time to make the next one ready."""
+        stock = self.stocks.get(id(wire))
+        if stock is not None:
+            self._fill(stock)
+
+    def _fill(self, stock: Stock) -> None:
+        """Make one more sandbox ready, if it is wanted."""
+        wanted = os.environ.get("PSIE_STANDING", "1") != "0" and not stock.recipe.sandbox_mounts
+        if not wanted or stock.missing() <= 0 or self.stocks.get(id(stock.wire)) is not stock:
             return
         try:
-            worker = self._new(recipe, wire)
+            worker = self._new(stock.recipe, stock.wire)
         except (SandboxException, OSError):
             return  # the next caller makes its own, and is told why if that fails
-        self.standing[id(wire)] = worker
-
-        def gone() -> None:
-            if self.standing.get(id(wire)) is worker:
-                del self.standing[id(wire)]
-
-        worker.sandbox.on_gone = gone
+        worker.sandbox.on_gone = lambda: stock.remove(worker)
+        stock.ready.append(worker)
+        self.loop.call_later(0, self._fill, stock)
 
     def give_way(self, then: Callable[[], None]) -> bool:
         """Let go of all that stands ready, because a bound is reached; `then` is called when it has gone.
 
         False if there was nothing.
         """
-        waiting = list(self.standing.values())
-        self.standing.clear()
+        waiting = [worker for stock in self.stocks.values() for worker in stock.take_all()]
         left = len(waiting)
 
         def gone() -> None:
@@ -210,10 +249,9 @@ class Service:
             worker.sandbox.close()
         return bool(waiting)
 
-    def _let_go(self, key: int) -> None:
-        del self.idle[key]
-        worker = self.standing.pop(key, None)
-        if worker is not None:
+    def _let_go(self, stock: Stock) -> None:
+        del self.stocks[id(stock.wire)]
+        for worker in stock.take_all():
             worker.sandbox.close()
         for zygote in list(self.zygotes.values()):
             self._let_idle_go(zygote)
@@ -241,21 +279,23 @@ class Service:
 
     def _let_idle_go(self, zygote: Zygote) -> None:
         """Close a zygote without sandboxes, unless recipes of it may be used again soon."""
-        if not zygote.sandboxes and (not self.idle or zygote not in self.zygotes.values()):
+        if not zygote.sandboxes and (not self.stocks or zygote not in self.zygotes.values()):
             zygote.close()
 
     def shut_down(self, then: Callable[[], None]) -> None:
         """Let go of what stands ready, and of zygotes that nobody uses; `then` is called when what stood ready has gone."""
-        for timer in self.idle.values():
-            timer.cancel()
-        self.idle.clear()
+        for stock in self.stocks.values():
+            if stock.idle is not None:
+                stock.idle.cancel()
 
         def gone() -> None:
             for zygote in list(self.zygotes.values()):
                 self._let_idle_go(zygote)
             then()
 
-        if not self.give_way(gone):
+        waiting = self.give_way(gone)
+        self.stocks.clear()
+        if not waiting:
             gone()
 
 

@@ -84,6 +84,7 @@ class Warden:
         self.poll = select.poll()
         self.reaped: dict[int, int] = {}  # wait statuses of children that were reaped before their turn
         self.supervisor: tuple[int, int, _socket.socket] | None = None  # pid, pidfd, socket
+        self.sample_at = 0.0  # when memory is looked at next
         self.own_namespaces = {name: os.readlink("/proc/self/ns/" + name) for name in recipe["namespaces"]}
 
     def report_failure(self, failure: mounts.LineFailed, call: int = 0) -> None:
@@ -320,11 +321,10 @@ class Warden:
                 files += (used.f_blocks - used.f_bfree) * used.f_frsize
         return anonymous + max(shared, files)
 
-    def sample(self) -> None:
+    def sample(self, limit: int) -> None:
         """Kill the calls that hold more memory than they may."""
-        limit = self.recipe["memory_sampled"]
         for call in list(self.calls.values()):
-            if call.deadline is not None and limit is not None:
+            if call.deadline is not None:
                 used = self.memory_of(call)
                 if used > limit:
                     call.used = used
@@ -379,20 +379,29 @@ class Warden:
         if operation == "kill":
             self.kill(call, str(instruction["cause"]))
         elif operation == "deadline":
-            call.deadline = monotonic() + float(instruction["seconds"])  # type: ignore[arg-type]
+            self.begin_clock(call, float(instruction["seconds"]))  # type: ignore[arg-type]
         elif operation == "signal" and call.worker is not None:
             sc.pidfd_send_signal(call.worker, int(instruction["signal"]))  # type: ignore[call-overload]
         return True
+
+    def begin_clock(self, call: Call, seconds: float) -> None:
+        """The job is on its way: from now on the call's time counts, and its memory is looked at."""
+        now = monotonic()
+        if all(other.deadline is None for other in self.calls.values()):
+            self.sample_at = now + SAMPLE_SECONDS
+        call.deadline = now + seconds
 
     def wait_ms(self) -> int | None:
         deadlines = [call.deadline for call in self.calls.values() if call.deadline is not None]
         if not deadlines:
             return REST_MS if self.kept else None
-        seconds = max(0.0, min(deadlines) - monotonic())
-        return int(1000 * (seconds if self.recipe["memory_sampled"] is None else min(seconds, SAMPLE_SECONDS))) + 1
+        if self.recipe["memory_sampled"] is not None:
+            deadlines.append(self.sample_at)
+        return int(1000 * max(0.0, min(deadlines) - monotonic())) + 1
 
     def serve(self) -> None:
         hub = self.hub.fileno()
+        limit = self.recipe["memory_sampled"]
         self.poll.register(hub, select.POLLIN)
         while True:
             events = self.poll.poll(self.wait_ms())
@@ -416,8 +425,10 @@ class Warden:
                 elif self.supervisor and fd == self.supervisor[1]:
                     self.supervisor_died()
                     return
-            self.sample()
             now = monotonic()
+            if limit is not None and now >= self.sample_at:
+                self.sample(limit)
+                self.sample_at = now + SAMPLE_SECONDS
             for call in list(self.calls.values()):
                 if call.deadline is not None and call.deadline <= now:
                     call.deadline = None

@@ -25,7 +25,7 @@ def standing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def ready() -> list[service.Worker]:
-    return [worker for worker in service.service().standing.values() if worker.stands]
+    return [worker for stock in service.service().stocks.values() for worker in stock.ready if worker.stands]
 
 
 def open_one(level: IsolationLevel, **settings: Any) -> EnhancedPluginSandbox:
@@ -110,7 +110,7 @@ def test_it_goes_when_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         zygote = await use_one(IsolationLevel.MAXIMUM)
         await harness.wait_for(lambda: not os.path.exists(f"/proc/{zygote}"))
-        assert not service.service().standing
+        assert not service.service().stocks
 
     asyncio.run(main())
 
@@ -119,7 +119,9 @@ def test_none_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PSIE_STANDING", "0")
     asyncio.run(_one_call())
     end = time.monotonic() + 3 * service.REFILL_SECONDS
-    assert not harness.wait_until(lambda: service.service().standing, end - time.monotonic())
+    assert not harness.wait_until(
+        lambda: any(stock.ready for stock in service.service().stocks.values()), end - time.monotonic()
+    )
 
 
 async def _one_call() -> None:
