@@ -62,7 +62,8 @@ async def library(
     """Create, call and destroy in turn with the peer.
 
     With `standing`, as by default, a sandbox stands ready for each round: made in the pause, which is not counted, so
-    "ready" is then the time to take one, not to make one. With pause 0 and no peer the rounds pay for the making.
+    "ready" is then the time to take one, not to make one. With pause 0 and no peer the rounds pay for the making, and
+    without `standing` each round makes its own.
     """
     os.environ["PSIE_STANDING"] = str(int(standing))
     times: dict[str, list[float]] = {"ready": [], "call": [], "whole": [], "peer": []}
@@ -147,16 +148,17 @@ def main() -> None:
     at_most = "at most 6" if root else "at most 5"
     call_peer = bubblewrap("-I", "-c", "print(21 * 2)")
     for level in IsolationLevel:
+        times = asyncio.run(library(level, lambda: spawn(call_peer), standing=True))
         strongest = level is IsolationLevel.MAXIMUM
-        times = asyncio.run(library(level, lambda: spawn(call_peer), standing=False))
-        row(f"{level.value}: a new one, request to ready", times["ready"], None, at_most if strongest else "")
+        row(f"{level.value}: request to ready", times["ready"], None, at_most if strongest else "")
         row(f"{level.value}: create + call + destroy", times["whole"], times["peer"], "ratio at most 0.33" if strongest else "")
     row("maximum: a call alone", times["call"], None, "")
-    kept = asyncio.run(library(IsolationLevel.MAXIMUM, lambda: spawn(call_peer), standing=True))
-    row("maximum, one standing by: taking it", kept["ready"], None, "(made in a pause that is not counted)")
-    row("maximum, one standing by: take + call + destroy", kept["whole"], kept["peer"], "(the same)")
     rush = asyncio.run(library(IsolationLevel.MAXIMUM, lambda: 0.0, standing=True, pause=0))
-    row("maximum, one standing by: back to back", rush["whole"], times["peer"], "")
+    row("maximum, one right after the other: to ready", rush["ready"], None, at_most)
+    row("maximum, one right after the other: all", rush["whole"], times["peer"], "(pays for the making of all)")
+    alone = asyncio.run(library(IsolationLevel.MAXIMUM, lambda: spawn(call_peer), standing=False))
+    row("maximum, PSIE_STANDING=0: request to ready", alone["ready"], None, "(as the first of a process)")
+    row("maximum, PSIE_STANDING=0: all", alone["whole"], alone["peer"], "(the same)")
     row("bwrap --unshare-all python -I -c", times["peer"], times["peer"], "")
 
     run_peer = bubblewrap(HELLO)

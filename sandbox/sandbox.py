@@ -388,7 +388,9 @@ class _Run:
 
     async def stands(self) -> None:
         """Wait for the sealed worker. Raises what kept it from standing."""
-        await asyncio.wrap_future(self._sealed)
+        if not self._sealed.done():
+            await asyncio.wrap_future(self._sealed)
+        self._sealed.result()
 
     async def execute(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
         """Send the job and wait for the end of everything; a cancelled caller kills it first."""

@@ -63,6 +63,28 @@ def _leave_a_file() -> list[str]:
         return os.listdir(".")
 
 
+def test_in_a_rush_two_are_made_beside_the_calls(level: IsolationLevel) -> None:
+    """And no more than that; each is used once."""
+
+    async def main() -> None:
+        used = set()
+        for _ in range(6):
+            async with open_one(level) as sandbox:
+                assert sandbox._sandbox is not None
+                used.add(sandbox._sandbox.name)
+                assert await sandbox.execute_plugin_safe(os.listdir, ".") == []
+        assert len(used) == 6
+        await harness.wait_for(lambda: len(ready()) == service.RUSH_READY)
+        await asyncio.sleep(service.REFILL_SECONDS)
+        assert len(ready()) == service.RUSH_READY
+        async with open_one(level) as sandbox:
+            assert await sandbox.execute_plugin_safe(int, "1") == 1
+        await asyncio.sleep(service.REFILL_SECONDS)
+        assert len(ready()) == 1  # no rush any more
+
+    asyncio.run(main())
+
+
 def test_other_settings_do_not_get_it(level: IsolationLevel) -> None:
     async def main() -> None:
         await use_one(level)
