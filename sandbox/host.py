@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict, dataclass, fields
 
 from sandbox import state
+from sandbox.cgroups import place
 from sandbox.errors import ResourceError
 
 TYPE_CHECKING = False
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-UNIFIED = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 SYSCALLS = (
     "clone3",
     "openat2",
@@ -52,7 +52,8 @@ class HostFacts:
     landlock_abi: int
     seccomp_notify: bool
     cgroup: str  # mount point of the v2 tree, "" where there is none
-    cgroup_writable: bool  # we may make a leaf in it
+    cgroup_kind: str  # of the place for leaves, see sandbox.cgroups.place: root, delegated or scope; "" for none
+    cgroup_folder: str  # of the place
     controllers: tuple[str, ...]  # those that a leaf of ours gets
     memory_bytes: int
     executable: str
@@ -158,20 +159,6 @@ def _missing_syscalls() -> tuple[str, ...]:
     return tuple(missing)
 
 
-def _cgroup() -> tuple[str, bool, tuple[str, ...]]:
-    """(mount point of the v2 tree, may we make a leaf, controllers that the leaf gets): cgroups(7), cgroup-v2 document."""
-    for tree in UNIFIED:
-        if os.path.exists(tree + "/cgroup.controllers"):
-            break
-    else:
-        return "", False, ()
-    if os.getuid() != 0 or not os.access(tree, os.W_OK):
-        return tree, False, ()
-    with open(tree + "/cgroup.subtree_control") as file:
-        handed_down = file.read().split()
-    return tree, True, tuple(name for name in ("memory", "pids", "cpu") if name in handed_down)
-
-
 def _is_root() -> bool:
     """Root that has ids to give away. In a container that maps few ids it is a user like any other."""
     from sandbox.ns import userids
@@ -219,7 +206,7 @@ def probe() -> HostFacts:
     from sandbox.seccomp import landlock
 
     uname = os.uname()
-    tree, writable, controllers = _cgroup()
+    kind, folder, controllers = place.find()
     user_namespaces = in_child(_probe_user_namespaces)
     if user_namespaces and (hints := _sysctl_hints()):
         user_namespaces = f"{user_namespaces}: {hints}"
@@ -235,8 +222,9 @@ def probe() -> HostFacts:
         missing_syscalls=_missing_syscalls(),
         landlock_abi=landlock.abi(),
         seccomp_notify=_seccomp_notify(),
-        cgroup=tree,
-        cgroup_writable=writable,
+        cgroup=place.mount_point(),
+        cgroup_kind=kind,
+        cgroup_folder=folder,
         controllers=controllers,
         memory_bytes=_memory_bytes(),
         executable=sys.executable,

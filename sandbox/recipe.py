@@ -28,6 +28,7 @@ PLUGIN_ID = 1000  # uid and gid of the plugin inside a user namespace
 WORKSPACE = "/workspace"
 PROBE = "/run/probe"  # in the scratch tmpfs, beside the folders that appear at SCRATCH
 SCRATCH = ("/tmp", "/var/tmp", "/dev/shm")
+CPU_WEIGHT = 50  # half of what others have by default, where there is not enough for all
 # The processes of a call that are not the plugin's: init. The worker is the first of the plugin's own.
 OWN_PROCESSES = 1
 
@@ -157,7 +158,7 @@ class _Compiler:
         self.protections.append(Protection(name, state, substitute or "none", said, mend, expected))
 
     def controllers(self) -> tuple[str, ...]:
-        return self.host.controllers if self.host.cgroup_writable else ()
+        return self.host.controllers if self.host.cgroup_kind else ()
 
     def check_kernel(self) -> None:
         """Without these calls no level works, whatever is allowed to be degraded."""
@@ -562,32 +563,44 @@ class _Compiler:
     # -- limits ----------------------------------------------------------------------------------------------------
 
     def cgroup_leaf(self) -> bool:
-        return bool(self.host.cgroup and self.host.cgroup_writable)
+        return bool(self.host.cgroup_kind)
 
     def cgroup(self) -> dict[str, object] | None:
         if not self.cgroup_leaf():
             return None
-        memory = int(self.limits.max_memory_mb * MB)
-        every: dict[str, dict[str, object]] = {
-            "memory": {
-                "memory.max": memory,
-                "memory.high": int(self.limits.memory_warning_threshold_mb * MB),
-                "memory.swap.max": 0,
-                "memory.oom.group": 1,
-            },
-            "pids": {"pids.max": OWN_PROCESSES + self.threads + self.subprocesses},
-            "cpu": {"cpu.max": f"{int(self.limits.max_cpu_percent * 1000)} 100000"},
+        memory: dict[str, object] = {
+            "memory.max": int(self.limits.max_memory_mb * MB),
+            "memory.swap.max": 0,
+            "memory.oom.group": 1,
         }
-        settings = {name: str(value) for controller in self.controllers() for name, value in every[controller].items()}
-        return {"tree": self.host.cgroup, "controllers": list(self.controllers()), "settings": settings}
+        if self.config.enable_real_time_monitoring:
+            # Whoever passes it is slowed down until the event reader, which warns, has raised it.
+            memory["memory.high"] = int(self.limits.memory_warning_threshold_mb * MB)
+        every: dict[str, dict[str, object]] = {
+            "memory": memory,
+            "pids": {"pids.max": OWN_PROCESSES + self.threads + self.subprocesses},  # for each call that runs
+            "cpu": {"cpu.max": f"{int(self.limits.max_cpu_percent * 1000)} 100000", "cpu.weight": CPU_WEIGHT},
+        }
+        controllers = self.controllers()
+        settings = {name: str(value) for each in controllers for name, value in every.get(each, {}).items()}
+        place = {"kind": self.host.cgroup_kind, "folder": self.host.cgroup_folder}
+        return {**place, "controllers": list(controllers), "settings": settings}
 
     def describe_limits(self) -> None:
         limits = self.limits
         memory = int(limits.max_memory_mb * MB)
         if self.cgroup_leaf():
-            self.add("cgroup leaf", "cgroup v2, clone3(CLONE_INTO_CGROUP)", "killed as one by cgroup.kill")
+            places = {
+                "root": "in the host's tree",
+                "delegated": "in a subtree that is delegated to this user",
+                "scope": "in a scope of the user's systemd",
+            }
+            detail = f"{places[self.host.cgroup_kind]}, killed as one by cgroup.kill"
+            self.add("cgroup leaf", "cgroup v2, clone3(CLONE_INTO_CGROUP)", detail)
         else:
-            mend = "run as root, or below a delegated cgroup v2 subtree"
+            mend = (
+                "run as root, or with a user manager of systemd (loginctl enable-linger), or in a delegated cgroup v2 subtree"
+            )
             self.lacking_limit(
                 "cgroup leaf", "no cgroup v2 tree that we may write", mend, "PID namespace" if "pid" in self.namespaces else ""
             )

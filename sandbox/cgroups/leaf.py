@@ -13,6 +13,7 @@ import select
 # How often and how long (ms) to wait for a killed cgroup to become empty: at most 5 s in all.
 ROUNDS = 50
 ROUND_MS = 100
+OPTIONAL = ("memory.swap.max",)  # not there where the kernel accounts no swap
 
 
 def make(parent: int, name: str, settings: dict[str, str]) -> int:
@@ -25,7 +26,11 @@ def make(parent: int, name: str, settings: dict[str, str]) -> int:
     leaf = open_folder(parent, name)
     try:
         for setting, value in settings.items():
-            write(leaf, setting, value)
+            try:
+                write(leaf, setting, value)
+            except FileNotFoundError:
+                if setting not in OPTIONAL:
+                    raise
     except OSError:
         os.close(leaf)
         raise
@@ -43,6 +48,28 @@ def write(leaf: int, setting: str, value: str) -> None:
         os.write(fd, value.encode())
     finally:
         os.close(fd)
+
+
+def read(leaf: int, name: str) -> str:
+    """The content of one file, "" where the controller is not there."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=leaf)
+    except FileNotFoundError:
+        return ""
+    try:
+        return os.read(fd, 4096).decode()
+    finally:
+        os.close(fd)
+
+
+def counters(leaf: int) -> dict[str, int]:
+    """What the kernel has counted: `memory.events oom_kill`, `pids.events max` and the like, by file and name."""
+    found = {}
+    for name in ("memory.events", "pids.events"):
+        for line in read(leaf, name).splitlines():
+            key, _, value = line.partition(" ")
+            found[f"{name} {key}"] = int(value)
+    return found
 
 
 def kill(leaf: int) -> None:

@@ -68,7 +68,8 @@ def levels() -> int:
         landlock_abi=7,
         seccomp_notify=True,
         cgroup="/sys/fs/cgroup",
-        cgroup_writable=True,
+        cgroup_kind="root",
+        cgroup_folder="/sys/fs/cgroup",
         controllers=("memory", "pids", "cpu"),
     )
     compiled = [

@@ -18,7 +18,8 @@ Two forms, one per direction of trust:
   sealed       warden -> host     call, and what was read back from /proc: see warden.read_back
   ended        init -> warden     status (a wait status), maxrss_kb, utime, stime
   ended        warden -> host     call, cause (exit, timeout, memory, killed, supervisor, failed, or the host's own word),
-                                  used (bytes, where memory is the cause), and the fields above
+                                  used (bytes, where memory is the cause), the fields above, and how often the cgroup
+                                  has counted what: "memory.events oom_kill", "pids.events max" and their like
   free         warden -> zygote
   closed       zygote -> host     sandbox, left (what could not be removed, or nothing)
   violation    supervisor -> host call, nr, arg0 .. arg2, pid, count

@@ -14,7 +14,7 @@ import select
 import sys
 
 from sandbox import state
-from sandbox.cgroups import leaf
+from sandbox.cgroups import leaf, place
 from sandbox.engine import channel, spawn
 from sandbox.errors import ResourceError, SandboxException, SandboxInitializationError
 from sandbox.ns import userids, workspace
@@ -92,6 +92,7 @@ class Zygote:
         self.recipes: dict[int, dict[str, Any]] = {}  # what it has learned, by number
         self.error: SandboxException | None = None
         self.closed = False
+        self.leaves = -1  # fd of the folder with the cgroups of its sandboxes, once there is one
         self.on_closed: Callable[[], None] | None = None
         self.on_idle: Callable[[Zygote], None] | None = None
         loop.add_reader(self.control.fileno(), self._readable)
@@ -129,6 +130,23 @@ class Zygote:
             self._instruct(instruction, [fd])
         finally:
             os.close(fd)
+
+    def leaves_in(self, cgroup: dict[str, Any]) -> int:
+        """An fd of the folder in which the leaves of its sandboxes are made. Raises OSError, ResourceError."""
+        if self.leaves < 0:
+            if cgroup["kind"] == "scope":
+                from sandbox.cgroups import scope
+
+                folder = scope.make(self.pid)
+            else:
+                folder = os.path.join(cgroup["folder"], place.FOLDER)
+            self.leaves = place.prepare(folder, cgroup["controllers"])
+        return os.dup(self.leaves)
+
+    def forget_leaves(self) -> None:
+        if self.leaves >= 0:
+            os.close(self.leaves)
+            self.leaves = -1
 
     def open(self, sandbox: Sandbox, instruction: dict[str, object], fds: Sequence[int]) -> None:
         self._instruct(instruction, fds)
@@ -203,6 +221,7 @@ class Zygote:
         self.closed = True
         self.loop.remove_reader(self.control.fileno())
         hang_up(self.control)
+        self.forget_leaves()
         self.loop.add_reader(self.pidfd, self._reap)
 
     def _reap(self) -> None:
@@ -249,7 +268,7 @@ class Sandbox:
         temporary = [hub_inside, violations_inside]
         opened: list[int] = []
         ids = self._ids()
-        instruction: dict[str, object] = {"sandbox": self.name, **ids}
+        instruction: dict[str, object] = {"sandbox": self.name, "memory": int(self.recipe.limits["memory_bytes"]), **ids}
         try:
             if self.recipe.cgroup is not None:
                 parent, own = self._make_leaf()
@@ -303,16 +322,21 @@ class Sandbox:
     def _make_leaf(self) -> tuple[int, int]:
         """(fd of the parent, fd of the leaf). A leaf of the same slot is a dead sandbox's: the ledger says so."""
         assert self.recipe.cgroup is not None
-        tree = os.path.join(str(self.recipe.cgroup["tree"]), "psie")
         settings: dict[str, str] = self.recipe.cgroup["settings"]
-        os.makedirs(tree, mode=0o755, exist_ok=True)
-        if settings:
-            controllers: list[str] = self.recipe.cgroup["controllers"]
-            with open(tree + "/cgroup.subtree_control", "w") as file:
-                file.write(" ".join("+" + name for name in controllers))
-        parent = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.leaf = parent, str(self.slot.number)
-        return parent, leaf.make(*self.leaf, settings)
+        try:
+            parent = self.zygote.leaves_in(self.recipe.cgroup)
+            self.leaf = parent, str(self.slot.number)
+            return parent, leaf.make(*self.leaf, settings)
+        except OSError as error:
+            self.zygote.forget_leaves()
+            state.distrust()
+            raise SandboxInitializationError(
+                f"the sandbox's cgroup cannot be made: {error.strerror}",
+                line=f"cgroup: {error.filename or 'leaf'}",
+                errno=error.errno,
+                path=error.filename,
+                mend="run psie explain to see what this host can do; what it said before is not believed any more",
+            ) from None
 
     def _make_folder(self, owner: list[int]) -> int:
         """The workspace as a folder on disk; returns an fd of its parent."""
@@ -687,6 +711,8 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         "environment": recipe.environment,
         "rlimits": recipe.rlimits,
         # Where no memory controller counts it, the warden does.
+        "controllers": (recipe.cgroup or {}).get("controllers", []),
+        "pids_max": int((recipe.cgroup or {}).get("settings", {}).get("pids.max", 0)),
         "memory_sampled": None if "memory" in (recipe.cgroup or {}).get("controllers", ()) else recipe.limits["memory_bytes"],
         "landlock": recipe.landlock,
         "seccomp": {"profile": seccomp["profile"], "bpf": program},

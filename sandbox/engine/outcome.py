@@ -31,6 +31,7 @@ LIMIT_ERRNO = {
     errno.EDQUOT: ("disk", "disk_bytes"),
     errno.EMFILE: ("open_files", "open_files"),
 }
+MB = 1 << 20
 NETWORK = {"socket", "socketpair", "connect", "bind", "listen", "accept", "accept4", "sendto", "sendmsg", "sendmmsg"}
 PERMISSION = {"fork", "vfork", "clone", "execve", "execveat"}
 
@@ -87,7 +88,8 @@ def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | 
         return _limit("time", seconds, seconds, f"the plugin ran longer than {seconds:g} s")
     if cause == "memory":
         allowed, used = limits["memory_bytes"], int(call.outcome.get("used", "0"))
-        return _limit("memory", allowed, used, "the plugin held more memory than its limit allows and was killed")
+        text = f"the plugin was killed: it used {used / MB:.1f} of {allowed / MB:g} MB"
+        return _limit("memory", allowed, used, text)
     if call.cause == "output":
         return _limit(
             "output", limits["output_bytes"], None, f"the plugin wrote more than {limits['output_bytes']} bytes of output"

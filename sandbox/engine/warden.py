@@ -60,6 +60,7 @@ class Call:
         self.deadline: float | None = None
         self.cause = "exit"
         self.used = 0  # bytes of memory, where that is the cause
+        self.counted: dict[str, int] = {}  # events of the cgroup before it began
         self.result: dict[str, str] = {}
 
 
@@ -84,6 +85,7 @@ class Warden:
         self.poll = select.poll()
         self.reaped: dict[int, int] = {}  # wait statuses of children that were reaped before their turn
         self.supervisor: tuple[int, int, _socket.socket] | None = None  # pid, pidfd, socket
+        self.tasks_for = 1  # calls that pids.max allows for
         self.sample_at = 0.0  # when memory is looked at next
         self.own_namespaces = {name: os.readlink("/proc/self/ns/" + name) for name in recipe["namespaces"]}
 
@@ -115,6 +117,7 @@ class Warden:
         cgroup = self.fds.get("cgroup")
         own = cgroup
         try:
+            self.allow_tasks(len(self.calls) + 1)
             if own is not None and "pid" not in self.recipe["namespaces"]:
                 cgroup = leaf.make(own, f"call-{number}", {})  # what a PID namespace does otherwise: end all of the call
             pid, pidfd = sc.clone3(flags, cgroup)
@@ -137,6 +140,7 @@ class Warden:
         if cgroup is not None and cgroup != own:
             os.close(cgroup)
         call = Call(number, pid, pidfd, report)
+        call.counted = self.counters()
         if "mnt" in self.recipe["namespaces"]:
             # While we hold it, init need not wait until it has been torn down.
             try:
@@ -266,9 +270,30 @@ class Warden:
         if not call.result and call.cause == "exit":
             call.cause = "killed"
             call.result = {"status": str(status)}
+        self.blame(call)
+        self.allow_tasks(len(self.calls))
         channel.send(self.hub, "ended", {"call": call.number, "cause": call.cause, "used": call.used, **call.result})
         if call.mounts is not None:
             self.kept.append(call.mounts)
+
+    def counters(self) -> dict[str, int]:
+        return leaf.counters(self.fds["cgroup"]) if "cgroup" in self.fds and self.recipe["controllers"] else {}
+
+    def allow_tasks(self, calls: int) -> None:
+        """pids.max is for all calls of the sandbox together: so many run now."""
+        calls = max(1, calls)
+        if self.recipe["pids_max"] and calls != self.tasks_for:
+            self.tasks_for = calls
+            leaf.write(self.fds["cgroup"], "pids.max", str(calls * self.recipe["pids_max"]))
+
+    def blame(self, call: Call) -> None:
+        """What the kernel has counted in the sandbox's cgroup while the call ran; a kill for want of memory is its cause."""
+        counted = {name: value - call.counted.get(name, 0) for name, value in self.counters().items()}
+        call.result.update({name: str(value) for name, value in counted.items() if value})
+        killed = os.WIFSIGNALED(int(call.result.get("status", "0")))
+        if killed and call.cause in ("exit", "killed") and counted.get("memory.events oom_kill"):
+            call.cause = "memory"
+            call.used = int(leaf.read(self.fds["cgroup"], "memory.peak") or self.instruction["memory"])
 
     def reap(self, pid: int) -> int:
         """The wait status of `pid`; orphans that were left to us (we are a child subreaper) are reaped on the way."""

@@ -189,7 +189,7 @@ def own_fds() -> frozenset[str]:
     if running is not None:
         kept = {running.loop.wake_reader, running.loop.wake_writer}
         for zygote in list(running.zygotes.values()):
-            kept |= {zygote.control.fileno(), zygote.pidfd}
+            kept |= {zygote.control.fileno(), zygote.pidfd, zygote.leaves}
     found = set()
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in kept:

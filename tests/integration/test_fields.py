@@ -122,7 +122,9 @@ def compiled(change: Change, kind: str = "", name: str = "") -> dict[str, object
     given["config"].setdefault("level", change.level)
     if kind:
         given[kind][name] = change.value
-    facts = dataclasses.replace(host.facts(), controllers=change.controllers, cgroup="/sys/fs/cgroup", cgroup_writable=True)
+    facts = dataclasses.replace(
+        host.facts(), controllers=change.controllers, cgroup_kind="root", cgroup_folder="/sys/fs/cgroup"
+    )
     limits, permissions, config = (CLASSES[which](**given[which]) for which in CLASSES)
     return recipe.compile(config, limits, permissions, facts).to_dict()
 
