@@ -84,6 +84,14 @@ def levels() -> None:
     sys.exit(command.levels())
 
 
+@group.command()
+def gc() -> None:
+    """Remove what is left of sandboxes that were killed together with all that would have cleaned up."""
+    from sandbox.cli import leftovers as command
+
+    sys.exit(command.remove())
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the group; a mistake on the command line is one sentence and status 125."""
     try:

@@ -15,7 +15,7 @@ import sys
 
 from sandbox import state
 from sandbox.cgroups import leaf, place
-from sandbox.engine import channel, spawn
+from sandbox.engine import channel, spawn, sweep
 from sandbox.errors import ResourceError, SandboxException, SandboxInitializationError
 from sandbox.ns import userids, workspace
 from sandbox.recipe_data import differences
@@ -92,6 +92,7 @@ class Zygote:
         self.recipes: dict[int, dict[str, Any]] = {}  # what it has learned, by number
         self.error: SandboxException | None = None
         self.closed = False
+        self.swept = False  # whether stale workspaces were looked for
         self.leaves = -1  # fd of the folder with the cgroups of its sandboxes, once there is one
         self.on_closed: Callable[[], None] | None = None
         self.on_idle: Callable[[Zygote], None] | None = None
@@ -141,6 +142,7 @@ class Zygote:
             else:
                 folder = os.path.join(cgroup["folder"], place.FOLDER)
             self.leaves = place.prepare(folder, cgroup["controllers"])
+            sweep.leaves(self.leaves)
         return os.dup(self.leaves)
 
     def forget_leaves(self) -> None:
@@ -342,6 +344,9 @@ class Sandbox:
         """The workspace as a folder on disk; returns an fd of its parent."""
         work = os.path.join(state.folder("lib"), "work")
         os.makedirs(work, mode=0o711, exist_ok=True)
+        if not self.zygote.swept:
+            self.zygote.swept = True
+            sweep.workspaces()
         parent = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         name = str(self.slot.number)
         workspace.remove_folder(parent, name)

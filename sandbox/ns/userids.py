@@ -73,19 +73,34 @@ def claim(memory: int, total_memory: int) -> Slot:
     """
     most = min(_setting("PSIE_MAX_SANDBOXES", MAX_SANDBOXES), SLOTS)
     allowed = _setting("PSIE_MAX_MEMORY_MB", total_memory >> 20) << 20
-    folder = state.folder("run")
-    # Nobody may open the locks for reading: at level minimal without root a plugin has the caller's id and could, and a
-    # read lock would stop everyone else.
-    fd = os.open(os.path.join(folder, "locks"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o200)
+    fd = _open_locks()
     try:
         _lock_mutex(fd)
-        with open(os.path.join(folder, "ledger"), "ab+", buffering=0, opener=_private) as ledger:
+        with open(os.path.join(state.folder("run"), "ledger"), "ab+", buffering=0, opener=_private) as ledger:
             slot = _choose(fd, ledger.fileno(), memory, most, allowed)
         _lock(fd, fcntl.F_UNLCK, _MUTEX)
     except BaseException:
         os.close(fd)
         raise
     return Slot(slot, fd)
+
+
+def hold(number: int) -> Slot | None:
+    """The slot `number` if no sandbox has it, for as long as its leftovers are removed; nothing is claimed."""
+    if not 0 < number <= SLOTS:
+        return None
+    fd = _open_locks()
+    if _lock(fd, fcntl.F_WRLCK, number):
+        return Slot(number, fd)
+    os.close(fd)
+    return None
+
+
+def _open_locks() -> int:
+    """Nobody may open the locks for reading: at level minimal without root a plugin has the caller's id and could, and a
+    read lock would stop everyone else."""
+    path = os.path.join(state.folder("run"), "locks")
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o200)
 
 
 def _private(path: str, flags: int) -> int:

@@ -23,6 +23,8 @@ from sandbox import (
     host,
     state,
 )
+from sandbox.cgroups import place
+from sandbox.engine import service
 from sandbox.ns import userids
 
 from . import harness, plugins
@@ -102,6 +104,38 @@ def test_a_killed_caller_leaves_nothing_after_a_second(level: IsolationLevel) ->
         left = {role: len(pids) for role, pids in found.items()}
         assert left == {"zygote": 1, "warden": 1, "idle": 1, "supervisor": 0, "init": 20, "worker": 20, "other": 0}
         assert harness.wait_until(lambda: gone(token), 1.0), f"{harness.engine_processes(token)} after a second"
+
+
+def stale_places(number: int) -> list[Path]:
+    """A cgroup and a workspace folder as they stay when a caller and its zygote are killed together."""
+    facts = host.facts()
+    places = [Path(state.folder("lib"), "work", str(number))]
+    if facts.cgroup_kind in ("root", "delegated"):
+        places.append(Path(facts.cgroup_folder, place.FOLDER, str(number)))
+    for each in places:
+        each.mkdir(parents=True)
+    (places[0] / "files").mkdir()
+    (places[0] / "files" / "link").symlink_to("/etc")
+    return places
+
+
+@rootless
+@pytest.mark.parametrize("way", ["gc", "open"])
+def test_what_dead_sandboxes_left_is_swept(way: str) -> None:
+    """By `psie gc`, and by the first sandbox of a process. What belongs to a living sandbox stays."""
+    places = stale_places(userids.SLOTS - (1 if way == "gc" else 2))
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.MINIMAL) as sandbox:
+            if way == "gc":
+                done = subprocess.run([sys.executable, "-m", "sandbox.cli", "gc"], capture_output=True, text=True, check=True)
+                assert "removed" in done.stdout
+            assert not [each for each in places if each.exists()]
+            assert sandbox.temp_directory.is_dir()
+            assert await sandbox.execute_plugin_safe(plugins.give_back, 1) == 1
+
+    service.shut_down()
+    asyncio.run(main())
 
 
 # What dies below a caller, what the call then ends with, and what its text names: see sandbox.engine.zygote.

@@ -1,0 +1,24 @@
+"""`psie gc`: removes what is left of sandboxes whose caller and zygote were killed together."""
+
+from __future__ import annotations
+
+import os
+
+from sandbox.cgroups import place
+from sandbox.engine import sweep
+
+
+def remove() -> int:
+    kind, folder, _ = place.find()
+    leaves: list[str] = []
+    if kind in ("root", "delegated"):  # a scope goes with its last process
+        try:
+            opened = os.open(os.path.join(folder, place.FOLDER), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            pass
+        else:
+            leaves = sweep.leaves(opened)
+            os.close(opened)
+    folders = sweep.workspaces()
+    print(f"removed {len(leaves)} cgroups and {len(folders)} workspace folders of dead sandboxes")
+    return 0
