@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         SandboxInitializationError,
         SecurityViolationError,
     )
-    from sandbox.monitor import EnhancedResourceMonitor, FilesystemWatchdog, NetworkIsolationManager
+    from sandbox.monitor import FilesystemWatchdog, NetworkIsolationManager
+    from sandbox.monitor.resources import EnhancedResourceMonitor
     from sandbox.plugins import EnhancedPluginFramework
     from sandbox.recovery import SandboxRecoveryManager
     from sandbox.sandbox import EnhancedPluginSandbox
@@ -68,7 +69,7 @@ _MODULES = {
     "ConfigError": "sandbox.config",
     "EnhancedPluginFramework": "sandbox.plugins",
     "EnhancedPluginSandbox": "sandbox.sandbox",
-    "EnhancedResourceMonitor": "sandbox.monitor",
+    "EnhancedResourceMonitor": "sandbox.monitor.resources",
     "FilesystemWatchdog": "sandbox.monitor",
     "IsolationConfig": "sandbox.config",
     "IsolationLevel": "sandbox.config",

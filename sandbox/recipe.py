@@ -683,6 +683,7 @@ class _Compiler:
             "result_bytes": int(limits.max_result_mb * MB),
             "file_bytes": self.file_size,
             "disk_bytes": int(limits.max_disk_usage_mb * MB),
+            "cpu_percent": limits.max_cpu_percent,
             "cpu_seconds": self.cpu_seconds(),
             "open_files": limits.max_open_files,
             "threads": self.threads,

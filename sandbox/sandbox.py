@@ -39,7 +39,12 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, TextIO
 
+    from sandbox.engine.loop import Timer
+    from sandbox.engine.watching import SandboxWatch
     from sandbox.recipe_data import Protection, Recipe
+
+MB = 1 << 20
+COUNTED = ("memory.events", "pids.events")
 
 
 class EnhancedPluginSandbox:
@@ -50,8 +55,8 @@ class EnhancedPluginSandbox:
         permissions: what the plugin may do.
         config: level and switches.
         sandbox_id: a name of yours; made up if None.
-        monitoring_handler: an object with any of on_violation_detected(violation) and on_sandbox_cleanup(telemetry),
-            called on the caller's event loop.
+        monitoring_handler: an object with any of on_resource_sample(sample), on_violation_detected(violation) and
+            on_sandbox_cleanup(telemetry), called on the caller's event loop. A sample is as in sandbox.monitor.watch.Watch.
         environment: further environment variables of the plugin; the caller's own are never passed on by themselves.
 
     Each call has a fresh process in fresh namespaces; the workspace is kept between the calls of one `async with`.
@@ -94,6 +99,7 @@ class EnhancedPluginSandbox:
         self._gone: concurrent.futures.Future[None] | None = None
         self._lifetime: asyncio.TimerHandle | None = None
         self._expired = False
+        self._watch: SandboxWatch | None = None  # the engine thread's
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -183,10 +189,47 @@ class EnhancedPluginSandbox:
     def _finished(self) -> None:
         """In the engine's thread: all of it has gone."""
         assert self._gone is not None
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         if not self._gone.done():
             self._gone.set_result(None)
         if self._sandbox is not None and self._service is not None:
             self._service.loop.call_later(0, self._service.refill, self._wire)
+
+    def _watch_begins(self) -> None:
+        """In the engine's thread: a call has run for a while."""
+        if self._sandbox is None or self._sandbox.closing:
+            return
+        if self._watch is None:
+            from sandbox.engine.watching import SandboxWatch
+
+            self._watch = SandboxWatch(self._sandbox)
+            self._watch.on_sample = lambda sample: self._tell(self._sampled, sample)
+            self._watch.on_violation = lambda violation: self._tell(self._violated, violation)
+        self._watch.begin()
+
+    def _watch_ends(self) -> None:
+        """In the engine's thread: the call has ended, its cgroup is there still."""
+        if self._watch is not None and self._watch.running:
+            self._watch.end()
+
+    def _tell(self, callback: Callable[..., None], *args: object) -> None:
+        """Call back on the caller's loop."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            return  # it is closed: nobody listens any more
+
+    def _sampled(self, sample: dict[str, Any]) -> None:
+        if self.config.telemetry_enabled:
+            self._telemetry.resource_samples.append(sample)
+        self._notify("on_resource_sample", sample)
+
+    def _violated(self, violation: SandboxViolation) -> None:
+        self._telemetry.violations.append(violation)
+        self._notify("on_violation_detected", violation)
 
     async def _close(self) -> bool:
         if self._lifetime is not None:
@@ -327,7 +370,19 @@ class EnhancedPluginSandbox:
         telemetry.end_time = datetime.now(UTC)
         seen = run.call.outcome or {}
         telemetry.exit_code = outcome.exit_of(run.call)[0]
-        telemetry.peak_memory_mb = max(telemetry.peak_memory_mb, int(seen.get("maxrss_kb", 0)) / 1024)
+        peaks = [int(seen.get("maxrss_kb", 0)) / 1024, float(seen.get("used", 0)) / MB]
+        watch = self._watch
+        if watch is not None:
+            peaks.append(watch.peak_memory / MB)
+            telemetry.peak_cpu_percent = max(telemetry.peak_cpu_percent, watch.peak_cpu)
+            if self.config.telemetry_enabled:
+                telemetry.process_hierarchy = list(watch.hierarchy)
+        if not run._watched and any(name.partition(" ")[0] in COUNTED for name in seen):
+            from sandbox.monitor.watch import Thresholds, violations_of
+
+            for violation in violations_of(seen, Thresholds.of_recipe(run.call.sandbox.recipe)):
+                self._violated(violation)
+        telemetry.peak_memory_mb = max(telemetry.peak_memory_mb, *peaks)
         self._see_violations(run)
 
     def _see_violations(self, run: _Run) -> None:
@@ -378,6 +433,8 @@ class _Run:
         self.violations: list[SandboxViolation] = []
         self._sealed = promise()
         self._done = promise()
+        self._watched = False
+        self._watch_timer: Timer | None = None
         self._raw: dict[tuple[str, str], SandboxViolation] = {}
         self._escapers = {1: TerminalEscaper(), 2: TerminalEscaper()}
 
@@ -395,7 +452,7 @@ class _Run:
     async def execute(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
         """Send the job and wait for the end of everything; a cancelled caller kills it first."""
         assert self.owner._service is not None
-        self.owner._service.post(self.call.send_job, instruction, payload, seconds)
+        self.owner._service.post(self._send, instruction, payload, seconds)
         waiting = asyncio.wrap_future(self._done)
         try:
             await asyncio.shield(waiting)
@@ -414,6 +471,16 @@ class _Run:
         stream.flush()
 
     # In the engine's thread:
+
+    def _send(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
+        self.call.send_job(instruction, payload, seconds)
+        recipe = self.call.sandbox.recipe
+        if not self.call.done and recipe.monitoring["real_time"]:
+            self._watch_timer = self.call.loop.call_later(client.WATCH_AFTER, self._watch)
+
+    def _watch(self) -> None:
+        self._watched = True
+        self.owner._watch_begins()
 
     def refuse(self, error: SandboxException) -> None:
         self._on_stands(error)
@@ -453,16 +520,16 @@ class _Run:
             self._sealed.set_exception(error)
 
     def _on_output(self, fd: int, data: bytes) -> None:
-        assert self.owner._loop is not None
-        try:
-            self.owner._loop.call_soon_threadsafe(self.show, fd, data)
-        except RuntimeError:
-            return  # the caller's loop is closed: nobody listens any more
+        self.owner._tell(self.show, fd, data)
 
     def _on_done(self) -> None:
         for key, fields in self.call.violations.items():
             if key in self._raw:
                 self._raw[key].details["count"] = int(fields["count"])
+        if self._watch_timer is not None:
+            self._watch_timer.cancel()
+        if self._watched:
+            self.owner._watch_ends()
         if not self._done.done():
             self._done.set_result(None)
 

@@ -123,7 +123,6 @@ EXCEPTIONS = {
 
 NOT_YET: dict[str, dict[str, object]] = {
     "EnhancedPluginFramework": {"plugin_dir": REQUIRED, "config": None},
-    "EnhancedResourceMonitor": {"limits": REQUIRED, "config": REQUIRED},
     "FilesystemWatchdog": {"sandbox_directory": REQUIRED, "config": REQUIRED},
     "NetworkIsolationManager": {"config": REQUIRED},
     "SandboxRecoveryManager": {"config": None},
@@ -203,9 +202,27 @@ def test_enhanced_plugin_sandbox(module: ModuleType) -> None:
     assert all(item.default is not item.empty for item in parameters[4:])
 
 
+def test_enhanced_resource_monitor(module: ModuleType) -> None:
+    cls = module.EnhancedResourceMonitor
+    assert list(inspect.signature(cls).parameters) == ["limits", "config"]
+    (process_id,) = list(inspect.signature(cls.start_monitoring).parameters.values())[1:]
+    assert (process_id.name, process_id.default) == ("process_id", None)
+    for name in ("stop_monitoring", "get_current_stats", "check_violations"):
+        assert list(inspect.signature(getattr(cls, name)).parameters) == ["self"]
+
+
 def test_all_is_complete_and_the_same_objects() -> None:
     package, other = map(importlib.import_module, MODULES)
-    promised = {*ENUMS, *FIELDS, *EXCEPTIONS, *NOT_YET, "SandboxException", "EnhancedPluginSandbox", "load_config"}
+    promised = {
+        *ENUMS,
+        *FIELDS,
+        *EXCEPTIONS,
+        *NOT_YET,
+        "EnhancedResourceMonitor",
+        "SandboxException",
+        "EnhancedPluginSandbox",
+        "load_config",
+    }
     assert promised <= set(package.__all__)
     assert other.__all__ == package.__all__
     assert set(package.__all__) <= set(dir(package))

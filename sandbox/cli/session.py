@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
     from sandbox.cli.terminal import Terminal
     from sandbox.engine.streams import Streams
+    from sandbox.engine.watching import SandboxWatch
     from sandbox.violations import SandboxViolation
 
 # What a line discipline echoes for an erased character: harmless, and unreadable when escaped.
 ERASE, ERASE_ESCAPED = b"\b \b", b"\\x08 \\x08"
+MB = 1 << 20
 FAILED = run_command.FAILED
 TIMED_OUT = 124
 VIOLATED = 126
@@ -85,6 +87,9 @@ class Session:
         self.terminal: Terminal | None = None
         self.violations: dict[tuple[str, str], dict[str, str]] = {}
         self.flushes: list[Callable[[], None]] = []  # what the escapers hold back
+        self.watch: SandboxWatch | None = None
+        self.watched: list[SandboxViolation] = []  # by the watch
+        self.samples: list[dict[str, Any]] = []
         self.interrupts = 0
         self.ended_by: int | None = None
         self.reader_gone = False
@@ -173,9 +178,28 @@ class Session:
         def send(sealed: client.Call) -> None:
             self.job_sent = monotonic()
             sealed.send_job(instruction, payload, self.recipe.limits["seconds"])
+            if self.recipe.monitoring["real_time"]:
+                self.loop.call_later(client.WATCH_AFTER, self._begin_watch)
 
         call.on_sealed = send
         call.on_violation = self._violation
+        call.on_done = self._end_watch
+
+    def _begin_watch(self) -> None:
+        """Of a plugin that runs for a while: what it uses, and what the kernel counts."""
+        if self.call is None or self.call.done or self.call.sandbox.closing:
+            return
+        from sandbox.engine.watching import SandboxWatch
+
+        self.watch = SandboxWatch(self.call.sandbox)
+        self.watch.on_violation = self.watched.append
+        self.watch.on_sample = self.samples.append
+        self.watch.begin()
+
+    def _end_watch(self, call: client.Call) -> None:
+        if self.watch is not None:
+            self.watch.end()
+            self.watch.close()
 
     def _violation(self, call: client.Call, fields: dict[str, str]) -> None:
         if len(call.violations) > self.recipe.monitoring["violation_threshold"]:
@@ -326,15 +350,19 @@ def write_result(
     from sandbox.engine import outcome
     from sandbox.telemetry import SandboxTelemetry
 
-    call = session.call
+    call, watch = session.call, session.watch
     assert call is not None
+    violations = [*violations, *session.watched]
     reason = str(error).splitlines()[0] if error is not None else "exited"
     telemetry = SandboxTelemetry(
         sandbox_id=call.sandbox.name,
         plugin_id=os.path.basename(session.given.get("file") or session.given.get("target", "")),
         start_time=datetime.fromtimestamp(session.start, UTC),
         end_time=datetime.now(UTC),
-        peak_memory_mb=int((call.outcome or {}).get("maxrss_kb", 0)) / 1024,
+        peak_memory_mb=max(int((call.outcome or {}).get("maxrss_kb", 0)) / 1024, watch.peak_memory / MB if watch else 0.0),
+        peak_cpu_percent=watch.peak_cpu if watch else 0.0,
+        resource_samples=session.samples,
+        process_hierarchy=watch.hierarchy if watch else [],
         violations=violations,
         exit_code=outcome.exit_of(call)[0],
         exit_reason=reason,

@@ -36,6 +36,7 @@ STRAYS = 1000
 REFUSALS = 10_000  # refused calls after which a plugin only burns our time and is ended
 # Seconds that a killed sandbox may take to vanish, and that the caller's own clock waits longer than the warden's.
 GRACE = 5.0
+WATCH_AFTER = 0.05  # seconds that a call must have run to be watched: of shorter ones the counters are read at their end
 
 MENDS = {
     errno.ENOSPC: "raise user.max_user_namespaces and its neighbours (sysctl -a | grep '^user.max_'), or close other sandboxes",
@@ -256,6 +257,7 @@ class Sandbox:
         self.on_gone: Callable[[], None] | None = None
         self.slot = userids.claim(int(recipe.limits["memory_bytes"]), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         self.leaf: tuple[int, str] | None = None
+        self.leaf_fd = -1  # of its cgroup, for a watch
         self.folder: str | None = None
         try:
             self._open(wire)
@@ -274,7 +276,7 @@ class Sandbox:
         try:
             if self.recipe.cgroup is not None:
                 parent, own = self._make_leaf()
-                opened.append(own)
+                self.leaf_fd = own
                 fds.update(cgroup_parent=parent, cgroup=own)
                 instruction["cgroup"] = str(self.slot.number)
             if self.recipe.workspace["kind"] == "folder":
@@ -469,6 +471,7 @@ class Sandbox:
             self.error = ResourceError(WARDEN_DIED)
         self.close()
         self.slot.release()
+        self._close_leaf_fd()
         if self.leaf is not None:
             os.close(self.leaf[0])
             self.leaf = None
@@ -485,7 +488,13 @@ class Sandbox:
             self.left = f"{error.filename}: {error.strerror}"
         self.slot.release()
 
+    def _close_leaf_fd(self) -> None:
+        if self.leaf_fd >= 0:
+            os.close(self.leaf_fd)
+            self.leaf_fd = -1
+
     def _remove_places(self) -> None:
+        self._close_leaf_fd()
         if self.leaf is not None:
             try:
                 leaf.remove(*self.leaf)

@@ -88,7 +88,7 @@ def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | 
         return _limit("time", seconds, seconds, f"the plugin ran longer than {seconds:g} s")
     if cause == "memory":
         allowed, used = limits["memory_bytes"], int(call.outcome.get("used", "0"))
-        text = f"the plugin was killed: it used {used / MB:.1f} of {allowed / MB:g} MB"
+        text = f"the plugin was killed: used {used / MB:.1f} of {allowed / MB:g} MB"
         return _limit("memory", allowed, used, text)
     if call.cause == "output":
         return _limit(

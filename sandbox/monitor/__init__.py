@@ -4,18 +4,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from sandbox.config import IsolationConfig, PluginLimitsV2
-
-
-class EnhancedResourceMonitor:
-    """Real-time resource monitoring and enforcement.
-
-    Raises:
-        NotImplementedError: always, in this version.
-    """
-
-    def __init__(self, limits: PluginLimitsV2, config: IsolationConfig) -> None:
-        raise NotImplementedError("EnhancedResourceMonitor is not part of this version yet")
+    from sandbox.config import IsolationConfig
 
 
 class FilesystemWatchdog:

@@ -1,0 +1,79 @@
+"""The resource watch of an open sandbox: for the library and for the command, on the loop that the sandbox is on.
+
+Numbers come from the sandbox's cgroup where that has the memory controller, else from its processes by psutil.
+Heavy imports: only a call that has run for AFTER seconds is worth them.
+"""
+
+from __future__ import annotations
+
+import os
+
+from sandbox.monitor.sources import CgroupSource, Nothing, ProcessSource, Reading, tree_of
+from sandbox.monitor.watch import Thresholds, Watch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandbox.engine.client import Sandbox
+    from sandbox.monitor.sources import Source
+
+
+AFTER = 0.05  # seconds that a call must have run to be watched: of shorter ones the counters are read at their end
+
+
+class SandboxWatch(Watch):
+    """A Watch that holds its source only while something runs, and whose memory.high belongs to it: set when a run begins,
+    lifted when it has warned."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        recipe = sandbox.recipe
+        self.sandbox = sandbox
+        super().__init__(sandbox.loop, Nothing(), Thresholds.of_recipe(recipe), float(recipe.monitoring["interval_seconds"]))
+        self.high = int((recipe.cgroup or {}).get("settings", {}).get("memory.high", 0))
+
+    def begin(self) -> None:
+        if not self.running:
+            if isinstance(self.source, Nothing):
+                self.source = source_of(self.sandbox)
+            self._set_high(self.high)
+        super().begin()
+
+    def end(self) -> None:
+        super().end()
+        if not self.running:
+            self.close()
+
+    def close(self) -> None:
+        super().close()
+        self.source = Nothing()
+
+    def start_reading(self) -> Reading | None:
+        if isinstance(self.source, CgroupSource):
+            return super().start_reading()
+        fresh = Reading()  # its processes are: asking psutil would take longer than many a call
+        fresh.cpu_usec = 0
+        return fresh
+
+    def passed_high(self) -> None:
+        super().passed_high()
+        self._set_high(None)  # staying, it would only slow the plugin down
+
+    def _set_high(self, value: int | None) -> None:
+        if self.high and isinstance(self.source, CgroupSource):
+            try:
+                self.source.warn_at(value)
+            except OSError:
+                pass  # the cgroup has gone
+
+
+def source_of(sandbox: Sandbox) -> Source:
+    if sandbox.leaf_fd >= 0:
+        cgroup = CgroupSource(os.dup(sandbox.leaf_fd))
+        if "memory" in (sandbox.recipe.cgroup or {}).get("controllers", ()):
+            return cgroup
+        return ProcessSource(cgroup.pids, cgroup.close)
+
+    def pids() -> list[int]:
+        workers = [int(call.read_back["NSpid"].split()[0]) for call in sandbox.calls.values() if call.read_back]
+        return [pid for worker in workers for pid in tree_of(worker)]
+
+    return ProcessSource(pids)

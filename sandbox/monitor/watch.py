@@ -1,0 +1,281 @@
+"""Watches a source on a loop: samples at an interval, events as the kernel counts them, warnings at thresholds.
+
+Events come by inotify(7) on the cgroup's event files, without polling. Must not know sandboxes: who owns the watch is
+called back. Times are monotonic, so a clock that is set does not matter.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from time import monotonic
+
+from sandbox.monitor.sources import MB, Reading, describe
+from sandbox.violations import SandboxViolation, SandboxViolationType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from sandbox.config import PluginLimitsV2
+    from sandbox.engine.loop import Loop, Timer
+    from sandbox.monitor.sources import Source
+    from sandbox.recipe_data import Recipe
+
+
+SHORTEST = 0.05  # seconds: the clock of CPU time is too coarse for a rate over less
+
+
+class Thresholds:
+    """What a watch compares with: limits and warning thresholds. MB of 2**20 bytes, percent of one CPU, seconds, tasks."""
+
+    def __init__(
+        self,
+        *,
+        memory: float,
+        memory_warning: float,
+        cpu: float,
+        cpu_warning: float,
+        seconds: float,
+        seconds_warning: float,
+        tasks: int,
+    ) -> None:
+        self.memory, self.memory_warning = memory, memory_warning
+        self.cpu, self.cpu_warning = cpu, cpu_warning
+        self.seconds, self.seconds_warning = seconds, seconds_warning
+        self.tasks = tasks
+
+    @classmethod
+    def of_limits(cls, limits: PluginLimitsV2) -> Thresholds:
+        return cls(
+            memory=limits.max_memory_mb,
+            memory_warning=limits.memory_warning_threshold_mb,
+            cpu=limits.max_cpu_percent,
+            cpu_warning=limits.cpu_warning_threshold_percent,
+            seconds=limits.max_execution_time_seconds,
+            seconds_warning=limits.execution_warning_threshold_seconds,
+            tasks=limits.max_subprocess_count + limits.max_thread_count,
+        )
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> Thresholds:
+        limits, monitoring = recipe.limits, recipe.monitoring
+        return cls(
+            memory=limits["memory_bytes"] / MB,
+            memory_warning=monitoring["memory_warning_mb"],
+            cpu=limits["cpu_percent"],
+            cpu_warning=monitoring["cpu_warning_percent"],
+            seconds=limits["seconds"],
+            seconds_warning=monitoring["execution_warning_seconds"],
+            tasks=int(limits["subprocesses"] + limits["threads"]),
+        )
+
+
+class Watch:
+    """One source under `limits`. Between `begin` and `end` it is looked at every `interval` seconds.
+
+    `on_sample(sample)` with the fields of api-notes: timestamp (ISO 8601), elapsed_seconds, memory_mb, memory_peak_mb,
+    cpu_percent (of one CPU, since the sample before), pids, threads, io_read_bytes, io_write_bytes, memory_pressure
+    (percent, some, avg10); None where nobody counts it. `on_violation(violation)` once for each thing in a run.
+    """
+
+    def __init__(self, loop: Loop, source: Source, limits: Thresholds, interval: float) -> None:
+        self.loop = loop
+        self.source = source
+        self.limits = limits
+        self.interval = interval
+        self.on_sample: Callable[[dict[str, Any]], None] | None = None
+        self.on_violation: Callable[[SandboxViolation], None] | None = None
+        self.hierarchy: list[dict[str, Any]] = []
+        self.peak_memory = 0  # bytes
+        self.peak_cpu = 0.0  # percent
+        self.seen_pids: set[int] = set()
+        self.running = 0
+        self.started = monotonic()
+        self.first: Reading | None = None
+        self.last: Reading | None = None
+        self.counted: dict[str, int] = {}  # what has been told already
+        self.warned: set[str] = set()
+        self.notify: Any = None  # inotify_simple.INotify
+        self.timer: Timer | None = None
+
+    # -- a run -----------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Something runs from now on; may be called for several things at once."""
+        self.running += 1
+        if self.running > 1:
+            return
+        self.started = monotonic()
+        self.warned.clear()
+        self.first = self.last = self.start_reading()
+        self._listen()
+        self.look_at_events()
+        self.timer = self.loop.call_later(self.interval, self._tick)
+
+    def start_reading(self) -> Reading | None:
+        """What is used already when a run begins."""
+        return self.source.read()
+
+    def end(self) -> None:
+        """One of them has ended. After the last one: a last look, and quiet."""
+        self.running -= 1
+        if self.running:
+            return
+        self.sample()
+        self.look_at_events()
+        if self.last is not None and self.first is not None:
+            throttled = (self.last.throttled or 0) - (self.first.throttled or 0)
+            if throttled > 0:
+                self._tell(throttled_violation(throttled, self.limits.cpu))
+        self._quiet()
+
+    def close(self) -> None:
+        self._quiet()
+        self.source.close()
+
+    def _listen(self) -> None:
+        files = self.source.event_files()
+        if files:
+            from inotify_simple import INotify, flags
+
+            self.notify = INotify(nonblocking=True)
+            for path in files:
+                self.notify.add_watch(path, flags.MODIFY)
+            self.loop.add_reader(self.notify.fileno(), self._notified)
+
+    def _quiet(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        if self.notify is not None:
+            self.loop.remove_reader(self.notify.fileno())
+            self.notify.close()
+            self.notify = None
+
+    def _notified(self) -> None:
+        self.notify.read(timeout=0)
+        self.look_at_events()
+
+    def _tick(self) -> None:
+        self.sample()
+        self.timer = self.loop.call_later(self.interval, self._tick)
+
+    # -- what is seen ----------------------------------------------------------------------------------------------
+
+    def sample(self) -> dict[str, Any] | None:
+        """Look now; None where there is nothing (any more)."""
+        reading = self.source.read()
+        if reading is None:
+            return None
+        sample = self.describe(reading)
+        self.last = reading
+        self.peak_memory = max(self.peak_memory, reading.memory_peak or 0, reading.memory or 0)
+        self.peak_cpu = max(self.peak_cpu, sample["cpu_percent"] or 0.0)
+        pids = set(self.source.pids())
+        if pids - self.seen_pids:
+            self.hierarchy += describe(sorted(pids - self.seen_pids))
+            self.seen_pids |= pids
+        if self.on_sample is not None:
+            self.on_sample(sample)
+        for violation in self.warnings(sample):
+            self._tell(violation)
+        return sample
+
+    def describe(self, reading: Reading) -> dict[str, Any]:
+        cpu = None
+        if reading.cpu_usec is not None and self.last is not None and self.last.cpu_usec is not None:
+            passed = reading.when - self.last.when
+            if passed > SHORTEST:
+                cpu = max(0.0, (reading.cpu_usec - self.last.cpu_usec) / passed / 1e4)
+        return {
+            "timestamp": datetime.now(UTC).isoformat(),
+            "elapsed_seconds": reading.when - self.started,
+            "memory_mb": _mb(reading.memory),
+            "memory_peak_mb": _mb(reading.memory_peak),
+            "cpu_percent": cpu,
+            "pids": reading.processes,
+            "threads": reading.tasks,
+            "io_read_bytes": reading.io_read,
+            "io_write_bytes": reading.io_write,
+            "memory_pressure": reading.memory_pressure,
+        }
+
+    def warnings(self, sample: dict[str, Any]) -> list[SandboxViolation]:
+        """What of the sample lies above a threshold or a limit."""
+        limits, found = self.limits, []
+        memory, cpu, elapsed = sample["memory_mb"], sample["cpu_percent"], sample["elapsed_seconds"]
+        if memory is not None and memory > limits.memory:
+            found.append(_exceeded("memory", memory, limits.memory, "MB", "critical"))
+        elif memory is not None and memory > limits.memory_warning:
+            found.append(_exceeded("memory", memory, limits.memory_warning, "MB", of=limits.memory))
+        if cpu is not None and cpu > limits.cpu_warning:
+            found.append(_exceeded("cpu", cpu, limits.cpu_warning, "% of a CPU", of=limits.cpu))
+        if elapsed > limits.seconds_warning:
+            kind = SandboxViolationType.EXECUTION_TIMEOUT
+            found.append(_exceeded("time", elapsed, limits.seconds_warning, "s", of=limits.seconds, kind=kind))
+        return found
+
+    def look_at_events(self) -> None:
+        """What the kernel has counted since the last look."""
+        before, self.counted = self.counted, self.source.events()
+        new = {name: value - before.get(name, 0) for name, value in self.counted.items()}
+        for violation in violations_of(new, self.limits):
+            self._tell(violation)
+        if new.get("memory.events high", 0) > 0:
+            self.passed_high()
+
+    def passed_high(self) -> None:
+        """The kernel has counted that memory.high, the warning threshold, was passed."""
+
+    def _tell(self, violation: SandboxViolation) -> None:
+        key = f"{violation.details['limit']} {violation.severity}"
+        if key not in self.warned:
+            self.warned.add(key)
+            if self.on_violation is not None:
+                self.on_violation(violation)
+
+
+def violations_of(counted: Mapping[str, int | str], limits: Thresholds) -> list[SandboxViolation]:
+    """What the kernel's counts (`memory.events high`, `pids.events max`) are as violations."""
+    found = []
+    if int(counted.get("memory.events high", 0)) > 0:
+        found.append(_exceeded("memory", None, limits.memory_warning, "MB", of=limits.memory))
+    refused = int(counted.get("pids.events max", 0))
+    if refused > 0:
+        found.append(pids_violation(refused, limits.tasks))
+    return found
+
+
+def pids_violation(refused: int, allowed: int) -> SandboxViolation:
+    text = f"the kernel refused {refused} new processes or threads: {allowed} are allowed"
+    details = {"limit": "pids", "allowed": allowed, "count": refused, "source": "pids.events"}
+    return SandboxViolation(SandboxViolationType.RESOURCE_EXCEEDED, text, datetime.now(UTC), "warning", details)
+
+
+def throttled_violation(periods: int, percent: float) -> SandboxViolation:
+    text = f"cpu: the kernel held the plugin back in {periods} periods of 0.1 s: the limit is {percent:g} % of a CPU"
+    details = {"limit": "cpu", "allowed": percent, "count": periods, "source": "cpu.stat"}
+    return SandboxViolation(SandboxViolationType.RESOURCE_EXCEEDED, text, datetime.now(UTC), "info", details)
+
+
+def _exceeded(
+    limit: str,
+    used: float | None,
+    threshold: float,
+    unit: str,
+    severity: str = "warning",
+    *,
+    of: float | None = None,
+    kind: SandboxViolationType = SandboxViolationType.RESOURCE_EXCEEDED,
+) -> SandboxViolation:
+    seen = f"{used:.1f} {unit}" if used is not None else "it"
+    text = f"{limit}: {seen} is above {'the warning threshold of ' if of is not None else ''}{threshold:g} {unit}"
+    if of is not None:
+        text += f" (the limit is {of:g})"
+    details = {"limit": limit, "threshold": threshold, "used": used, "allowed": of if of is not None else threshold}
+    return SandboxViolation(kind, text, datetime.now(UTC), severity, details)
+
+
+def _mb(number: int | None) -> float | None:
+    return None if number is None else number / MB

@@ -1,0 +1,212 @@
+"""What is measured of a sandbox and of any process: samples, warnings, telemetry, and the monitor on its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from sandbox import (
+    EnhancedResourceMonitor,
+    IsolationConfig,
+    IsolationLevel,
+    PluginLimitsV2,
+    ResourceError,
+    SandboxTelemetry,
+    SandboxViolation,
+    SandboxViolationType,
+)
+from sandbox.engine.loop import PollLoop
+from sandbox.monitor.sources import Reading
+from sandbox.monitor.watch import Thresholds, Watch
+
+from . import harness
+
+pytestmark = pytest.mark.rootless
+FIELDS = {
+    *("timestamp", "elapsed_seconds", "memory_mb", "memory_peak_mb", "cpu_percent", "pids", "threads"),
+    *("io_read_bytes", "io_write_bytes", "memory_pressure"),
+}
+CONFIG: dict[str, Any] = {"resource_check_interval_seconds": 0.1}
+
+
+def hold_and_spin(megabytes: int, seconds: float) -> int:
+    import time
+
+    held = bytearray(megabytes << 20)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    return len(held)
+
+
+class Handler:
+    def __init__(self) -> None:
+        self.samples: list[dict[str, Any]] = []
+        self.violations: list[SandboxViolation] = []
+
+    def on_resource_sample(self, sample: dict[str, Any]) -> None:
+        self.samples.append(sample)
+
+    def on_violation_detected(self, violation: SandboxViolation) -> None:
+        self.violations.append(violation)
+
+
+def watched(level: IsolationLevel, seconds: float, **config: Any) -> tuple[Handler, SandboxTelemetry]:
+    """A call that holds 60 MB and spins, with a warning threshold for each thing."""
+    handler = Handler()
+
+    async def main() -> SandboxTelemetry:
+        limits = {
+            "memory_warning_threshold_mb": 50.0,
+            "max_cpu_percent": 100.0,
+            "cpu_warning_threshold_percent": 5.0,
+            "execution_warning_threshold_seconds": 0.2,
+        }
+        sandbox = harness.open_sandbox(level, limits=limits, config={**CONFIG, **config}, monitoring_handler=handler)
+        async with sandbox:
+            assert await sandbox.execute_plugin_safe(hold_and_spin, 60, seconds) == 60 << 20
+            return sandbox.get_telemetry()
+
+    return handler, asyncio.run(main())
+
+
+def test_a_call_is_sampled_and_warned_about(level: IsolationLevel) -> None:
+    handler, telemetry = watched(level, 1.2)
+    assert len(handler.samples) >= 3
+    assert handler.samples == telemetry.resource_samples
+    for sample in handler.samples:
+        assert set(sample) == FIELDS
+    elapsed = [sample["elapsed_seconds"] for sample in handler.samples]
+    assert elapsed == sorted(elapsed)
+    assert max(sample["memory_mb"] for sample in handler.samples) > 60
+    assert max(sample["pids"] for sample in handler.samples) >= 1
+    assert telemetry.peak_memory_mb > 60
+    assert 5 < telemetry.peak_cpu_percent < 250
+    assert [each["name"] for each in telemetry.process_hierarchy]
+    kinds = {(violation.type, violation.details["limit"]) for violation in handler.violations}
+    exceeded, timeout = SandboxViolationType.RESOURCE_EXCEEDED, SandboxViolationType.EXECUTION_TIMEOUT
+    assert {(exceeded, "memory"), (exceeded, "cpu"), (timeout, "time")} <= kinds
+    said = [(violation.details["limit"], violation.severity) for violation in handler.violations]
+    assert len(said) == len(set(said)), "each is said once"
+    assert [violation.message for violation in telemetry.violations] == [violation.message for violation in handler.violations]
+
+
+def test_without_monitoring_there_are_no_samples(level: IsolationLevel) -> None:
+    handler, telemetry = watched(level, 0.4, enable_real_time_monitoring=False)
+    assert not handler.samples
+    assert not telemetry.resource_samples
+    assert telemetry.peak_memory_mb > 60
+
+
+def test_without_telemetry_nothing_is_stored(level: IsolationLevel) -> None:
+    handler, telemetry = watched(level, 0.5, telemetry_enabled=False)
+    assert handler.samples
+    assert not telemetry.resource_samples
+    assert not telemetry.process_hierarchy
+
+
+# -- the monitor on its own --------------------------------------------------------------------------------------------
+
+
+def monitor(**limits: Any) -> EnhancedResourceMonitor:
+    return EnhancedResourceMonitor(PluginLimitsV2(**limits), IsolationConfig(**CONFIG))
+
+
+def test_a_monitor_watches_a_process_and_its_children() -> None:
+    child = "x = bytearray(50 << 20); input()"
+    code = f"import subprocess, sys; print('up', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            watch = monitor(max_memory_mb=40.0, execution_warning_threshold_seconds=0.1)
+            assert watch.get_current_stats() == {}
+            watch.start_monitoring(process.pid)
+            with pytest.raises(RuntimeError, match="stop_monitoring"):
+                watch.start_monitoring(process.pid)
+            assert watch.source in ("cgroup", "psutil")
+            assert harness.wait_until(lambda: (watch.get_current_stats()["memory_mb"] or 0) > 50)
+            assert set(watch.get_current_stats()) == FIELDS
+            assert watch.get_current_stats()["pids"] == 2
+            assert harness.wait_until(lambda: {"memory", "time"} <= {v.details["limit"] for v in watch.check_violations()})
+            (critical,) = [v for v in watch.check_violations() if v.severity == "critical"]
+            assert critical.details["allowed"] == 40.0
+        finally:
+            process.kill()
+    time.sleep(0.25)  # it has ended: the monitor goes on and finds nothing
+    watch.stop_monitoring()
+    watch.stop_monitoring()
+    assert watch.get_current_stats()["pids"] == 2, "the last numbers stay"
+    watch.start_monitoring()
+    assert harness.wait_until(lambda: watch.get_current_stats()["memory_mb"] > 1)
+    watch.stop_monitoring()
+
+
+def test_a_monitor_says_what_is_wrong() -> None:
+    with pytest.raises(TypeError, match="give a PluginLimitsV2"):
+        EnhancedResourceMonitor(None, IsolationConfig())  # type: ignore[arg-type]
+    with pytest.raises(ResourceError, match="there is no process"):
+        monitor().start_monitoring(1 << 22)
+
+
+def test_a_monitor_leaves_nothing() -> None:
+    with harness.nothing_left():
+        for _ in range(3):
+            watch = monitor()
+            watch.start_monitoring(os.getpid())
+            watch.stop_monitoring()
+
+
+# -- the watch, with a source that says what we want ----------------------------------------------------------------------
+
+
+class Source:
+    """Numbers and counts as a cgroup with all controllers would give them."""
+
+    name = "test"
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.memory, self.throttled = 1 << 20, 0
+
+    def read(self) -> Reading | None:
+        reading = Reading()
+        reading.memory, reading.cpu_usec, reading.throttled = self.memory, 0, self.throttled
+        return reading
+
+    def events(self) -> dict[str, int]:
+        return dict(self.counts)
+
+    def event_files(self) -> list[str]:
+        return []
+
+    def pids(self) -> list[int]:
+        return []
+
+    def close(self) -> None:
+        return
+
+
+def test_what_the_kernel_counts_is_told_once_a_run() -> None:
+    source, told = Source(), list[SandboxViolation]()
+    watch = Watch(PollLoop(), source, Thresholds.of_limits(PluginLimitsV2()), 1.0)
+    watch.on_violation = told.append
+    watch.begin()
+    source.counts = {"memory.events high": 3, "memory.events max": 0, "pids.events max": 2}
+    watch.look_at_events()
+    source.counts["memory.events high"] = 9
+    source.throttled = 4
+    watch.end()
+    assert [(v.details["limit"], v.severity) for v in told] == [("memory", "warning"), ("pids", "warning"), ("cpu", "info")]
+    assert told[1].details["count"] == 2
+    assert told[2].details["count"] == 4
+    told.clear()
+    watch.begin()
+    watch.end()
+    assert not told, "what was counted in the run before is no news"
