@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sandbox.recipe_data import Recipe
 
 
+THROTTLED = 5  # periods of 0.1 s in which the CPU limit struck: fewer are not worth a word
 SHORTEST = 0.05  # seconds: the clock of CPU time is too coarse for a rate over less
 
 
@@ -126,7 +127,7 @@ class Watch:
         self.look_at_events()
         if self.last is not None and self.first is not None:
             throttled = (self.last.throttled or 0) - (self.first.throttled or 0)
-            if throttled > 0:
+            if throttled >= THROTTLED:
                 self._tell(throttled_violation(throttled, self.limits.cpu))
         self._quiet()
 

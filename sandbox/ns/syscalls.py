@@ -124,7 +124,11 @@ def fork() -> int:
 
 
 def after_fork() -> None:
-    """What CPython does in the child of os.fork(): its own state made new, then the functions of os.register_at_fork()."""
+    """What CPython does in the child of os.fork(): its own state made new, then the functions of os.register_at_fork().
+
+    It lets go of locks there that it has taken before the fork: from 3.13 on it aborts where they are not held.
+    """
+    ctypes.pythonapi.PyOS_BeforeFork()
     ctypes.pythonapi.PyOS_AfterFork_Child()
 
 

@@ -201,11 +201,11 @@ def test_what_the_kernel_counts_is_told_once_a_run() -> None:
     source.counts = {"memory.events high": 3, "memory.events max": 0, "pids.events max": 2}
     watch.look_at_events()
     source.counts["memory.events high"] = 9
-    source.throttled = 4
+    source.throttled = 5
     watch.end()
     assert [(v.details["limit"], v.severity) for v in told] == [("memory", "warning"), ("pids", "warning"), ("cpu", "info")]
     assert told[1].details["count"] == 2
-    assert told[2].details["count"] == 4
+    assert told[2].details["count"] == 5
     told.clear()
     watch.begin()
     watch.end()
