@@ -233,13 +233,14 @@ def snapshot(*, zombies: bool = False) -> dict[str, frozenset[str]]:
     left = [process for process in engine.values() if process.parent != own and process.pid not in idle]
     left += [process for process in every.values() if process.state == "Z" and process.parent == own]
     left += [process for process in every.values() if is_orphan(process) and (zombies or process.state != "Z")]
-    tree = host.facts().cgroup
+    facts = host.facts()
+    leaves = facts.cgroup_folder + "/psie" if facts.cgroup_kind in ("root", "delegated") else ""
     return {
         "processes": frozenset(f"{process.pid} {process.name} ({process.state})" for process in left),
         "mounts": frozenset(Path("/proc/self/mountinfo").read_text().splitlines()),
         "descriptors": own_fds(),
         "links": frozenset(name for _, name in socket.if_nameindex()),
-        "cgroups": ownerless(tree + "/psie") if tree and ROOT else frozenset(),
+        "cgroups": ownerless(leaves) if leaves else frozenset(),
         "workspaces": ownerless(os.path.join(state.folder("lib"), "work")),
         "temporary files": foreign_files(),
     }
