@@ -135,10 +135,7 @@ def test_a_monitor_watches_a_process_and_its_children() -> None:
             assert set(watch.get_current_stats()) == FIELDS
             assert watch.get_current_stats()["pids"] == 2
             expected = {("memory", "critical"), ("time", "warning")}
-            seen: set[tuple[str, str]] = set()
-            assert harness.wait_until(
-                lambda: seen.update((v.details["limit"], v.severity) for v in watch.check_violations()) or expected <= seen
-            )
+            assert harness.wait_until(lambda: expected <= {(v.details["limit"], v.severity) for v in watch.check_violations()})
             (critical,) = [v for v in watch.check_violations() if v.severity == "critical"]
             assert critical.details["allowed"] == 40.0
         finally:
