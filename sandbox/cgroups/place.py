@@ -16,6 +16,7 @@ import os
 
 UNIFIED = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 WANTED = ("memory", "pids", "cpu", "io")
+ENABLED = ("memory", "pids", "cpu")  # where they are not yet; io, which we only read, would slow others down
 FOLDER = "psie"
 
 TYPE_CHECKING = False
@@ -72,7 +73,7 @@ def hand_down(folders: Iterable[str]) -> tuple[str, ...]:
     enabled: list[str] = []
     for folder in folders:
         enabled = words(folder + "/cgroup.subtree_control")
-        for name in WANTED:
+        for name in ENABLED:
             if name in words(folder + "/cgroup.controllers") and name not in enabled:
                 try:
                     write(folder + "/cgroup.subtree_control", "+" + name)

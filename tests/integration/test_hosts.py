@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from sandbox.cgroups import place
+
 from . import harness
 from .unprivileged import User
 
@@ -155,6 +157,20 @@ def test_without_user_namespaces_standard_substitutes_and_says_so(closed: dict[s
 @pytest.mark.parametrize("name", ["standard", *HIGH])
 def test_without_user_namespaces_degraded_levels_say_so(closed_degraded: dict[str, Any], name: str) -> None:
     check_substituted(closed_degraded[name])
+
+
+# -- a cgroup tree that cannot be written --------------------------------------------------------------------------------
+
+
+def test_with_a_read_only_cgroup_tree_limits_are_substituted(user: User) -> None:
+    tree = place.mount_point()
+    levels = probe("root", user, "--mount", f"mount -o remount,bind,ro {tree}")["levels"]
+    for name, told in levels.items():
+        assert "error" not in told, told
+        assert told["protections"]["cgroup leaf"]["state"] == ("missing" if name == "minimal" else "substituted")
+        for limit in ("memory", "processes and threads", "CPU"):
+            assert told["protections"][limit]["state"] == "substituted"
+        assert "delegated" in told["protections"]["cgroup leaf"]["mend"]
 
 
 # -- few mount namespaces ----------------------------------------------------------------------------------------------
