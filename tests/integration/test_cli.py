@@ -464,7 +464,8 @@ def test_the_warning_names_the_substitutes(twice: Caller) -> None:
 
 def test_require_limits(twice: Caller) -> None:
     facts = host.facts()
-    if twice.is_root and facts.cgroup_kind and {"memory", "pids", "cpu"} <= set(facts.controllers):
+    own = twice.is_root or os.getuid() != 0  # the facts are those of whoever runs the tests
+    if own and facts.cgroup_kind and {"memory", "pids", "cpu"} <= set(facts.controllers):
         pytest.skip("this host enforces every limit")
     done = twice.plugin("print('x')", options=["--require-limits"])
     assert_refused(done, "cgroup", "--require-limits")
