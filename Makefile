@@ -1,15 +1,28 @@
-# `make demo` and `make test` install what is missing on a fresh Debian or Ubuntu machine; as a user they ask sudo for it.
+# `make demo`, `make test` and `make vm-test` install what is missing on a fresh Debian or Ubuntu machine; as a user they ask
+# sudo for it.
 PYTHON ?= python3
 BIN := .venv/bin
 APT := gcc libcap-dev libseccomp2 python3-dev python3-venv util-linux
+BOX ?= trixie
+VM := dnsmasq-base e2fsprogs iproute2 iptables libvirt-clients libvirt-daemon-driver-qemu libvirt-daemon-system mmdebstrap \
+	openssh-client qemu-system-x86 qemu-utils rsync vagrant vagrant-libvirt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test vm-test vm-test-all check bench clean
 
 demo: .venv/ready
 	$(BIN)/psie run examples/hello.py --level strict --summary -- from the demo
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# The integration tests in a virtual machine with systemd and a pure cgroup v2 tree: Debian 13, or 12 with BOX=bookworm.
+vm-test: .venv/ready
+	PACKAGES="$(VM)" ./tools/apt-install
+	./vagrant/test $(BOX)
+
+vm-test-all:
+	$(MAKE) vm-test BOX=trixie
+	$(MAKE) vm-test BOX=bookworm
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -30,5 +43,5 @@ bench: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache vagrant/.vagrant vagrant/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

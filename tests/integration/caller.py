@@ -18,7 +18,7 @@ async def main(level: IsolationLevel, count: int) -> None:
             """All are running, or one has failed already."""
             return any(call.done() for call in calls) or all((sandbox.temp_directory / name).exists() for name in names)
 
-        await harness.wait_for(stand, 20)
+        await harness.wait_for(stand, 20 * harness.PATIENCE)
         if not any(call.done() for call in calls):
             print(harness.TOKEN, flush=True)
         await asyncio.gather(*calls)

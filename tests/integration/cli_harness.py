@@ -29,7 +29,7 @@ TOKEN = (
     harness.TOKEN + "-cli"
 )  # marks the engine's processes of these commands; those of the library's tests are not among them
 SECRET = "hunter2-of-the-caller"
-SECONDS = 20.0  # that any command may take on a loaded machine
+SECONDS = 20.0 * harness.PATIENCE  # that any command may take on a loaded machine
 READY = b"ready\n"  # what a plugin prints when a test may go on
 
 

@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == harness.HERE and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(30))
+            item.add_marker(pytest.mark.timeout(30 * harness.PATIENCE))
 
 
 @pytest.fixture(params=harness.LEVELS, ids=lambda level: level.value)

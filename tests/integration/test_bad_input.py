@@ -37,7 +37,7 @@ rootless = pytest.mark.rootless
 
 MB = 1 << 20
 SECONDS = 10.0  # the time limit where a test is about another
-SLACK = 2.0  # what a loaded machine may take on top of a time limit
+SLACK = 2.0 * harness.PATIENCE  # what a loaded machine may take on top of a time limit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ def probe(who: str, user: User, unshare: str, prepare: str, *switches: str) -> d
                 assert harness.wait_until(lambda: os.readlink(f"/proc/{process.pid}/ns/user") != own)
                 for name in ("uid_map", "gid_map"):
                     Path(f"/proc/{process.pid}/{name}").write_text("0 0 4294967295")
-            out, err = process.communicate("go\n", timeout=60)
+            out, err = process.communicate("go\n", timeout=60 * harness.PATIENCE)
         finally:
             process.kill()
     assert process.returncode == 0, err

@@ -103,7 +103,7 @@ def test_a_killed_caller_leaves_nothing_after_a_second(level: IsolationLevel) ->
             caller.kill()
         left = {role: len(pids) for role, pids in found.items()}
         assert left == {"zygote": 1, "warden": 1, "idle": 1, "supervisor": 0, "init": 20, "worker": 20, "other": 0}
-        assert harness.wait_until(lambda: gone(token), 1.0), f"{harness.engine_processes(token)} after a second"
+        assert harness.wait_until(lambda: gone(token), harness.SOON), f"{harness.engine_processes(token)} after a second"
 
 
 def stale_places(number: int) -> list[Path]:
@@ -369,7 +369,7 @@ def test_processes_have_the_ids_that_files_have(level: IsolationLevel) -> None:
 @rootless
 def test_a_fork_cannot_use_the_parents_sandbox(level: IsolationLevel) -> None:
     with run_script("forker.py", level.value) as caller:
-        out, err = caller.communicate(timeout=30)
+        out, err = caller.communicate(timeout=30 * harness.PATIENCE)
     said: dict[str, Any] = dict(line.split(": ", 1) for line in out.splitlines())
     assert said["inherited"].startswith("ResourceError this sandbox belongs to the process that opened it"), err
     assert (said["own"], said["parent"]) == ("3", "4"), err

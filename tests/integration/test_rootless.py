@@ -6,12 +6,13 @@ from xml.etree import ElementTree
 
 import pytest
 
+from . import harness
 from .unprivileged import User
 
 FILES = ["test_calls.py", "test_bad_input.py", "test_life.py"]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(120 * harness.PATIENCE)
 @pytest.mark.parametrize("file", FILES)
 def test_as_a_user_without_rights(user: User, file: str) -> None:
     report = user.home / f"{file}.xml"
@@ -23,11 +24,11 @@ def test_as_a_user_without_rights(user: User, file: str) -> None:
         "-p",
         "no:cacheprovider",
         "--maxfail=20",
-        "--timeout=15",
+        f"--timeout={15 * harness.PATIENCE}",
         f"--junitxml={report}",
     ]
     path = user.repository / "tests" / "integration" / file
-    done = user.run(user.interpreter, "-m", "pytest", *options, str(path), seconds=110)
+    done = user.run(user.interpreter, "-m", "pytest", *options, str(path), seconds=110 * harness.PATIENCE)
     assert report.exists(), done.stdout + done.stderr
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None

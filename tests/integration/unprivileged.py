@@ -40,13 +40,16 @@ class User:
             "XDG_RUNTIME_DIR": str(self.home / "run"),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": self.path,
+            "PSIE_TEST_PATIENCE": str(harness.PATIENCE),
         }
 
     def command(self, *arguments: str) -> list[str]:
         become = ["setpriv", "--reuid", str(self.uid), "--regid", str(self.uid), "--clear-groups"]
         return [*become, *arguments]
 
-    def run(self, *arguments: str, seconds: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, seconds: float = 60 * harness.PATIENCE, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command as this user, in its repository, with a clean environment."""
         return subprocess.run(
             self.command(*arguments),
