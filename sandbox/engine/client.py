@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sandbox.engine.loop import Loop, Timer
     from sandbox.recipe_data import Recipe
 
+ZYGOTE_DIED = "the zygote has died: its sandboxes are gone; open new ones"
 WARDEN_DIED = "the sandbox's warden has died, and all of its calls with it: open a new sandbox"
 VALUE_MODULES = ("sandbox.engine.codec",)  # what a zygote needs whose workers send values
 SHUT_RDWR = 2
@@ -174,6 +175,13 @@ class Zygote:
                 return
             return
 
+    def has_ended(self) -> bool:
+        """Whether the process has: its pidfd says so, also while others hold its sockets."""
+        poll = select.poll()
+        if self.pidfd >= 0:
+            poll.register(self.pidfd, select.POLLIN)
+        return self.pidfd < 0 or bool(poll.poll(0))
+
     def catch_up(self) -> None:
         """Read all that the zygote has said so far: why it died comes before that it died."""
         while not self.closed and self._readable():
@@ -208,7 +216,7 @@ class Zygote:
     def _died(self) -> None:
         if self.closed:
             return
-        error = self.error or ResourceError("the zygote has died: its sandboxes are gone; open new ones")
+        error = self.error or ResourceError(ZYGOTE_DIED)
         self.error = error
         self.close()
         for sandbox in list(self.sandboxes.values()):
@@ -389,7 +397,9 @@ class Sandbox:
             data, fds = b"", []
         if not data:
             self.zygote.catch_up()
-            self.fail(self.error or self.zygote.error or ResourceError(WARDEN_DIED))
+            # A warden that is just being cloned holds the control socket too: that it is open says nothing.
+            died = ZYGOTE_DIED if self.zygote.has_ended() else WARDEN_DIED
+            self.fail(self.error or self.zygote.error or ResourceError(died))
             return False
         kind, fields = channel.unpack(data)
         call = self.calls.get(int(fields.get("call", "0") or "0"))

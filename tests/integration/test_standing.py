@@ -63,8 +63,9 @@ def _leave_a_file() -> list[str]:
         return os.listdir(".")
 
 
-def test_in_a_rush_two_are_made_beside_the_calls(level: IsolationLevel) -> None:
+def test_in_a_rush_two_are_made_beside_the_calls(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no more than that; each is used once."""
+    monkeypatch.setattr(service, "REFILL_SECONDS", service.REFILL_SECONDS * 5 * harness.PATIENCE)
 
     async def main() -> None:
         used = set()
@@ -127,7 +128,7 @@ def test_it_gives_way_at_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_goes_when_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "IDLE_SECONDS", 0.4)
+    monkeypatch.setattr(service, "IDLE_SECONDS", 0.4 * harness.PATIENCE)
 
     async def main() -> None:
         zygote = await use_one(IsolationLevel.MAXIMUM)
