@@ -224,6 +224,8 @@ def foreign_files() -> frozenset[str]:
             for entry in os.scandir(folder):
                 with contextlib.suppress(OSError):
                     owner = entry.stat(follow_symlinks=False).st_uid
+                    if entry.name.startswith("pytest-of-"):
+                        continue  # pytest's own
                     if owner >= ID_REGION if ROOT else owner == os.getuid():
                         found.add(entry.path)
     return frozenset(found)

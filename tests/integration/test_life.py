@@ -208,7 +208,7 @@ def test_a_supervisor_is_started_by_the_first_refusal(level: IsolationLevel) -> 
         return count
 
     async def main() -> None:
-        async with harness.open_sandbox(level) as sandbox:
+        async with harness.open_sandbox(level, config={"enable_real_time_monitoring": False}) as sandbox:
             assert await started(sandbox, plugins.signal_and_sleep) == 0
             assert not sandbox.get_violations()
             assert await started(sandbox, plugins.be_refused_and_sleep) == 1
