@@ -15,10 +15,11 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-# The integration tests in a virtual machine with systemd and a pure cgroup v2 tree: Debian 13, or 12 with BOX=bookworm.
+# The integration tests in a virtual machine with systemd and a pure cgroup v2 tree: Debian 13, or 12 with BOX=bookworm;
+# with ALL=1 none of them is left out.
 vm-test: .venv/ready
 	PACKAGES="$(VM)" ./tools/apt-install
-	./vagrant/test $(BOX)
+	ALL=$(ALL) ./vagrant/test $(BOX)
 
 vm-test-all:
 	$(MAKE) vm-test BOX=trixie
