@@ -7,6 +7,7 @@ in words, the result file) is imported there.
 from __future__ import annotations
 
 import _signal as signal  # signal.py would import enum
+import errno
 import os
 import sys
 from time import monotonic, time
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 # What a line discipline echoes for an erased character: harmless, and unreadable when escaped.
 ERASE, ERASE_ESCAPED = b"\b \b", b"\\x08 \\x08"
+GONE = errno.EPIPE, errno.EIO  # a pipe without a reader, a terminal that has been closed
 MB = 1 << 20
 FAILED = run_command.FAILED
 TIMED_OUT = 124
@@ -141,7 +143,8 @@ class Session:
     # -- running -----------------------------------------------------------------------------------------------------
 
     def _start(self, sandbox: client.Sandbox, job: dict[str, object], payload: bytes) -> None:
-        tty = "raw" in self.given and os.isatty(0) and os.isatty(1)
+        with_input = "raw" in self.given and not is_background(0)
+        tty = with_input and os.isatty(0) and os.isatty(1)
         if tty:
             from sandbox.cli.terminal import Terminal
 
@@ -150,6 +153,7 @@ class Session:
                 self._output(1, terminal=True),
                 limit=int(self.recipe.limits["output_bytes"]),
                 on_interrupts=self._interrupt_again,
+                on_end=self._input_ended,
                 on_excess=lambda: self._kill("output"),
             )
             inside = self.terminal.inside
@@ -159,7 +163,7 @@ class Session:
             limit = int(self.recipe.limits["output_bytes"])
             first = 1 if "raw" in self.given else 2  # `psie call` keeps stdout for the reply
             sinks = (self._output(first), self._output(2))
-            self.streams = Streams(self.loop, limit, lambda: self._kill("output"), sinks, 0 if "raw" in self.given else None)
+            self.streams = Streams(self.loop, limit, lambda: self._kill("output"), sinks, 0 if with_input else None)
             inside = self.streams.inside
         self._catch_signals()
         self.call = call = sandbox.call(inside, tty=tty)
@@ -225,7 +229,9 @@ class Session:
             try:
                 while view and not self.reader_gone:
                     view = view[write_some(fd, view) :]
-            except BrokenPipeError:
+            except OSError as error:
+                if error.errno not in GONE:
+                    raise
                 self.reader_gone = True
                 self._kill("reader")
 
@@ -236,6 +242,11 @@ class Session:
     def _interrupt_again(self) -> None:
         self._end(signal.SIGINT)
 
+    def _input_ended(self) -> None:
+        """Of a terminal: it is in the background now, where the input has ended, or it has been closed."""
+        if not is_background(0):
+            self._end(signal.SIGHUP)
+
     def _end(self, number: int) -> None:
         """Kill the call; if even that leads to nothing, leave: the zygote sees it and ends everything."""
         self.ended_by = number
@@ -244,7 +255,7 @@ class Session:
         signal.alarm(int(client.GRACE))
 
     def _catch_signals(self) -> None:
-        """Ctrl-C once for the plugin, twice to kill; the others end the sandbox."""
+        """Ctrl-C once for the plugin, twice to kill; the others end the sandbox. What is ignored, as by nohup, stays so."""
 
         def interrupt(number: int, frame: object) -> None:
             self.interrupts += 1
@@ -258,10 +269,15 @@ class Session:
         def end(number: int, frame: object) -> None:
             self._end(number)
 
-        signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTTIN, signal.SIG_IGN)  # in the background a terminal's input ends instead of stopping us
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, end)
+        for number, handler in (
+            (signal.SIGINT, interrupt),
+            (signal.SIGTERM, end),
+            (signal.SIGHUP, end),
+            (signal.SIGQUIT, end),
+        ):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -315,6 +331,14 @@ class Session:
 def is_plain_exception(error: SandboxException) -> bool:
     """An exception of the plugin that its own traceback on stderr has told already."""
     return bool(getattr(error, "exception_type", ""))
+
+
+def is_background(fd: int) -> bool:
+    """Is this a terminal that belongs to other processes just now? Reading or setting it would stop this one."""
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:  # ENOTTY, EIO: no terminal, or none any more
+        return False
 
 
 def write_some(fd: int, view: memoryview) -> int:

@@ -23,7 +23,11 @@ INTERRUPT = 0x03  # Ctrl-C
 
 
 class Terminal:
-    """The pty of one call. `on_interrupts()` at a second Ctrl-C in a row, `on_excess()` after `limit` bytes of output."""
+    """The pty of one call.
+
+    `on_interrupts()` at a second Ctrl-C in a row, `on_excess()` after `limit` bytes of output, `on_end()` when nothing
+    can be typed any more.
+    """
 
     def __init__(
         self,
@@ -33,12 +37,14 @@ class Terminal:
         limit: int,
         on_interrupts: Callable[[], None],
         on_excess: Callable[[], None],
+        on_end: Callable[[], None],
     ) -> None:
         self.loop = loop
         self.output = output
         self.left = limit
         self.on_interrupts = on_interrupts
         self.on_excess = on_excess
+        self.on_end = on_end
         self.master, slave = os.openpty()
         for fd in (self.master, slave):
             os.set_inheritable(fd, False)
@@ -59,13 +65,20 @@ class Terminal:
             os.close(self.inside.pop())
 
     def _resize(self, number: int, frame: object) -> None:
-        size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
+        try:
+            size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
+        except OSError:
+            return  # the person's terminal has gone
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, size)
 
     def _typed(self) -> None:
-        data = os.read(0, 4096)
+        try:
+            data = os.read(0, 4096)
+        except OSError:  # EIO
+            data = b""
         if not data:
             self.loop.remove_reader(0)
+            self.on_end()
             return
         for byte in data:
             self.interrupts = self.interrupts + 1 if byte == INTERRUPT else 0

@@ -770,7 +770,8 @@ def test_what_the_escaper_held_back_is_shown_at_the_end(caller: Caller, last: by
 WAITING = """
     import sys, time
     print("ready", flush=True)
-    time.sleep(600)
+    while True:
+        time.sleep(0.1)  # for a signal that comes before Python has begun to sleep (it is handled after the sleep)
 """
 
 
@@ -809,7 +810,7 @@ HANDLER = """
     signal.signal(signal.SIGINT, handler)
     print("ready", flush=True)
     while True:
-        time.sleep(600)
+        time.sleep(0.1)
 """
 
 
@@ -923,7 +924,8 @@ def test_ctrl_c_reaches_the_plugin(at_terminal: Caller) -> None:
         for _ in range(2):
             try:
                 print("ready", flush=True)
-                time.sleep(600)
+                while True:
+                    time.sleep(0.1)
             except KeyboardInterrupt:
                 print("caught", flush=True)
         print("goes on")
@@ -986,7 +988,8 @@ def test_ctrl_c_where_only_the_output_is_a_terminal(at_terminal: Caller) -> None
         import time
         try:
             print("ready", flush=True)
-            time.sleep(600)
+            while True:
+                time.sleep(0.1)
         except KeyboardInterrupt:
             print("caught", flush=True)
     """
@@ -1010,6 +1013,29 @@ def test_a_lost_terminal_ends_it(caller: Caller) -> None:
     os.close(master)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     assert harness.wait_until(cli_harness.engine_is_gone, harness.SOON)
+
+
+def test_in_the_background_it_runs_on(at_terminal: Caller) -> None:
+    """`psie run plugin.py &`: it may write, its input has ended, and nothing stops it."""
+    source = "import sys\nprint('read', repr(sys.stdin.read()), flush=True)"
+    with Session(at_terminal, *at_terminal.plugin_line(source), stdin="background") as session:
+        session.until(b"read ''")
+        assert session.status() == 0
+        assert session.settings() == session.before
+
+
+def test_what_is_ignored_stays_so(caller: Caller) -> None:
+    """`nohup psie run plugin.py`."""
+    how = {"stdin": subprocess.PIPE, "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    source = "print('ready', flush=True)\nprint(input())"
+    with caller.start(*caller.plugin_line(source), **how) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        read_until(process.stdout.fileno(), b"ready")
+        process.send_signal(signal.SIGHUP)
+        process.stdin.write(b"on\n")
+        process.stdin.close()
+        assert process.wait(cli_harness.SECONDS) == 0
 
 
 # -- psie call ----------------------------------------------------------------------------------------------------------
