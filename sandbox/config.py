@@ -58,8 +58,8 @@ def _show(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _number(low: float, high: float, what: str) -> Check:
-    mend = f"give a number{what} from {low:,} to {high:,}"
+def _number(low: float, high: float, what: str, why: str = "") -> Check:
+    mend = f"give a number{what} from {low:,} to {high:,}{why}"
 
     def check(where: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -183,7 +183,7 @@ _CPUS = 8192  # the most a kernel can be built for
 _DERIVED: Any = None
 
 _LIMITS: dict[str, Check] = {
-    "max_memory_mb": _number(8, _MB, " of megabytes"),
+    "max_memory_mb": _number(8, _MB, " of megabytes", ": Python alone needs 8"),
     "memory_warning_threshold_mb": _derived(_number(0.001, _MB, " of megabytes")),
     "max_execution_time_seconds": _number(0.001, _YEAR, " of seconds"),
     "execution_warning_threshold_seconds": _derived(_number(0.0001, _YEAR, " of seconds")),

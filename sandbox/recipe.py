@@ -146,7 +146,7 @@ class _Compiler:
         if controller in self.controllers():
             self.add(name, mechanism, detail)
             return
-        mend = f"give psie a cgroup v2 tree with the {controller} controller"
+        mend = self.way_to_controllers(controller)
         if self.config.require_limits and self.strict:
             raise SandboxInitializationError(
                 f"{name} cannot be limited by the kernel here: no {controller} controller in a cgroup v2 tree of ours",
@@ -156,6 +156,22 @@ class _Compiler:
         state = SUBSTITUTED if substitute else MISSING
         said = f"{detail}: no {controller} controller here"
         self.protections.append(Protection(name, state, substitute or "none", said, mend, expected))
+
+    def way_to_controllers(self, controller: str = "memory") -> str:
+        """What to change on this host for limits that the kernel enforces."""
+        if controller in self.host.cgroup_v1:
+            return f"boot this host with {controller} in cgroup v2: the kernel parameter systemd.unified_cgroup_hierarchy=1"
+        if self.host.cgroup_kind == "scope":
+            return f"have root set Delegate={controller} memory pids for user@.service (systemctl edit user@.service)"
+        if self.host.root:
+            return (
+                "give psie a cgroup v2 tree that it may write: in a container, its own (--cgroupns=private) with "
+                "/sys/fs/cgroup mounted read-write and controllers in its cgroup.subtree_control"
+            )
+        return (
+            "give this user a delegated cgroup v2 subtree: run psie by systemd-run --user --scope --property=Delegate=yes, "
+            "or have root run loginctl enable-linger for it"
+        )
 
     def controllers(self) -> tuple[str, ...]:
         return self.host.controllers if self.host.cgroup_kind else ()
@@ -598,11 +614,11 @@ class _Compiler:
             detail = f"{places[self.host.cgroup_kind]}, killed as one by cgroup.kill"
             self.add("cgroup leaf", "cgroup v2, clone3(CLONE_INTO_CGROUP)", detail)
         else:
-            mend = (
-                "run as root, or with a user manager of systemd (loginctl enable-linger), or in a delegated cgroup v2 subtree"
-            )
             self.lacking_limit(
-                "cgroup leaf", "no cgroup v2 tree that we may write", mend, "PID namespace" if "pid" in self.namespaces else ""
+                "cgroup leaf",
+                "no cgroup v2 tree that we may write",
+                self.way_to_controllers(),
+                "PID namespace" if "pid" in self.namespaces else "",
             )
         self.limit(
             "memory", f"{limits.max_memory_mb:g} MB", "memory", "memory.max, swap 0, oom.group",

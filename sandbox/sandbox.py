@@ -13,9 +13,10 @@ import os
 import sys
 import uuid
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
+from time import monotonic
 
 from sandbox import host, recipe, state, transport
 from sandbox.config import IsolationConfig, PluginLimitsV2, PluginPermissionsV2
@@ -94,6 +95,7 @@ class EnhancedPluginSandbox:
         self._service: Service | None = None
         self._sandbox: client.Sandbox | None = None
         self._wire: dict[str, Any] = {}
+        self._opened = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._standby: _Run | None = None
         self._gone: concurrent.futures.Future[None] | None = None
@@ -115,7 +117,7 @@ class EnhancedPluginSandbox:
             raise RuntimeError(f"sandbox {self.sandbox_id} has been opened before: use a new EnhancedPluginSandbox")
         self._loop = asyncio.get_running_loop()
         self.recipe, wire = compiled(self.config, self.limits, self.permissions)
-        self._telemetry.start_time = datetime.now(UTC)
+        self._telemetry.start_time, self._opened = datetime.now(UTC), monotonic()
         self._service = service()
         self._gone = promise()
         self._standby = _Run(self)
@@ -367,7 +369,7 @@ class EnhancedPluginSandbox:
 
     def _record(self, run: _Run) -> None:
         telemetry = self._telemetry
-        telemetry.end_time = datetime.now(UTC)
+        telemetry.end_time = telemetry.start_time + timedelta(seconds=monotonic() - self._opened)  # a clock may be set
         seen = run.call.outcome or {}
         telemetry.exit_code = outcome.exit_of(run.call)[0]
         peaks = [int(seen.get("maxrss_kb", 0)) / 1024, float(seen.get("used", 0)) / MB]

@@ -46,6 +46,19 @@ class Folder:
         finally:
             os.close(fd)
 
+    def arm(self, name: str, trigger: str) -> int:
+        """Write a PSI trigger; returns the fd on which poll(2) tells POLLPRI, until it is closed.
+
+        Raises OSError where that is not allowed (a kernel before 6.5 without CAP_SYS_RESOURCE) or not counted.
+        """
+        fd = os.open(name, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            os.write(fd, trigger.encode() + b"\0")
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+
     def close(self) -> None:
         for fd in (self.fd, *self.files.values()):
             os.close(fd)

@@ -35,6 +35,13 @@ def own_path(pid: int | str = "self") -> str:
         return next((line.rstrip("\n")[3:] for line in file if line.startswith("0::")), "")
 
 
+def legacy() -> tuple[str, ...]:
+    """The controllers that v1 hierarchies have here."""
+    with open("/proc/self/cgroup") as file:
+        named = [line.split(":", 2)[1] for line in file]
+    return tuple(sorted(name for names in named for name in names.split(",") if name and "=" not in name))
+
+
 def find() -> tuple[str, str, tuple[str, ...]]:
     """(kind, folder, controllers) of the place for this process's user; kind is "" where there is none.
 

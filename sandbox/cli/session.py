@@ -77,7 +77,7 @@ class Session:
         self, given: dict[str, Any], started: tuple[int, _socket.socket, bool] | None, *, read_only: list[str]
     ) -> None:
         self.given = given
-        self.start = time()
+        self.start, self.begun = time(), monotonic()
         self.environment = inputs.environment(given["env"])
         folders = inputs.readable(given["ro"])
         self.result_file = check_result_file(given["result_file"])
@@ -369,7 +369,7 @@ def write_result(
 ) -> None:
     """The whole file or none of it."""
     import json
-    from datetime import UTC, datetime
+    from datetime import UTC, datetime, timedelta
 
     from sandbox.engine import outcome
     from sandbox.telemetry import SandboxTelemetry
@@ -378,11 +378,12 @@ def write_result(
     assert call is not None
     violations = [*violations, *session.watched]
     reason = str(error).splitlines()[0] if error is not None else "exited"
+    start = datetime.fromtimestamp(session.start, UTC)
     telemetry = SandboxTelemetry(
         sandbox_id=call.sandbox.name,
         plugin_id=os.path.basename(session.given.get("file") or session.given.get("target", "")),
-        start_time=datetime.fromtimestamp(session.start, UTC),
-        end_time=datetime.now(UTC),
+        start_time=start,
+        end_time=start + timedelta(seconds=monotonic() - session.begun),
         peak_memory_mb=max(int((call.outcome or {}).get("maxrss_kb", 0)) / 1024, watch.peak_memory / MB if watch else 0.0),
         peak_cpu_percent=watch.peak_cpu if watch else 0.0,
         resource_samples=session.samples,

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
         def read(self) -> Reading | None: ...
         def events(self) -> dict[str, int]: ...
         def event_files(self) -> list[str]: ...
+        def pressure(self) -> int: ...
         def pids(self) -> list[int]: ...
         def close(self) -> None: ...
 
 
 MB = 1 << 20
+# Processes that waited for memory for a tenth of the time. Two seconds is the shortest window without CAP_SYS_RESOURCE.
+STALL_USEC, STALL_WINDOW_USEC = 200_000, 2_000_000
 
 
 class Reading:
@@ -91,6 +94,13 @@ class CgroupSource:
         """Paths of the files that change when an event is counted."""
         names = ("memory.events", "pids.events", "cgroup.events")
         return [path for path in (f"{self.folder.full_path}/{name}" for name in names) if os.path.exists(path)]
+
+    def pressure(self) -> int:
+        """An fd that tells POLLPRI when what is in the cgroup has waited long for memory; -1 where nobody tells."""
+        try:
+            return self.folder.arm("memory.pressure", f"some {STALL_USEC} {STALL_WINDOW_USEC}")
+        except OSError:
+            return -1
 
     def pids(self) -> list[int]:
         return _get(self._pids) or []
@@ -159,6 +169,9 @@ class ProcessSource:
     def event_files(self) -> list[str]:
         return []
 
+    def pressure(self) -> int:
+        return -1
+
 
 class Nothing:
     """Stands for a source while nothing runs."""
@@ -173,6 +186,9 @@ class Nothing:
 
     def event_files(self) -> list[str]:
         return []
+
+    def pressure(self) -> int:
+        return -1
 
     def pids(self) -> list[int]:
         return []

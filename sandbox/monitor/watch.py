@@ -1,15 +1,18 @@
 """Watches a source on a loop: samples at an interval, events as the kernel counts them, warnings at thresholds.
 
-Events come by inotify(7) on the cgroup's event files, without polling. Must not know sandboxes: who owns the watch is
-called back. Times are monotonic, so a clock that is set does not matter.
+Events come by inotify(7) on the cgroup's event files and by a PSI trigger, without polling. Must not know sandboxes: who
+owns the watch is called back. Times are monotonic, so a clock that is set does not matter. Source of pressure: the
+kernel's PSI document.
 """
 
 from __future__ import annotations
 
+import os
+import select
 from datetime import UTC, datetime
 from time import monotonic
 
-from sandbox.monitor.sources import MB, Reading, describe
+from sandbox.monitor.sources import MB, STALL_USEC, STALL_WINDOW_USEC, Reading, describe
 from sandbox.violations import SandboxViolation, SandboxViolationType
 
 TYPE_CHECKING = False
@@ -98,6 +101,8 @@ class Watch:
         self.counted: dict[str, int] = {}  # what has been told already
         self.warned: set[str] = set()
         self.notify: Any = None  # inotify_simple.INotify
+        self.stalls: select.epoll | None = None  # of the PSI trigger: a loop's readers are not told of POLLPRI
+        self.trigger = -1
         self.timer: Timer | None = None
 
     # -- a run -----------------------------------------------------------------------------------------------------
@@ -144,6 +149,11 @@ class Watch:
             for path in files:
                 self.notify.add_watch(path, flags.MODIFY)
             self.loop.add_reader(self.notify.fileno(), self._notified)
+        self.trigger = self.source.pressure()
+        if self.trigger >= 0:
+            self.stalls = select.epoll()
+            self.stalls.register(self.trigger, select.EPOLLPRI)
+            self.loop.add_reader(self.stalls.fileno(), self._stalled)
 
     def _quiet(self) -> None:
         if self.timer is not None:
@@ -153,10 +163,19 @@ class Watch:
             self.loop.remove_reader(self.notify.fileno())
             self.notify.close()
             self.notify = None
+        if self.stalls is not None:
+            self.loop.remove_reader(self.stalls.fileno())
+            self.stalls.close()
+            os.close(self.trigger)
+            self.stalls = None
 
     def _notified(self) -> None:
         self.notify.read(timeout=0)
         self.look_at_events()
+
+    def _stalled(self) -> None:
+        if self.stalls is not None and any(event & select.EPOLLPRI for _, event in self.stalls.poll(0)):
+            self._tell(stalled_violation())
 
     def _tick(self) -> None:
         self.sample()
@@ -259,6 +278,13 @@ def pids_violation(refused: int, allowed: int) -> SandboxViolation:
 def throttled_violation(periods: int, percent: float) -> SandboxViolation:
     text = f"cpu: the kernel held the plugin back in {periods} periods of 0.1 s: the limit is {percent:g} % of a CPU"
     details = {"limit": "cpu", "allowed": percent, "count": periods, "source": "cpu.stat"}
+    return SandboxViolation(SandboxViolationType.RESOURCE_EXCEEDED, text, datetime.now(UTC), "info", details)
+
+
+def stalled_violation() -> SandboxViolation:
+    stalled, window = STALL_USEC / 1e6, STALL_WINDOW_USEC / 1e6
+    text = f"memory: the plugin waited for memory for more than {stalled:g} of {window:g} s: more would make it faster"
+    details = {"limit": "memory pressure", "threshold": stalled, "window": window, "source": "memory.pressure"}
     return SandboxViolation(SandboxViolationType.RESOURCE_EXCEEDED, text, datetime.now(UTC), "info", details)
 
 

@@ -89,10 +89,10 @@ def meet(own: str, count: int) -> int:
     return os.getpid()
 
 
-def signal_and_sleep(name: str = "started") -> None:
+def signal_and_sleep(name: str = "started", seconds: float = 60.0) -> None:
     with open(name, "w"):
         pass
-    time.sleep(60)
+    time.sleep(seconds)
 
 
 def be_refused_and_sleep() -> None:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,9 @@ from sandbox import IsolationLevel, PluginExecutionError, ResourceLimitExceededE
 from sandbox.cgroups import leaf, place
 from sandbox.cgroups.controllers import Cpu, Folder, Limit, Memory, V2Controller
 from sandbox.config import PluginLimitsV2
+from sandbox.engine.loop import PollLoop
+from sandbox.monitor.sources import CgroupSource
+from sandbox.monitor.watch import Thresholds, Watch
 
 from . import harness, plugins
 
@@ -317,6 +323,35 @@ def test_controllers_read_what_is_there(cgroup: Folder) -> None:
         with pytest.raises(FileNotFoundError):
             Memory(cgroup).set_property("memory.max", "max")
         assert not os.path.exists(f"{cgroup.full_path}/memory.max"), "nothing is made"
+
+
+def test_a_stall_is_told_by_a_psi_trigger(cgroup: Folder) -> None:
+    """Whoever is above memory.high waits for memory."""
+    if "memory" not in FACTS.controllers:
+        pytest.skip("no memory controller of ours here: make vm-test has one")
+    source = CgroupSource(os.dup(cgroup.fd))
+    trigger = source.pressure()
+    if trigger < 0:
+        pytest.skip("before Linux 6.5 only CAP_SYS_RESOURCE may write triggers")
+    os.close(trigger)
+    source.warn_at(16 << 20)
+    loop = PollLoop()
+    watch = Watch(loop, source, Thresholds.of_limits(PluginLimitsV2()), 60.0)
+    seen: list[str] = []
+    watch.on_violation = lambda violation: seen.append(violation.details["limit"])
+    grow = "import os; os.read(0, 1); held = bytearray(b'x') * (64 << 20)"
+    with subprocess.Popen([sys.executable, "-c", grow], stdin=subprocess.PIPE) as child:
+        leaf.write(cgroup.fd, "cgroup.procs", str(child.pid))
+        watch.begin()
+        assert child.stdin is not None
+        child.stdin.close()
+        end = time.monotonic() + 10 * harness.PATIENCE
+        while "memory pressure" not in seen and time.monotonic() < end:
+            loop.run_once(0.1)
+        child.kill()
+    watch.end()
+    watch.close()
+    assert "memory pressure" in seen
 
 
 def test_a_limit_may_be_none() -> None:

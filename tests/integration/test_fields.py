@@ -185,3 +185,21 @@ def test_each_limit_has_a_substitute_or_is_said_to_be_missing() -> None:
         assert states[name] == "substituted"
     names = [[line[0] for line in made["rlimits"]] for made in (with_all, without)]  # type: ignore[attr-defined]
     assert set(names[1]) - set(names[0]) == {"RLIMIT_DATA", "RLIMIT_CPU", "RLIMIT_NPROC"}
+
+
+@pytest.mark.parametrize(
+    ("here", "mend"),
+    [
+        ({"root": True, "cgroup_v1": ("memory",)}, "systemd.unified_cgroup_hierarchy=1"),
+        ({"root": True}, "--cgroupns=private"),
+        ({"root": False}, "systemd-run --user --scope --property=Delegate=yes"),
+        ({"root": False, "cgroup_kind": "scope"}, "systemctl edit user@.service"),
+    ],
+)
+def test_the_way_to_controllers_is_that_of_the_place(here: dict[str, Any], mend: str) -> None:
+    facts = dataclasses.replace(host.facts(), **{"controllers": (), "cgroup_v1": (), "cgroup_kind": "", **here})
+    config = IsolationConfig(level=STRICT, require_limits=True, allow_degraded=True)
+    with pytest.raises(SandboxInitializationError) as caught:
+        recipe.compile(config, PluginLimitsV2(), PluginPermissionsV2(), facts)
+    assert mend in str(caught.value)
+    assert mend in (caught.value.mend or "")

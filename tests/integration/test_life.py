@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,47 @@ def test_50_calls_at_once(level: IsolationLevel) -> None:
 
     with harness.nothing_left():
         asyncio.run(main())
+
+
+# -- clocks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    os.environ.get("PSIE_TEST_CLOCK") != "set", reason="it sets the host's clock: make vm-test lets it, as root"
+)
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_set_changes_nothing(level: IsolationLevel, hours: int) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(level, limits={"max_execution_time_seconds": 20.0}) as sandbox:
+            task = asyncio.create_task(sandbox.execute_plugin_safe(plugins.signal_and_sleep, "started", 1.0))
+            await harness.wait_for((sandbox.temp_directory / "started").exists)
+            with moved_clock(hours * 3600):
+                await task
+            telemetry = sandbox.get_telemetry()
+            assert telemetry.end_time is not None
+            assert 1.0 <= (telemetry.end_time - telemetry.start_time).total_seconds() < 30
+            assert all(0 <= sample["elapsed_seconds"] < 30 for sample in telemetry.resource_samples)
+        async with harness.open_sandbox(level, limits={"max_execution_time_seconds": 2.0}) as sandbox:
+            start = time.monotonic()
+            task = asyncio.create_task(sandbox.execute_plugin_safe(plugins.signal_and_sleep))
+            await harness.wait_for((sandbox.temp_directory / "started").exists)
+            with moved_clock(hours * 3600), pytest.raises(ResourceLimitExceededError) as caught:
+                await task
+            assert caught.value.limit == "time"
+            assert 1.9 <= time.monotonic() - start < 2 + harness.SOON
+
+    asyncio.run(main())
+
+
+@contextlib.contextmanager
+def moved_clock(seconds: float) -> Iterator[None]:
+    """The host's wall clock, set `seconds` ahead; back again afterwards."""
+    offset = time.time() - time.monotonic()
+    time.clock_settime(time.CLOCK_REALTIME, time.time() + seconds)
+    try:
+        yield
+    finally:
+        time.clock_settime(time.CLOCK_REALTIME, time.monotonic() + offset)
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------

@@ -187,6 +187,9 @@ class Source:
     def event_files(self) -> list[str]:
         return []
 
+    def pressure(self) -> int:
+        return -1
+
     def pids(self) -> list[int]:
         return []
 
