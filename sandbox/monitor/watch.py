@@ -174,7 +174,12 @@ class Watch:
         self.look_at_events()
 
     def _stalled(self) -> None:
-        if self.stalls is not None and any(event & select.EPOLLPRI for _, event in self.stalls.poll(0)):
+        """The loop has polled the trigger, which takes the event: only what is wrong with it is still to be seen."""
+        if self.stalls is None:
+            return
+        if any(event & select.EPOLLERR for _, event in self.stalls.poll(0)):
+            self.loop.remove_reader(self.stalls.fileno())  # the cgroup has gone
+        else:
             self._tell(stalled_violation())
 
     def _tick(self) -> None:

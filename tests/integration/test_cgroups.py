@@ -304,7 +304,8 @@ def cgroup() -> Iterator[Folder]:
     """An empty cgroup of ours, with whatever controllers there are."""
     if FACTS.cgroup_kind not in ("root", "delegated"):
         pytest.skip("no v2 tree in which we may make a cgroup by hand: root, or a delegated subtree, has one")
-    parent = place.prepare(os.path.join(FACTS.cgroup_folder, place.FOLDER), [])
+    controllers = [name for name in place.ENABLED if name in FACTS.controllers]
+    parent = place.prepare(os.path.join(FACTS.cgroup_folder, place.FOLDER), controllers)
     folder = Folder(leaf.make(parent, "4090", {}))
     yield folder
     folder.close()
