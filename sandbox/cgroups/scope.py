@@ -59,7 +59,7 @@ def start(name: str, properties: list[tuple[str, Any]]) -> None:
         "/org/freedesktop/systemd1", bus_name="org.freedesktop.systemd1", interface="org.freedesktop.systemd1.Manager"
     )
     bus = os.environ.get("DBUS_SESSION_BUS_ADDRESS") or f"unix:path=/run/user/{os.getuid()}/bus"
-    with open_dbus_connection(bus=bus) as connection:
+    with open_dbus_connection(bus=bus, auth_timeout=TIMEOUT) as connection:
         rule = MatchRule(type="signal", interface=manager.interface, member="JobRemoved", path=manager.object_path)
         Proxy(message_bus, connection).AddMatch(rule)
         with connection.filter(rule, bufsize=256) as signals:
