@@ -157,8 +157,8 @@ class _Compiler:
         said = f"{detail}: no {controller} controller here"
         self.protections.append(Protection(name, state, substitute or "none", said, mend, expected))
 
-    def way_to_controllers(self, controller: str = "memory") -> str:
-        """What to change on this host for limits that the kernel enforces."""
+    def way_to_controllers(self, controller: str = "") -> str:
+        """What to change on this host for a cgroup leaf, and for `controller` in it."""
         if controller in self.host.cgroup_v1:
             return f"boot this host with {controller} in cgroup v2: the kernel parameter systemd.unified_cgroup_hierarchy=1"
         if self.host.cgroup_kind == "scope":

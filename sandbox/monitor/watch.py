@@ -99,7 +99,7 @@ class Watch:
         self.first: Reading | None = None
         self.last: Reading | None = None
         self.counted: dict[str, int] = {}  # what has been told already
-        self.warned: set[str] = set()
+        self.told: dict[str, SandboxViolation] = {}  # in this run
         self.notify: Any = None  # inotify_simple.INotify
         self.stalls: select.epoll | None = None  # of the PSI trigger: a loop's readers are not told of POLLPRI
         self.trigger = -1
@@ -113,7 +113,7 @@ class Watch:
         if self.running > 1:
             return
         self.started = monotonic()
-        self.warned.clear()
+        self.told.clear()
         self.first = self.last = self.start_reading()
         self._listen()
         self.look_at_events()
@@ -256,11 +256,16 @@ class Watch:
         """The kernel has counted that memory.high, the warning threshold, was passed."""
 
     def _tell(self, violation: SandboxViolation) -> None:
+        """Once for each thing in a run; what is counted further goes into the one that was told."""
         key = f"{violation.details['limit']} {violation.severity}"
-        if key not in self.warned:
-            self.warned.add(key)
+        earlier = self.told.get(key)
+        if earlier is None:
+            self.told[key] = violation
             if self.on_violation is not None:
                 self.on_violation(violation)
+        elif violation.details.get("source") == "pids.events":
+            counted = pids_violation(earlier.details["count"] + violation.details["count"], self.limits.tasks)
+            earlier.message, earlier.details = counted.message, counted.details
 
 
 def violations_of(counted: Mapping[str, int | str], limits: Thresholds) -> list[SandboxViolation]:

@@ -170,7 +170,7 @@ def test_with_a_read_only_cgroup_tree_limits_are_substituted(user: User) -> None
         assert told["protections"]["cgroup leaf"]["state"] == ("missing" if name == "minimal" else "substituted")
         for limit in ("memory", "processes and threads", "CPU"):
             assert told["protections"][limit]["state"] == "substituted"
-        assert "delegated" in told["protections"]["cgroup leaf"]["mend"]
+        assert "mounted read-write" in told["protections"]["cgroup leaf"]["mend"]
 
 
 # -- few mount namespaces ----------------------------------------------------------------------------------------------

@@ -204,11 +204,13 @@ def test_what_the_kernel_counts_is_told_once_a_run() -> None:
     watch.begin()
     source.counts = {"memory.events high": 3, "memory.events max": 0, "pids.events max": 2}
     watch.look_at_events()
-    source.counts["memory.events high"] = 9
+    source.counts |= {"memory.events high": 9, "pids.events max": 7}
+    watch.look_at_events()
     source.throttled = 5
     watch.end()
     assert [(v.details["limit"], v.severity) for v in told] == [("memory", "warning"), ("pids", "warning"), ("cpu", "info")]
-    assert told[1].details["count"] == 2
+    assert told[1].details["count"] == 7, "all of the run, in the one that was told at the first"
+    assert "refused 7 new" in told[1].message
     assert told[2].details["count"] == 5
     told.clear()
     watch.begin()
