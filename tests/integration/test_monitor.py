@@ -143,7 +143,7 @@ def test_a_monitor_watches_a_process_and_its_children() -> None:
     time.sleep(0.25)  # it has ended: the monitor goes on and finds nothing
     watch.stop_monitoring()
     watch.stop_monitoring()
-    assert watch.get_current_stats()["pids"] == 2, "the last numbers stay"
+    assert watch.get_current_stats()["pids"] in (1, 2), "the last numbers stay; both do not end at the same moment"
     watch.start_monitoring()
     assert harness.wait_until(lambda: watch.get_current_stats()["memory_mb"] > 1)
     watch.stop_monitoring()
