@@ -25,13 +25,13 @@ class Folder:
     def __init__(self, fd: int) -> None:
         """Takes over `fd`, an open cgroup folder; `close` closes it."""
         self.fd = fd
-        self.files: dict[str, int] = {}  # open for reading
+        self.files: dict[str | bytes, int] = {}  # open for reading
 
     @property
     def full_path(self) -> str:
         return f"/proc/self/fd/{self.fd}"
 
-    def read(self, name: str) -> str:
+    def read(self, name: str | bytes) -> str:
         """Raises OSError: FileNotFoundError for a controller that is not there, ENODEV for a cgroup that has gone."""
         fd = self.files.get(name)
         if fd is None:
@@ -76,7 +76,7 @@ class Limit(BaseFileInterface):  # type: ignore[misc]
     """A number of bytes or tasks; None is "max", no limit."""
 
     def sanitize_get(self, value: str) -> int | None:
-        return None if value == "max" else int(value)
+        return None if value.startswith("max") else int(value)
 
     def sanitize_set(self, value: int | None) -> str:
         return "max" if value is None else str(value)
@@ -88,7 +88,7 @@ class Flat(BaseFileInterface):  # type: ignore[misc]
     readonly = True
 
     def sanitize_get(self, value: str) -> dict[str, int]:
-        return {name: int(number) for name, _, number in (line.partition(" ") for line in value.splitlines())}
+        return {name: int(number) for name, number in [line.split(" ", 1) for line in value.splitlines()]}
 
 
 class Nested(BaseFileInterface):  # type: ignore[misc]
@@ -100,7 +100,7 @@ class Nested(BaseFileInterface):  # type: ignore[misc]
         found = {}
         for line in value.splitlines():
             key, *pairs = line.split()
-            found[key] = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+            found[key] = dict([pair.split("=", 1) for pair in pairs if "=" in pair])
         return found
 
 
@@ -121,7 +121,7 @@ class V2Controller(Controller):  # type: ignore[misc]
     pids = Pids("cgroup.procs")
 
     def get_property(self, filename: Any) -> str:
-        return self.node.read(os.fsdecode(filename)).strip()
+        return self.node.read(filename)
 
     def set_property(self, filename: Any, value: object) -> None:
         self.node.write(os.fsdecode(filename), str(value))
