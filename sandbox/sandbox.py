@@ -102,6 +102,7 @@ class EnhancedPluginSandbox:
         self._lifetime: asyncio.TimerHandle | None = None
         self._expired = False
         self._watch: SandboxWatch | None = None  # the engine thread's
+        self._counted: dict[str, int] = {}  # before there was one
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -209,12 +210,20 @@ class EnhancedPluginSandbox:
             self._watch = SandboxWatch(self._sandbox)
             self._watch.on_sample = lambda sample: self._tell(self._sampled, sample)
             self._watch.on_violation = lambda violation: self._tell(self._violated, violation)
+            self._watch.counted = self._counted
         self._watch.begin()
 
     def _watch_ends(self) -> None:
         """In the engine's thread: the call has ended, its cgroup is there still."""
         if self._watch is not None and self._watch.running:
             self._watch.end()
+
+    def _count(self, seen: Mapping[str, Any]) -> None:
+        """In the engine's thread: what a call that nobody watched has counted is no news for the next watch."""
+        counted = self._watch.counted if self._watch is not None else self._counted
+        for name, value in seen.items():
+            if name.partition(" ")[0] in COUNTED:
+                counted[name] = counted.get(name, 0) + int(value)
 
     def _tell(self, callback: Callable[..., None], *args: object) -> None:
         """Call back on the caller's loop."""
@@ -530,10 +539,14 @@ class _Run:
                 self._raw[key].details["count"] = int(fields["count"])
         if self._watch_timer is not None:
             self._watch_timer.cancel()
-        if self._watched:
-            self.owner._watch_ends()
-        if not self._done.done():
-            self._done.set_result(None)
+        try:
+            if self._watched:
+                self.owner._watch_ends()
+            else:
+                self.owner._count(self.call.outcome or {})
+        finally:
+            if not self._done.done():
+                self._done.set_result(None)
 
     def _on_violation(self, fields: dict[str, str]) -> None:
         violation = outcome.describe_violation(fields)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 READ_BYTES = 16384
+PAGE = 3500  # bytes: what is shorter was all of it
 
 
 class Folder:
@@ -36,7 +37,13 @@ class Folder:
         fd = self.files.get(name)
         if fd is None:
             fd = self.files[name] = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
-        return os.pread(fd, READ_BYTES, 0).decode()
+        data = os.pread(fd, READ_BYTES, 0)
+        while len(data) > PAGE:  # the kernel gives about a page at a time
+            more = os.pread(fd, READ_BYTES, len(data))
+            if not more:
+                break
+            data += more
+        return data.decode()
 
     def write(self, name: str, text: str) -> None:
         """Without O_CREAT: a file that is missing is ENOENT, not EACCES."""

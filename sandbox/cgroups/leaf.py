@@ -6,7 +6,6 @@ cgroup-v2 document.
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 
@@ -95,13 +94,12 @@ def remove(parent: int, name: str) -> None:
         return
     try:
         kill(leaf)
-        for child in os.listdir(leaf):
-            if child.startswith("call-"):
-                os.rmdir(child, dir_fd=leaf)
+        for child in os.scandir(leaf):
+            if child.is_dir(follow_symlinks=False):
+                os.rmdir(child.name, dir_fd=leaf)
     finally:
         os.close(leaf)
     try:
         os.rmdir(name, dir_fd=parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EBUSY):
-            raise
+    except FileNotFoundError:
+        return  # somebody else was faster

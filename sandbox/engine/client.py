@@ -96,6 +96,7 @@ class Zygote:
         self.closed = False
         self.swept = False  # whether stale workspaces were looked for
         self.leaves = -1  # fd of the folder with the cgroups of its sandboxes, once there is one
+        self.scope = ""  # that folder, where the user's systemd has made it
         self.on_closed: Callable[[], None] | None = None
         self.on_idle: Callable[[Zygote], None] | None = None
         loop.add_reader(self.control.fileno(), self._readable)
@@ -140,7 +141,7 @@ class Zygote:
             if cgroup["kind"] == "scope":
                 from sandbox.cgroups import scope
 
-                folder = scope.make(self.pid)
+                folder = self.scope = self.scope or scope.make(self.pid)
             else:
                 folder = os.path.join(cgroup["folder"], place.FOLDER)
             self.leaves = place.prepare(folder, cgroup["controllers"])
@@ -286,12 +287,12 @@ class Sandbox:
                 parent, own = self._make_leaf()
                 self.leaf_fd = own
                 fds.update(cgroup_parent=parent, cgroup=own)
-                instruction["cgroup"] = str(self.slot.number)
+                instruction["cgroup"] = self.slot.name
             if self.recipe.workspace["kind"] == "folder":
                 parent = self._make_folder(ids["owner"])
                 opened.append(parent)
                 fds["folder_parent"] = parent
-                instruction["folder"] = str(self.slot.number)
+                instruction["folder"] = self.slot.name
                 instruction["folder_path"] = self.folder
             instruction["recipe_number"] = self.zygote.teach(wire)
             instruction["fds"] = list(fds)
@@ -337,7 +338,7 @@ class Sandbox:
         settings: dict[str, str] = self.recipe.cgroup["settings"]
         try:
             parent = self.zygote.leaves_in(self.recipe.cgroup)
-            self.leaf = parent, str(self.slot.number)
+            self.leaf = parent, self.slot.name
             return parent, leaf.make(*self.leaf, settings)
         except OSError as error:
             self.zygote.forget_leaves()
@@ -358,7 +359,7 @@ class Sandbox:
             self.zygote.swept = True
             sweep.workspaces()
         parent = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        name = str(self.slot.number)
+        name = self.slot.name
         workspace.remove_folder(parent, name)
         self.folder = os.path.join(work, name)
         for path in (self.folder, self.folder + "/files"):
@@ -505,18 +506,20 @@ class Sandbox:
 
     def _remove_places(self) -> None:
         self._close_leaf_fd()
-        if self.leaf is not None:
-            try:
-                leaf.remove(*self.leaf)
-            finally:
-                os.close(self.leaf[0])
-                self.leaf = None
-        if self.folder is not None:
-            parent = os.open(os.path.dirname(self.folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                workspace.remove_folder(parent, os.path.basename(self.folder))
-            finally:
-                os.close(parent)
+        try:
+            if self.leaf is not None:
+                try:
+                    leaf.remove(*self.leaf)
+                finally:
+                    os.close(self.leaf[0])
+                    self.leaf = None
+        finally:
+            if self.folder is not None:
+                parent = os.open(os.path.dirname(self.folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    workspace.remove_folder(parent, os.path.basename(self.folder))
+                finally:
+                    os.close(parent)
 
 
 class Call:

@@ -38,7 +38,7 @@ def workspaces() -> list[str]:
 def _remove(folder: int, remove: Callable[[int, str], None]) -> list[str]:
     removed = []
     for name in os.listdir(folder):
-        slot = userids.hold(int(name)) if name.isdecimal() else None
+        slot = userids.hold(name)
         if slot is None:
             continue
         try:

@@ -124,6 +124,9 @@ class Warden:
         except OSError as error:
             for fd in (*fds, report.detach(), inside.detach()):
                 os.close(fd)
+            if own is not None and cgroup != own and cgroup is not None:
+                os.close(cgroup)
+                leaf.remove(own, f"call-{number}")
             self.report_failure(mounts.LineFailed("call: clone3 with " + ", ".join(self.recipe["namespaces"]), error), number)
             return
         if pid == 0:

@@ -49,9 +49,7 @@ class SandboxWatch(Watch):
     def start_reading(self) -> Reading | None:
         if isinstance(self.source, CgroupSource):
             return super().start_reading()
-        fresh = Reading()  # its processes are: asking psutil would take longer than many a call
-        fresh.cpu_usec = 0
-        return fresh
+        return Reading()  # its processes are: asking psutil would take longer than many a call
 
     def passed_high(self) -> None:
         super().passed_high()

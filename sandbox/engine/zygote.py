@@ -134,8 +134,9 @@ def anonymous_memory() -> int:
 class Sandbox:
     """What has to be removed when all of a sandbox has gone."""
 
-    def __init__(self, name: str, leaf: tuple[int, str] | None, folder: tuple[int, str] | None) -> None:
+    def __init__(self, name: str, lock: int, leaf: tuple[int, str] | None, folder: tuple[int, str] | None) -> None:
         self.name = name
+        self.lock = lock  # the ledger's: its place is taken until leaf and folder have gone
         self.leaf = leaf  # (fd of the parent cgroup, name)
         self.folder = folder  # (fd of the parent folder, name)
 
@@ -201,7 +202,7 @@ class Zygote:
         given = dict(zip(instruction["fds"], fds, strict=True))
         leaf = (given.pop("cgroup_parent"), instruction["cgroup"]) if "cgroup_parent" in given else None
         folder = (given.pop("folder_parent"), instruction["folder"]) if "folder_parent" in given else None
-        sandbox = Sandbox(instruction["sandbox"], leaf, folder)
+        sandbox = Sandbox(instruction["sandbox"], os.dup(given["lock"]), leaf, folder)
         instruction["fds"] = list(given)
         try:
             while True:
@@ -299,16 +300,14 @@ class Zygote:
     def over(self, sandbox: Sandbox) -> None:
         """Nothing of it lives any more: remove what was its, and tell the caller."""
         left = ""
-        try:
-            if sandbox.leaf:
-                leaf.remove(*sandbox.leaf)
-            if sandbox.folder:
-                workspace.remove_folder(*sandbox.folder)
-        except OSError as error:
-            left = f"{error.filename or 'a folder or cgroup of the sandbox'}: {error.strerror}"
-        for place in (sandbox.leaf, sandbox.folder):
+        for place, remove in ((sandbox.leaf, leaf.remove), (sandbox.folder, workspace.remove_folder)):
             if place:
+                try:
+                    remove(*place)
+                except OSError as error:
+                    left = f"{error.filename or 'a folder or cgroup of the sandbox'}: {error.strerror}"
                 os.close(place[0])
+        os.close(sandbox.lock)
         try:
             channel.send(self.control, "closed", {"sandbox": sandbox.name, "left": left})
         except OSError as error:

@@ -141,14 +141,21 @@ class Watch:
         self.source.close()
 
     def _listen(self) -> None:
+        """Where the host has no inotify instance left for its user, events are seen at each sample instead."""
         files = self.source.event_files()
         if files:
             from inotify_simple import INotify, flags
 
-            self.notify = INotify(nonblocking=True)
-            for path in files:
-                self.notify.add_watch(path, flags.MODIFY)
-            self.loop.add_reader(self.notify.fileno(), self._notified)
+            try:
+                self.notify = INotify(nonblocking=True)
+                for path in files:
+                    self.notify.add_watch(path, flags.MODIFY)
+            except OSError:
+                if self.notify is not None:
+                    self.notify.close()
+                    self.notify = None
+            else:
+                self.loop.add_reader(self.notify.fileno(), self._notified)
         self.trigger = self.source.pressure()
         if self.trigger >= 0:
             self.stalls = select.epoll()
@@ -184,6 +191,8 @@ class Watch:
 
     def _tick(self) -> None:
         self.sample()
+        if self.notify is None:
+            self.look_at_events()
         self.timer = self.loop.call_later(self.interval, self._tick)
 
     # -- what is seen ----------------------------------------------------------------------------------------------

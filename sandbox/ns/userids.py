@@ -58,6 +58,7 @@ class Slot:
     def __init__(self, number: int, fd: int) -> None:
         self.number = number
         self.fd = fd
+        self.name = f"{_identity(fd)}-{number}"  # of its cgroup and its folder
 
     def release(self) -> None:
         if self.fd >= 0:
@@ -85,15 +86,30 @@ def claim(memory: int, total_memory: int) -> Slot:
     return Slot(slot, fd)
 
 
-def hold(number: int) -> Slot | None:
-    """The slot `number` if no sandbox has it, for as long as its leftovers are removed; nothing is claimed."""
-    if not 0 < number <= SLOTS:
-        return None
+def hold(name: str) -> Slot | None:
+    """The slot that a leftover is named after if no sandbox has it, for as long as that is removed; nothing is claimed.
+
+    None too for what another ledger's sandbox has made: processes with different /run can share a cgroup tree.
+    """
     fd = _open_locks()
-    if _lock(fd, fcntl.F_WRLCK, number):
-        return Slot(number, fd)
+    identity, _, number = name.rpartition("-")
+    if identity == _identity(fd) and number.isdecimal() and 0 < int(number) <= SLOTS and _lock(fd, fcntl.F_WRLCK, int(number)):
+        return Slot(int(number), fd)
     os.close(fd)
     return None
+
+
+def name_of(number: int) -> str:
+    """The name of what a sandbox with the slot `number` of our ledger makes."""
+    slot = Slot(number, _open_locks())
+    slot.release()
+    return slot.name
+
+
+def _identity(locks: int) -> str:
+    """Of a ledger, among all those that are in use on a host."""
+    found = os.fstat(locks)
+    return f"{found.st_dev:x}-{found.st_ino:x}"
 
 
 def _open_locks() -> int:

@@ -193,10 +193,11 @@ def is_orphan(process: Process) -> bool:
 def ownerless(folder: str) -> frozenset[str]:
     """The entries of `folder`, named by slots, that belong to no living sandbox."""
     try:
-        names = [name for name in os.listdir(folder) if name.isdecimal()]
+        names = os.listdir(folder)
     except FileNotFoundError:
         return frozenset()
-    left = [name for name in names if slot_is_free(int(name))]
+    numbers = {name: int(name.rpartition("-")[2]) for name in names if name.count("-") == 2}
+    left = [name for name, number in numbers.items() if name == userids.name_of(number) and slot_is_free(number)]
     return frozenset(f"{folder}/{name}" for name in left if os.path.exists(f"{folder}/{name}"))
 
 

@@ -152,9 +152,10 @@ def test_a_killed_caller_leaves_nothing_after_a_second(level: IsolationLevel) ->
 def stale_places(number: int) -> list[Path]:
     """A cgroup and a workspace folder as they stay when a caller and its zygote are killed together."""
     facts = host.facts()
-    places = [Path(state.folder("lib"), "work", str(number))]
+    name = userids.name_of(number)
+    places = [Path(state.folder("lib"), "work", name)]
     if facts.cgroup_kind in ("root", "delegated"):
-        places.append(Path(facts.cgroup_folder, place.FOLDER, str(number)))
+        places.append(Path(facts.cgroup_folder, place.FOLDER, name))
     for each in places:
         each.mkdir(parents=True)
     (places[0] / "files").mkdir()
@@ -167,6 +168,9 @@ def stale_places(number: int) -> list[Path]:
 def test_what_dead_sandboxes_left_is_swept(way: str) -> None:
     """By `psie gc`, and by the first sandbox of a process. What belongs to a living sandbox stays."""
     places = stale_places(userids.SLOTS - (1 if way == "gc" else 2))
+    others = [each.with_name(f"1-{way}-{userids.SLOTS - 1}") for each in places]  # of a sandbox that our ledger knows not
+    for each in others:
+        each.mkdir()
 
     async def main() -> None:
         async with harness.open_sandbox(IsolationLevel.MINIMAL) as sandbox:
@@ -174,11 +178,14 @@ def test_what_dead_sandboxes_left_is_swept(way: str) -> None:
                 done = subprocess.run([sys.executable, "-m", "sandbox.cli", "gc"], capture_output=True, text=True, check=True)
                 assert "removed" in done.stdout
             assert not [each for each in places if each.exists()]
+            assert all(each.exists() for each in others)
             assert sandbox.temp_directory.is_dir()
             assert await sandbox.execute_plugin_safe(plugins.give_back, 1) == 1
 
     service.shut_down()
     asyncio.run(main())
+    for each in others:
+        each.rmdir()
 
 
 # What dies below a caller, what the call then ends with, and what its text names: see sandbox.engine.zygote.

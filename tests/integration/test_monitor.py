@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -216,3 +217,21 @@ def test_what_the_kernel_counts_is_told_once_a_run() -> None:
     watch.begin()
     watch.end()
     assert not told, "what was counted in the run before is no news"
+
+
+def refuse_inotify(*_: object, **__: object) -> None:
+    raise OSError(24, "Too many open files")
+
+
+def test_without_an_inotify_instance_events_are_seen_at_each_sample(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A host's user has 128 of them, and others may have taken all."""
+    monkeypatch.setattr("inotify_simple.INotify", refuse_inotify)
+    source, told, loop = Source(), list[SandboxViolation](), PollLoop()
+    monkeypatch.setattr(source, "event_files", lambda: [str(tmp_path)])
+    watch = Watch(loop, source, Thresholds.of_limits(PluginLimitsV2()), 0.01)
+    watch.on_violation = told.append
+    watch.begin()
+    source.counts = {"pids.events max": 2}
+    loop.run_once(1.0)
+    assert [v.details["limit"] for v in told] == ["pids"]
+    watch.end()
