@@ -237,11 +237,14 @@ def test_a_killed_part_between_calls(level: IsolationLevel, victim: str) -> None
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox:
             await sandbox.execute_plugin_safe(plugins.give_back, 1)
-            for pid in [zygote_of_a_warden()] if victim == "zygote" else harness.roles(os.getpid())["idle"]:
+            victims = [zygote_of_a_warden()] if victim == "zygote" else harness.roles(os.getpid())["idle"]
+            for pid in victims:
                 os.kill(pid, signal.SIGKILL)
             async with asyncio.timeout(harness.SETTLE):
                 with pytest.raises((ResourceError, RuntimeError)):
                     await sandbox.execute_plugin_safe(plugins.give_back, 2)
+            # One that is still dying could be given to the next test's sandbox.
+            await harness.wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in victims))
 
     asyncio.run(main())
 
