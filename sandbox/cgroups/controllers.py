@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 READ_BYTES = 16384
-PAGE = 3500  # bytes: what is shorter was all of it
+SURELY_WHOLE = 3500  # bytes: the kernel gives about a page at a time, so what is shorter was all of it
 
 
 class Folder:
@@ -38,7 +38,7 @@ class Folder:
         if fd is None:
             fd = self.files[name] = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
         data = os.pread(fd, READ_BYTES, 0)
-        while len(data) > PAGE:  # the kernel gives about a page at a time
+        while len(data) > SURELY_WHOLE:
             more = os.pread(fd, READ_BYTES, len(data))
             if not more:
                 break

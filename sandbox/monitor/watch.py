@@ -158,7 +158,11 @@ class Watch:
                 self.loop.add_reader(self.notify.fileno(), self._notified)
         self.trigger = self.source.pressure()
         if self.trigger >= 0:
-            self.stalls = select.epoll()
+            try:
+                self.stalls = select.epoll()
+            except OSError:
+                os.close(self.trigger)  # no descriptor left: samples tell the pressure still
+                return
             self.stalls.register(self.trigger, select.EPOLLPRI)
             self.loop.add_reader(self.stalls.fileno(), self._stalled)
 
