@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
     from sandbox.engine.loop import Timer
     from sandbox.engine.watching import SandboxWatch
+    from sandbox.monitor.watch import Watched
     from sandbox.recipe_data import Protection, Recipe
 
 MB = 1 << 20
-COUNTED = ("memory.events", "pids.events")
 
 
 class EnhancedPluginSandbox:
@@ -200,10 +200,10 @@ class EnhancedPluginSandbox:
         if self._sandbox is not None and self._service is not None:
             self._service.loop.call_later(0, self._service.refill, self._wire)
 
-    def _watch_begins(self) -> None:
+    def _watch_begins(self) -> Watched | None:
         """In the engine's thread: a call has run for a while."""
         if self._sandbox is None or self._sandbox.closing:
-            return
+            return None
         if self._watch is None:
             from sandbox.engine.watching import SandboxWatch
 
@@ -211,18 +211,18 @@ class EnhancedPluginSandbox:
             self._watch.on_sample = lambda sample: self._tell(self._sampled, sample)
             self._watch.on_violation = lambda violation: self._tell(self._violated, violation)
             self._watch.counted = self._counted
-        self._watch.begin()
+        return self._watch.begin()
 
-    def _watch_ends(self) -> None:
+    def _watch_ends(self, run: Watched) -> None:
         """In the engine's thread: the call has ended, its cgroup is there still."""
-        if self._watch is not None and self._watch.running:
-            self._watch.end()
+        if self._watch is not None:
+            self._watch.end(run)
 
     def _count(self, seen: Mapping[str, Any]) -> None:
         """In the engine's thread: what a call that nobody watched has counted is no news for the next watch."""
         counted = self._watch.counted if self._watch is not None else self._counted
         for name, value in seen.items():
-            if name.partition(" ")[0] in COUNTED:
+            if name.partition(" ")[0] in outcome.COUNTED:
                 counted[name] = counted.get(name, 0) + int(value)
 
     def _tell(self, callback: Callable[..., None], *args: object) -> None:
@@ -388,10 +388,8 @@ class EnhancedPluginSandbox:
             telemetry.peak_cpu_percent = max(telemetry.peak_cpu_percent, watch.peak_cpu)
             if self.config.telemetry_enabled:
                 telemetry.process_hierarchy = list(watch.hierarchy)
-        if not run._watched and any(name.partition(" ")[0] in COUNTED for name in seen):
-            from sandbox.monitor.watch import Thresholds, violations_of
-
-            for violation in violations_of(seen, Thresholds.of_recipe(run.call.sandbox.recipe)):
+        if run._watched is None:
+            for violation in outcome.counted(run.call):
                 self._violated(violation)
         telemetry.peak_memory_mb = max(telemetry.peak_memory_mb, *peaks)
         self._see_violations(run)
@@ -444,7 +442,7 @@ class _Run:
         self.violations: list[SandboxViolation] = []
         self._sealed = promise()
         self._done = promise()
-        self._watched = False
+        self._watched: Watched | None = None
         self._watch_timer: Timer | None = None
         self._raw: dict[tuple[str, str], SandboxViolation] = {}
         self._escapers = {1: TerminalEscaper(), 2: TerminalEscaper()}
@@ -490,8 +488,7 @@ class _Run:
             self._watch_timer = self.call.loop.call_later(client.WATCH_AFTER, self._watch)
 
     def _watch(self) -> None:
-        self._watched = True
-        self.owner._watch_begins()
+        self._watched = self.owner._watch_begins()
 
     def refuse(self, error: SandboxException) -> None:
         self._on_stands(error)
@@ -540,8 +537,8 @@ class _Run:
         if self._watch_timer is not None:
             self._watch_timer.cancel()
         try:
-            if self._watched:
-                self.owner._watch_ends()
+            if self._watched is not None:
+                self.owner._watch_ends(self._watched)
             else:
                 self.owner._count(self.call.outcome or {})
         finally:

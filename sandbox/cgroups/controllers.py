@@ -46,8 +46,11 @@ class Folder:
         return data.decode()
 
     def write(self, name: str, text: str) -> None:
-        """Without O_CREAT: a file that is missing is ENOENT, not EACCES."""
-        fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self.fd)
+        """Without O_CREAT: a file that is missing is ENOENT, not EACCES.
+
+        O_NONBLOCK: for a memory limit below what is used it is not us who reclaim the memory (ignored by older kernels).
+        """
+        fd = os.open(name, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.fd)
         try:
             os.write(fd, text.encode())
         finally:

@@ -187,7 +187,6 @@ class Session:
 
         call.on_sealed = send
         call.on_violation = self._violation
-        call.on_done = self._end_watch
 
     def _begin_watch(self) -> None:
         """Of a plugin that runs for a while: what it uses, and what the kernel counts."""
@@ -195,15 +194,16 @@ class Session:
             return
         from sandbox.engine.watching import SandboxWatch
 
-        self.watch = SandboxWatch(self.call.sandbox)
-        self.watch.on_violation = self.watched.append
-        self.watch.on_sample = self.samples.append
-        self.watch.begin()
+        watch = self.watch = SandboxWatch(self.call.sandbox)
+        watch.on_violation = self.watched.append
+        watch.on_sample = self.samples.append
+        run = watch.begin()
 
-    def _end_watch(self, call: client.Call) -> None:
-        if self.watch is not None:
-            self.watch.end()
-            self.watch.close()
+        def end(call: client.Call) -> None:
+            watch.end(run)
+            watch.close()
+
+        self.call.on_done = end
 
     def _violation(self, call: client.Call, fields: dict[str, str]) -> None:
         if len(call.violations) > self.recipe.monitoring["violation_threshold"]:
@@ -376,7 +376,7 @@ def write_result(
 
     call, watch = session.call, session.watch
     assert call is not None
-    violations = [*violations, *session.watched]
+    violations = [*violations, *(session.watched if watch else outcome.counted(call))]
     reason = str(error).splitlines()[0] if error is not None else "exited"
     start = datetime.fromtimestamp(session.start, UTC)
     telemetry = SandboxTelemetry(

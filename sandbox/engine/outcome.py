@@ -33,6 +33,7 @@ LIMIT_ERRNO = {
 }
 MB = 1 << 20
 NETWORK = {"socket", "socketpair", "connect", "bind", "listen", "accept", "accept4", "sendto", "sendmsg", "sendmmsg"}
+COUNTED = ("memory.events", "pids.events")  # files of a cgroup whose counts come with the end of a call
 PERMISSION = {"fork", "vfork", "clone", "execve", "execveat"}
 
 
@@ -66,6 +67,16 @@ def describe_violation(fields: dict[str, str]) -> SandboxViolation:
     return SandboxViolation(
         type=kind, message=f"{name}() was refused: {hint}", timestamp=datetime.now(UTC), severity=severity, details=details
     )
+
+
+def counted(call: Call) -> list[SandboxViolation]:
+    """What the kernel has counted in a call that was too short to be watched."""
+    seen = {name: value for name, value in (call.outcome or {}).items() if name.partition(" ")[0] in COUNTED}
+    if not seen:
+        return []
+    from sandbox.monitor.watch import Thresholds, violations_of
+
+    return violations_of(seen, Thresholds.of_recipe(call.sandbox.recipe))
 
 
 def exit_of(call: Call) -> tuple[int | None, int | None]:

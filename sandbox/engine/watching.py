@@ -1,7 +1,7 @@
 """The resource watch of an open sandbox: for the library and for the command, on the loop that the sandbox is on.
 
 Numbers come from the sandbox's cgroup where that has the memory controller, else from its processes by psutil.
-Heavy imports: only a call that has run for AFTER seconds is worth them.
+Heavy imports: only a call that has run for client.WATCH_AFTER seconds is worth them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from sandbox.monitor.sources import CgroupSource, Nothing, ProcessSource, Reading, tree_of
-from sandbox.monitor.watch import Thresholds, Watch
+from sandbox.monitor.watch import Thresholds, Watch, Watched
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,28 +17,27 @@ if TYPE_CHECKING:
     from sandbox.monitor.sources import Source
 
 
-AFTER = 0.05  # seconds that a call must have run to be watched: of shorter ones the counters are read at their end
-
-
 class SandboxWatch(Watch):
-    """A Watch that holds its source only while something runs, and whose memory.high belongs to it: set when a run begins,
-    lifted when it has warned."""
+    """A Watch that holds its source only while something runs, and whose memory.high belongs to it: lifted when it has
+    warned, since staying it would only slow the plugin down, and set again for the next run."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         recipe = sandbox.recipe
         self.sandbox = sandbox
         super().__init__(sandbox.loop, Nothing(), Thresholds.of_recipe(recipe), float(recipe.monitoring["interval_seconds"]))
         self.high = int((recipe.cgroup or {}).get("settings", {}).get("memory.high", 0))
+        self.is_lifted = False
 
-    def begin(self) -> None:
+    def begin(self) -> Watched:
         if not self.running:
             if isinstance(self.source, Nothing):
                 self.source = source_of(self.sandbox)
-            self._set_high(self.high)
-        super().begin()
+            if self.is_lifted:
+                self._set_high(self.high)
+        return super().begin()
 
-    def end(self) -> None:
-        super().end()
+    def end(self, run: Watched) -> None:
+        super().end(run)
         if not self.running:
             self.close()
 
@@ -53,14 +52,15 @@ class SandboxWatch(Watch):
 
     def passed_high(self) -> None:
         super().passed_high()
-        self._set_high(None)  # staying, it would only slow the plugin down
+        self._set_high(None)
 
     def _set_high(self, value: int | None) -> None:
         if self.high and isinstance(self.source, CgroupSource):
             try:
                 self.source.warn_at(value)
             except OSError:
-                pass  # the cgroup has gone
+                return  # the cgroup has gone
+            self.is_lifted = value is None
 
 
 def source_of(sandbox: Sandbox) -> Source:

@@ -202,7 +202,7 @@ class Zygote:
         given = dict(zip(instruction["fds"], fds, strict=True))
         leaf = (given.pop("cgroup_parent"), instruction["cgroup"]) if "cgroup_parent" in given else None
         folder = (given.pop("folder_parent"), instruction["folder"]) if "folder_parent" in given else None
-        sandbox = Sandbox(instruction["sandbox"], os.dup(given["lock"]), leaf, folder)
+        sandbox = Sandbox(instruction["sandbox"], given["lock"], leaf, folder)
         instruction["fds"] = list(given)
         try:
             while True:
@@ -219,8 +219,9 @@ class Zygote:
             self.report_failure(mounts.LineFailed("sandbox: clone of the warden", error), sandbox.name)
             self.over(sandbox)
         finally:
-            for fd in given.values():
-                os.close(fd)
+            for name, fd in given.items():
+                if name != "lock":
+                    os.close(fd)
         if self.spare and not self.idle:
             try:
                 self.idle.append(self.clone_warden())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 
 from sandbox.cgroups import place
@@ -10,7 +11,7 @@ from sandbox.config import IsolationConfig, PluginLimitsV2
 from sandbox.engine.loop import PollLoop
 from sandbox.errors import ResourceError
 from sandbox.monitor.sources import CgroupSource, ProcessSource, tree_of
-from sandbox.monitor.watch import Thresholds, Watch
+from sandbox.monitor.watch import Thresholds, Watch, Watched
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class EnhancedResourceMonitor:
         self.source = ""
         self._lock = threading.Lock()
         self._watch: Watch | None = None
+        self._run: Watched | None = None
         self._thread: threading.Thread | None = None
         self._stop = (-1, -1)
         self._stats: dict[str, Any] = {}
@@ -60,9 +62,11 @@ class EnhancedResourceMonitor:
             if self._thread is not None:
                 raise RuntimeError("this monitor is running: stop_monitoring() first, or use another one")
             pid = os.getpid() if process_id is None else process_id
-            if not os.path.exists(f"/proc/{pid}"):
-                raise ResourceError(f"there is no process {pid} to monitor: give the pid of one that runs")
-            source = source_of(pid)
+            try:
+                process = os.pidfd_open(pid)
+            except (OSError, OverflowError):
+                raise ResourceError(f"there is no process {pid} to monitor: give the pid of one that runs") from None
+            source = source_of(pid, process)
             self.source = source.name
             self._violations.clear()
             loop = PollLoop()
@@ -73,7 +77,7 @@ class EnhancedResourceMonitor:
             self._stop = os.pipe2(os.O_CLOEXEC)
             stopped = threading.Event()
             loop.add_reader(self._stop[0], stopped.set)
-            self._watch.begin()
+            self._run = self._watch.begin()
             self._watch.sample()
             self._thread = threading.Thread(
                 target=loop.run_until, args=(stopped.is_set,), name="psie monitor", daemon=True
@@ -83,15 +87,15 @@ class EnhancedResourceMonitor:
     def stop_monitoring(self) -> None:
         """End the watch; the last numbers and violations stay. Does nothing where none runs."""
         with self._lock:
-            if self._thread is None or self._watch is None:
+            if self._thread is None or self._watch is None or self._run is None:
                 return
             os.write(self._stop[1], b"\0")
             self._thread.join()
-            self._watch.end()
+            self._watch.end(self._run)
             self._watch.close()
             for fd in self._stop:
                 os.close(fd)
-            self._thread = self._watch = None
+            self._thread = self._watch = self._run = None
 
     def get_current_stats(self) -> dict[str, Any]:
         """Numbers of this moment, or the last ones where nothing runs: see sandbox.monitor.watch.Watch for the fields.
@@ -109,8 +113,16 @@ class EnhancedResourceMonitor:
         return list(self._violations)
 
 
-def source_of(pid: int) -> Source:
-    """The process's cgroup if nothing else is in it, else the process and its descendants."""
+def source_of(pid: int, process: int) -> Source:
+    """The process's cgroup if nothing else is in it, else the process and its descendants.
+
+    Takes over `process`, its pidfd: its number may be another's when it has ended.
+    """
+
+    def tree() -> list[int]:
+        pids = tree_of(pid)
+        return pids if not select.select([process], [], [], 0)[0] else []
+
     path = place.own_path(pid)
     folder = place.mount_point() + path
     if path not in ("", "/") and "/../" not in path + "/":
@@ -119,7 +131,8 @@ def source_of(pid: int) -> Source:
         except OSError:
             pass  # another cgroup namespace's path, or not ours to see
         else:
-            if source.has("memory") and set(source.pids()) <= set(tree_of(pid)):
+            if source.has("memory") and set(source.pids()) <= set(tree()):
+                os.close(process)
                 return source
             source.close()
-    return ProcessSource(lambda: tree_of(pid))
+    return ProcessSource(tree, lambda: os.close(process))

@@ -120,8 +120,13 @@ class CgroupSource:
         return found
 
     def warn_at(self, value: int | None) -> None:
-        """Set memory.high (bytes): an event is counted above it, and those above it are slowed down."""
-        setattr(self.memory, "high", value)  # noqa: B010  (a descriptor of an untyped package)
+        """Set memory.high (bytes): an event is counted above it, and those above it are slowed down.
+
+        Not where more is used by now: no event would tell more than a sample, and the kernel would have us reclaim memory.
+        """
+        used = _get(lambda: self.memory.current)
+        if value is None or (used is not None and used < value):
+            setattr(self.memory, "high", value)  # noqa: B010  (a descriptor of an untyped package)
 
     def close(self) -> None:
         self.folder.close()
@@ -151,7 +156,7 @@ class ProcessSource:
                 with process.oneshot():
                     info, times = process.memory_info(), process.cpu_times()
                     memory += info.rss - info.shared
-                    tasks += process.num_threads()
+                    tasks += threads_of(pid)
                     self.cpu_of[pid] = times.user + times.system
                 processes += 1
                 counted = process.io_counters()
@@ -224,13 +229,19 @@ def describe(pids: list[int]) -> list[dict[str, Any]]:
                         "ppid": process.ppid(),
                         "name": process.name(),
                         "status": process.status(),
-                        "threads": process.num_threads(),
+                        "threads": threads_of(pid),
                         "started": process.create_time(),
                     }
                 )
-        except psutil.Error:
+        except (psutil.Error, OSError):
             continue
     return found
+
+
+def threads_of(pid: int) -> int:
+    """By proc_pid_stat(5). psutil looks for "Threads:" in the status file, where a process can have it as its name."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[17])
 
 
 def _get(read: Callable[[], Any]) -> Any:

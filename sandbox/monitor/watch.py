@@ -75,12 +75,21 @@ class Thresholds:
         )
 
 
+class Watched:
+    """Something that runs while a source is watched: one of the calls that go on in a sandbox at the same time."""
+
+    def __init__(self) -> None:
+        self.started = monotonic()
+        self.is_late = False  # and that has been told
+
+
 class Watch:
-    """One source under `limits`. Between `begin` and `end` it is looked at every `interval` seconds.
+    """One source under `limits`. Between `begin` and `end` of any run it is looked at every `interval` seconds.
 
     `on_sample(sample)` with the fields of api-notes: timestamp (ISO 8601), elapsed_seconds, memory_mb, memory_peak_mb,
     cpu_percent (of one CPU, since the sample before), pids, threads, io_read_bytes, io_write_bytes, memory_pressure
-    (percent, some, avg10); None where nobody counts it. `on_violation(violation)` once for each thing in a run.
+    (percent, some, avg10); None where nobody counts it. `on_violation(violation)` once for each thing, time once for each
+    run: what runs at the same time shares the source, and nobody can tell whose the memory or the processes were.
     """
 
     def __init__(self, loop: Loop, source: Source, limits: Thresholds, interval: float) -> None:
@@ -94,12 +103,12 @@ class Watch:
         self.peak_memory = 0  # bytes
         self.peak_cpu = 0.0  # percent
         self.seen_pids: set[int] = set()
-        self.running = 0
+        self.running: list[Watched] = []
         self.started = monotonic()
         self.first: Reading | None = None
         self.last: Reading | None = None
         self.counted: dict[str, int] = {}  # what has been told already
-        self.told: dict[str, SandboxViolation] = {}  # in this run
+        self.told: dict[str, SandboxViolation] = {}  # since something runs
         self.notify: Any = None  # inotify_simple.INotify
         self.stalls: select.epoll | None = None  # of the PSI trigger: a loop's readers are not told of POLLPRI
         self.trigger = -1
@@ -107,28 +116,31 @@ class Watch:
 
     # -- a run -----------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Something runs from now on; may be called for several things at once."""
-        self.running += 1
-        if self.running > 1:
-            return
-        self.started = monotonic()
+    def begin(self) -> Watched:
+        """Something runs from now on, until `end` is given what this returns. Several things may run at once."""
+        run = Watched()
+        self.running.append(run)
+        if len(self.running) > 1:
+            return run
+        self.started = run.started
         self.told.clear()
         self.first = self.last = self.start_reading()
         self._listen()
         self.look_at_events()
         self.timer = self.loop.call_later(self.interval, self._tick)
+        return run
 
     def start_reading(self) -> Reading | None:
         """What is used already when a run begins."""
         return self.source.read()
 
-    def end(self) -> None:
-        """One of them has ended. After the last one: a last look, and quiet."""
-        self.running -= 1
-        if self.running:
+    def end(self, run: Watched) -> None:
+        """`run` has ended. After the last one: a last look, and quiet."""
+        if len(self.running) > 1:
+            self.running.remove(run)
             return
         self.sample()
+        self.running.remove(run)
         self.look_at_events()
         if self.last is not None and self.first is not None:
             throttled = (self.last.throttled or 0) - (self.first.throttled or 0)
@@ -219,6 +231,9 @@ class Watch:
             self.on_sample(sample)
         for violation in self.warnings(sample, passed):
             self._tell(violation)
+        for violation in self.late(reading.when):
+            if self.on_violation is not None:
+                self.on_violation(violation)
         return sample
 
     def describe(self, reading: Reading) -> dict[str, Any]:
@@ -243,7 +258,7 @@ class Watch:
     def warnings(self, sample: dict[str, Any], passed: float) -> list[SandboxViolation]:
         """What of the sample lies above a threshold or a limit. `passed`: seconds since the one before it."""
         limits, found = self.limits, []
-        memory, cpu, elapsed = sample["memory_mb"], sample["cpu_percent"], sample["elapsed_seconds"]
+        memory, cpu = sample["memory_mb"], sample["cpu_percent"]
         if memory is not None and memory > limits.memory:
             found.append(_exceeded("memory", memory, limits.memory, "MB", "critical"))
         elif memory is not None and memory > limits.memory_warning:
@@ -251,9 +266,17 @@ class Watch:
         # Everything that runs uses all of a CPU for a moment.
         if cpu is not None and cpu > limits.cpu_warning and passed > self.interval / 2:
             found.append(_exceeded("cpu", cpu, limits.cpu_warning, "% of a CPU", of=limits.cpu))
-        if elapsed > limits.seconds_warning:
-            kind = SandboxViolationType.EXECUTION_TIMEOUT
-            found.append(_exceeded("time", elapsed, limits.seconds_warning, "s", of=limits.seconds, kind=kind))
+        return found
+
+    def late(self, now: float) -> list[SandboxViolation]:
+        """A warning for each run that has passed the warning threshold of time by `now` and was not told before."""
+        limits, found = self.limits, []
+        for run in self.running:
+            elapsed = now - run.started
+            if elapsed > limits.seconds_warning and not run.is_late:
+                run.is_late = True
+                kind = SandboxViolationType.EXECUTION_TIMEOUT
+                found.append(_exceeded("time", elapsed, limits.seconds_warning, "s", of=limits.seconds, kind=kind))
         return found
 
     def look_at_events(self) -> None:

@@ -343,14 +343,14 @@ def test_a_stall_is_told_by_a_psi_trigger(cgroup: Folder) -> None:
     grow = "import os; os.read(0, 1); held = bytearray(b'x') * (64 << 20)"
     with subprocess.Popen([sys.executable, "-c", grow], stdin=subprocess.PIPE) as child:
         leaf.write(cgroup.fd, "cgroup.procs", str(child.pid))
-        watch.begin()
+        run = watch.begin()
         assert child.stdin is not None
         child.stdin.close()
         end = time.monotonic() + 10 * harness.PATIENCE
         while "memory pressure" not in seen and time.monotonic() < end:
             loop.run_once(0.1)
         child.kill()
-    watch.end()
+    watch.end(run)
     watch.close()
     assert "memory pressure" in seen
 

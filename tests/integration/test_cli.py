@@ -436,6 +436,28 @@ def test_the_result_file_tells_of_an_exception(twice: Caller) -> None:
     assert result["reason"] == "ValueError: wrong"
 
 
+BOMB = """
+import os, signal
+try:
+    while os.fork():
+        pass
+    signal.pause()
+except BlockingIOError:
+    print("refused")
+"""
+
+
+def test_the_result_file_tells_what_the_kernel_counted(caller: Caller) -> None:
+    """Also in a run that is too short to be watched."""
+    if "pids" not in host.facts().controllers:
+        pytest.skip("no pids controller of ours here: make vm-test has one")
+    caller.write("settings.toml", "[limits]\nmax_subprocess_count = 3\nmax_thread_count = 1\n")
+    result = result_of(caller, BOMB, "--allow-subprocess", "--level", "strict", "--config", "settings.toml")
+    (counted,) = [each for each in result["violations"] if each["details"]["limit"] == "pids"]
+    assert counted["details"]["count"] == 1
+    assert result["telemetry"]["violations"] == result["violations"]
+
+
 def test_the_result_file_replaces_an_older_one_and_is_the_callers(caller: Caller) -> None:
     path = caller.write("result.json", "old")
     result = result_of(caller, "pass", "--level", "maximum")

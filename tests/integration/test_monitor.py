@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sandbox import (
@@ -23,7 +24,8 @@ from sandbox import (
     SandboxViolationType,
 )
 from sandbox.engine.loop import PollLoop
-from sandbox.monitor.sources import Reading
+from sandbox.monitor.resources import source_of
+from sandbox.monitor.sources import ProcessSource, Reading, describe
 from sandbox.monitor.watch import Thresholds, Watch
 
 from . import harness
@@ -150,6 +152,30 @@ def test_a_monitor_watches_a_process_and_its_children() -> None:
     watch.stop_monitoring()
 
 
+def test_a_monitor_does_not_follow_a_number_to_another_process() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as ended:
+        process = os.pidfd_open(ended.pid)
+    source = source_of(os.getpid(), process)  # as if our number had been its before
+    assert source.name == "psutil"
+    assert source.pids() == []
+    assert source.read() is None
+    source.close()
+
+
+def test_a_name_does_not_pass_for_a_number_of_threads() -> None:
+    """The name stands in the status file before the number, and only its newlines are escaped."""
+    code = "import ctypes; ctypes.CDLL(None).prctl(15, b'Threads:\\t7777', 0, 0, 0); print('up', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert psutil.Process(process.pid).num_threads() == 7777
+        reading = ProcessSource(lambda: [process.pid]).read()
+        assert reading is not None
+        assert reading.tasks == 1
+        assert describe([process.pid])[0]["threads"] == 1
+        process.kill()
+
+
 def test_a_monitor_says_what_is_wrong() -> None:
     with pytest.raises(TypeError, match="give a PluginLimitsV2"):
         EnhancedResourceMonitor(None, IsolationConfig())  # type: ignore[arg-type]
@@ -202,21 +228,38 @@ def test_what_the_kernel_counts_is_told_once_a_run() -> None:
     source, told = Source(), list[SandboxViolation]()
     watch = Watch(PollLoop(), source, Thresholds.of_limits(PluginLimitsV2()), 1.0)
     watch.on_violation = told.append
-    watch.begin()
+    run = watch.begin()
     source.counts = {"memory.events high": 3, "memory.events max": 0, "pids.events max": 2}
     watch.look_at_events()
     source.counts |= {"memory.events high": 9, "pids.events max": 7}
     watch.look_at_events()
     source.throttled = 5
-    watch.end()
+    watch.end(run)
     assert [(v.details["limit"], v.severity) for v in told] == [("memory", "warning"), ("pids", "warning"), ("cpu", "info")]
     assert told[1].details["count"] == 7, "all of the run, in the one that was told at the first"
     assert "refused 7 new" in told[1].message
     assert told[2].details["count"] == 5
     told.clear()
-    watch.begin()
-    watch.end()
+    watch.end(watch.begin())
     assert not told, "what was counted in the run before is no news"
+
+
+def test_each_of_several_runs_is_warned_about_when_its_own_time_comes() -> None:
+    source, told = Source(), list[SandboxViolation]()
+    limits = PluginLimitsV2(execution_warning_threshold_seconds=0.2, max_execution_time_seconds=1.0)
+    watch = Watch(PollLoop(), source, Thresholds.of_limits(limits), 1.0)
+    watch.on_violation = told.append
+    first = watch.begin()
+    time.sleep(0.25)
+    second = watch.begin()
+    watch.sample()
+    assert [v.details["limit"] for v in told] == ["time"], "the second has only begun"
+    watch.end(first)
+    watch.sample()
+    assert len(told) == 1
+    time.sleep(0.25)
+    watch.end(second)
+    assert [v.details["limit"] for v in told] == ["time", "time"]
 
 
 def refuse_inotify(*_: object, **__: object) -> None:
@@ -230,8 +273,8 @@ def test_without_an_inotify_instance_events_are_seen_at_each_sample(monkeypatch:
     monkeypatch.setattr(source, "event_files", lambda: [str(tmp_path)])
     watch = Watch(loop, source, Thresholds.of_limits(PluginLimitsV2()), 0.01)
     watch.on_violation = told.append
-    watch.begin()
+    run = watch.begin()
     source.counts = {"pids.events max": 2}
     loop.run_once(1.0)
     assert [v.details["limit"] for v in told] == ["pids"]
-    watch.end()
+    watch.end(run)
