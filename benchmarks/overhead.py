@@ -1,8 +1,8 @@
 """`python -m benchmarks.overhead`: what a running plugin loses by its sandbox, per level, and what watching it costs.
 
-The same function, two seconds or more of computing or of work on files, in a plain process and in a sandbox of each level,
-in turn; limits that do not throttle, samples every 0.1 s. Times are taken inside the function: starts are the other
-benchmark's. Prints medians and overheads in percent; then the cost of a cgroup leaf and of one sample.
+The same function, two CPU seconds or more of computing, of work on files, or of hardly anything but system calls, in a plain
+process and in a sandbox of each level; limits that do not throttle, samples every 0.1 s. Times are CPU seconds, taken inside
+the function: starts are the other benchmark's. Prints medians; before, the cost of a cgroup leaf, of a sample, of watching.
 """
 
 from __future__ import annotations
@@ -24,31 +24,54 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROUNDS = 5
+READY_SECONDS = 2.0  # until all stand and begin at once
 LIMITS = PluginLimitsV2(
     max_memory_mb=512.0, max_cpu_percent=400.0, max_execution_time_seconds=120.0, max_disk_usage_mb=256.0, max_inodes=100_000
 )
 
 
-def compute(rounds: int) -> float:
-    """Seconds of arithmetic, attribute access and memory traffic, as Python programs have them."""
+def compute(rounds: int, begin: float = 0.0) -> float:
+    """CPU seconds of arithmetic, attribute access and memory traffic, as Python programs have them."""
     import time
 
-    start = time.perf_counter()
+    time.sleep(max(0.0, begin - time.monotonic()))
+    start = time.process_time()
     for _ in range(rounds):
         for _ in range(10):  # small enough that the allocator takes and gives back no pages on the way, which is luck
             table = {}
             for number in range(2_000):
                 table[number] = (number * 7 + 3) % 1009
             sum(sorted(table.values()))
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
-def files(rounds: int) -> float:
-    """Seconds of making, writing, reading, listing and removing small files in the current folder."""
+def documents(rounds: int, begin: float = 0.0) -> float:
+    """CPU seconds of writing, renaming, listing, reading and removing files of 256 KB in the current folder."""
     import os
     import time
 
-    start = time.perf_counter()
+    text = "x" * (1 << 18)
+    time.sleep(max(0.0, begin - time.monotonic()))
+    start = time.process_time()
+    for _ in range(rounds):
+        for number in range(20):
+            with open(f"draft-{number}", "w") as file:
+                file.write(text)
+            os.rename(f"draft-{number}", f"document-{number}")
+        for name in os.listdir("."):
+            with open(name) as file:
+                file.read()
+            os.unlink(name)
+    return time.process_time() - start
+
+
+def small_files(rounds: int, begin: float = 0.0) -> float:
+    """CPU seconds of the same with 4 KB: hardly more than system calls, every one of which the kernel looks at."""
+    import os
+    import time
+
+    time.sleep(max(0.0, begin - time.monotonic()))
+    start = time.process_time()
     for _ in range(rounds):
         for number in range(100):
             with open(f"file-{number}", "w") as file:
@@ -57,52 +80,73 @@ def files(rounds: int) -> float:
             with open(name) as file:
                 file.read()
             os.unlink(name)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
-def plain(name: str, rounds: int, place: str) -> float:
+async def plain(name: str, rounds: int, begin: float, place: str) -> float:
     """The function in a plain Python, in a folder of `place`."""
-    code = f"import sys; sys.path[:0] = {sys.path!r}; from benchmarks.overhead import {name}; print({name}({rounds}))"
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from benchmarks.overhead import {name}; print({name}({rounds}, {begin}))"
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=folder, stdout=subprocess.PIPE)
+        output, _ = await process.communicate()
+    return float(output)
 
 
-async def sandboxed(function: Callable[[int], float], rounds: int, level: IsolationLevel) -> float:
+async def sandboxed(function: Callable[[int, float], float], rounds: int, begin: float, level: IsolationLevel) -> float:
     config = IsolationConfig(level=level, resource_check_interval_seconds=0.1)
     async with EnhancedPluginSandbox(LIMITS, PluginPermissionsV2(max_file_size_mb=50.0), config) as sandbox:
-        seconds: float = await sandbox.execute_plugin_safe(function, rounds)
+        seconds: float = await sandbox.execute_plugin_safe(function, rounds, begin)
         return seconds
 
 
 def overheads() -> None:
-    print(
-        f"{'seconds, and percent more than plain Python':<44} {'plain':>8}", *(f"{each.value:>16}" for each in IsolationLevel)
-    )
+    """All at once on one CPU, which they share in slices of milliseconds: what slows the machine down meets all alike."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     # A workspace is a tmpfs, but at level minimal, which has no mount namespace, a folder on disk.
     places = {level: "/var/tmp" if level is IsolationLevel.MINIMAL else "/dev/shm" for level in IsolationLevel}
-    for function in (compute, files):
+    levels = list(IsolationLevel)
+    print(f"{'CPU seconds, and percent more than plain':<42} {'plain':>8}", *(f"{each.value:>16}" for each in levels))
+
+    async def together(function: Callable[[int, float], float], rounds: int) -> list[float]:
+        begin = time.monotonic() + READY_SECONDS
+        runs = [plain(function.__name__, rounds, begin, folder) for folder in dict.fromkeys(places.values())]
+        return await asyncio.gather(*runs, *(sandboxed(function, rounds, begin, level) for level in levels))
+
+    for function in (compute, documents, small_files):
         rounds = max(1, int(2.2 / (function_seconds(function) / 20)))
-        times: dict[str, list[float]] = {name: [] for name in (*places.values(), *(level.value for level in IsolationLevel))}
-        for _ in range(ROUNDS):
-            for folder in set(places.values()):
-                times[folder].append(plain(function.__name__, rounds, folder))
-            for level in IsolationLevel:
-                times[level.value].append(asyncio.run(sandboxed(function, rounds, level)))
+        seen = [asyncio.run(together(function, rounds)) for _ in range(ROUNDS)]
         cells = []
-        for level in IsolationLevel:
-            seconds, base = statistics.median(times[level.value]), statistics.median(times[places[level]])
-            cells.append(f"{seconds:7.2f} {100 * (seconds / base - 1):+6.1f} %")
-        print(f"{function.__name__:<44} {statistics.median(times['/dev/shm']):8.2f}", *(f"{cell:>16}" for cell in cells))
+        for number, level in enumerate(levels):
+            of_level, base = 2 + number, list(dict.fromkeys(places.values())).index(places[level])
+            more = statistics.median(each[of_level] / each[base] - 1 for each in seen)
+            cells.append(f"{statistics.median(each[of_level] for each in seen):7.2f} {100 * more:+6.1f} %")
+        print(f"{function.__name__:<42} {statistics.median(each[1] for each in seen):8.2f}", *(f"{cell:>16}" for cell in cells))
 
 
-def function_seconds(function: Callable[[int], float]) -> float:
+def watching() -> None:
+    """What the caller's process does while a plugin computes, watched ten times a second, and while it does not watch."""
+    rounds = max(1, int(2.2 / (function_seconds(compute) / 20)))
+    used = {}
+    for watched in (True, False):
+        config = IsolationConfig(resource_check_interval_seconds=0.1, enable_real_time_monitoring=watched)
+
+        async def call(config: IsolationConfig = config) -> float:
+            async with EnhancedPluginSandbox(LIMITS, PluginPermissionsV2(), config) as sandbox:
+                start, began = time.process_time(), time.perf_counter()
+                await sandbox.execute_plugin_safe(compute, rounds)
+                return (time.process_time() - start) / (time.perf_counter() - began)
+
+        used[watched] = statistics.median(asyncio.run(call()) for _ in range(ROUNDS))
+    print(f"watching ten times a second takes {100 * (used[True] - used[False]):.2f} % of a CPU from the caller")
+
+
+def function_seconds(function: Callable[[int, float], float]) -> float:
     """Of 20 rounds, in this process."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         before = os.getcwd()
         os.chdir(folder)
         try:
-            return function(20)
+            return function(20, 0.0)
         finally:
             os.chdir(before)
 
@@ -140,4 +184,5 @@ def leaves() -> None:
 
 if __name__ == "__main__":
     leaves()
+    watching()
     overheads()

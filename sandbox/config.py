@@ -197,6 +197,7 @@ _LIMITS: dict[str, Check] = {
     "max_thread_count": _whole(1, _TASKS),
     "max_open_files": _whole(8, 1_048_576),
     "max_inodes": _whole(16, _COUNT),
+    "max_io_mb_per_second": _derived(_number(0.01, _MB, " of megabytes a second")),
     "max_output_mb": _number(0, _MB, " of megabytes"),
     "max_result_mb": _number(0.001, _MB, " of megabytes"),
 }
@@ -270,6 +271,7 @@ class PluginLimitsV2:
         max_thread_count: how many threads at a time, the main one counted, 1 or more.
         max_open_files: open file descriptors of a process, 8 to 1048576; Python and the engine need some of them.
         max_inodes: files and directories in the workspace, 16 or more.
+        max_io_mb_per_second: what may be read from each disk, and written to it, in MB a second, 0.01 or more; None: no limit.
         max_output_mb: standard output and error together, in MB, 0 or more.
         max_result_mb: encoded result of one call, in MB, 0.001 or more.
 
@@ -293,6 +295,7 @@ class PluginLimitsV2:
     max_thread_count: int = 4
     max_open_files: int = 50
     max_inodes: int = 10_000
+    max_io_mb_per_second: float | None = None
     max_output_mb: float = 16.0
     max_result_mb: float = 16.0
 

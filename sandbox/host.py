@@ -55,6 +55,7 @@ class HostFacts:
     cgroup_kind: str  # of the place for leaves, see sandbox.cgroups.place: root, delegated or scope; "" for none
     cgroup_folder: str  # of the place
     controllers: tuple[str, ...]  # those that a leaf of ours gets
+    io_controller: bool  # whether it can have this one too: it is handed down when a limit needs it, since it has its cost
     cgroup_v1: tuple[str, ...]  # controllers that v1 hierarchies have, and v2 therefore cannot
     memory_bytes: int
     executable: str
@@ -227,6 +228,7 @@ def probe() -> HostFacts:
         cgroup_kind=kind,
         cgroup_folder=folder,
         controllers=controllers,
+        io_controller=bool(kind) and "io" in place.words(folder + "/cgroup.controllers"),
         cgroup_v1=place.legacy(),
         memory_bytes=_memory_bytes(),
         executable=sys.executable,

@@ -162,7 +162,8 @@ class _Compiler:
         if controller in self.host.cgroup_v1:
             return f"boot this host with {controller} in cgroup v2: the kernel parameter systemd.unified_cgroup_hierarchy=1"
         if self.host.cgroup_kind == "scope":
-            return f"have root set Delegate={controller} memory pids for user@.service (systemctl edit user@.service)"
+            names = " ".join(sorted({controller, "cpu", "memory", "pids"} - {""}))
+            return f"have root set Delegate={names} for user@.service (systemctl edit user@.service)"
         if self.host.root:
             return (
                 "give psie a cgroup v2 tree that it may write: in a container, its own (--cgroupns=private) with "
@@ -174,7 +175,12 @@ class _Compiler:
         )
 
     def controllers(self) -> tuple[str, ...]:
-        return self.host.controllers if self.host.cgroup_kind else ()
+        """Those that a leaf gets; io only for a limit, where it has not been handed down anyway."""
+        if not self.host.cgroup_kind:
+            return ()
+        found = self.host.controllers
+        more = self.limits.max_io_mb_per_second is not None and self.host.io_controller and "io" not in found
+        return (*found, "io") if more else found
 
     def check_kernel(self) -> None:
         """Without these calls no level works, whatever is allowed to be degraded."""
@@ -597,6 +603,9 @@ class _Compiler:
             "pids": {"pids.max": OWN_PROCESSES + self.threads + self.subprocesses},  # for each call that runs
             "cpu": {"cpu.max": f"{int(self.limits.max_cpu_percent * 1000)} 100000", "cpu.weight": CPU_WEIGHT},
         }
+        if self.limits.max_io_mb_per_second is not None:
+            rate = int(self.limits.max_io_mb_per_second * MB)
+            every["io"] = {"io.max": "\n".join(f"{disk} rbps={rate} wbps={rate}" for disk in disks())}
         controllers = self.controllers()
         settings = {name: str(value) for each in controllers for name, value in every.get(each, {}).items()}
         place = {"kind": self.host.cgroup_kind, "folder": self.host.cgroup_folder}
@@ -635,6 +644,9 @@ class _Compiler:
             "CPU", f"{limits.max_cpu_percent:g} % of one CPU", "cpu", "cpu.max",
             f"RLIMIT_CPU: {self.cpu_seconds()} s in all, not the rate", {"limit/Max cpu time": str(self.cpu_seconds())},
         )  # fmt: skip
+        if limits.max_io_mb_per_second is not None:
+            detail = f"{limits.max_io_mb_per_second:g} MB a second read, and as much written, of each disk"
+            self.limit("disk throughput", detail, "io", "io.max", "")
         self.add("wall clock", "the warden kills the call", f"{limits.max_execution_time_seconds:g} s")
         self.add(
             "open files", "RLIMIT_NOFILE", str(limits.max_open_files), {"limit/Max open files": str(limits.max_open_files)}
@@ -766,6 +778,17 @@ ETC = {
 }
 ETC_SHARED = ("/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types", "/etc/alternatives", "/etc/ssl/certs")
 THREAD_POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+def disks() -> list[str]:
+    """Numbers (major:minor) of the host's disks that have a medium; what is made of files or memory has its limit there."""
+    found = []
+    for name in sorted(os.listdir("/sys/block")) if os.path.isdir("/sys/block") else []:
+        if not name.startswith(("loop", "ram", "zram")):
+            with open(f"/sys/block/{name}/dev") as number, open(f"/sys/block/{name}/size") as size:
+                if int(size.read()):
+                    found.append(number.read().strip())
+    return found
 
 
 def under(path: str, folders: Iterable[str]) -> bool:

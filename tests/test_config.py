@@ -319,7 +319,11 @@ def test_what_is_left_out_has_its_default(write: Write, content: str | bytes) ->
 
 
 def test_every_field_can_stand_in_a_file(write: Write) -> None:
-    objects: tuple[Any, ...] = (IsolationConfig(), PluginLimitsV2(), PluginPermissionsV2(sandbox_user="nobody"))
+    objects: tuple[Any, ...] = (
+        IsolationConfig(),
+        PluginLimitsV2(max_io_mb_per_second=5.0),
+        PluginPermissionsV2(sandbox_user="nobody"),
+    )
     lines = []
     for table, item in zip(("isolation", "limits", "permissions"), objects, strict=True):
         lines.append(f"[{table}]")

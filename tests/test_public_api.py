@@ -63,6 +63,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "max_thread_count": 4,
         "max_open_files": 50,
         "max_inodes": 10_000,
+        "max_io_mb_per_second": None,
         "max_output_mb": 16.0,
         "max_result_mb": 16.0,
     },

@@ -26,7 +26,8 @@ def make(parent: int, name: str, settings: dict[str, str]) -> int:
     try:
         for setting, value in settings.items():
             try:
-                write(leaf, setting, value)
+                for line in value.splitlines():  # io.max takes one disk at a time
+                    write(leaf, setting, line)
             except FileNotFoundError:
                 if setting not in OPTIONAL:
                     raise

@@ -16,7 +16,7 @@ import os
 
 UNIFIED = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 WANTED = ("memory", "pids", "cpu", "io")
-ENABLED = ("memory", "pids", "cpu")  # where they are not yet; io, which we only read, would slow others down
+ENABLED = ("memory", "pids", "cpu")  # where they are not yet; io, which costs others something, only for a limit
 FOLDER = "psie"
 
 TYPE_CHECKING = False
@@ -75,12 +75,12 @@ def may_make(folder: str) -> bool:
     return all(os.access(folder + name, os.W_OK) for name in ("", "/cgroup.procs", "/cgroup.subtree_control"))
 
 
-def hand_down(folders: Iterable[str]) -> tuple[str, ...]:
-    """Enable what we want in each of `folders`, from the top down; what the children of the last one have then."""
+def hand_down(folders: Iterable[str], wanted: Iterable[str] = ENABLED) -> tuple[str, ...]:
+    """Enable what is wanted in each of `folders`, from the top down; what the children of the last one have then."""
     enabled: list[str] = []
     for folder in folders:
         enabled = words(folder + "/cgroup.subtree_control")
-        for name in ENABLED:
+        for name in wanted:
             if name in words(folder + "/cgroup.controllers") and name not in enabled:
                 try:
                     write(folder + "/cgroup.subtree_control", "+" + name)
@@ -101,7 +101,7 @@ def prepare(folder: str, controllers: list[str]) -> int:
         pass
     missing = set(controllers) - set(words(folder + "/cgroup.subtree_control"))
     if missing and not missing <= set(words(folder + "/cgroup.controllers")):
-        hand_down([os.path.dirname(folder)])  # somebody has taken them away since they were seen
+        hand_down([os.path.dirname(folder)], missing)  # new ones, or somebody has taken them away since they were seen
     if missing:
         write(folder + "/cgroup.subtree_control", " ".join("+" + name for name in sorted(missing)))
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -96,6 +96,7 @@ class Zygote:
         self.closed = False
         self.swept = False  # whether stale workspaces were looked for
         self.leaves = -1  # fd of the folder with the cgroups of its sandboxes, once there is one
+        self.handed_down: set[str] = set()  # controllers that those cgroups get
         self.scope = ""  # that folder, where the user's systemd has made it
         self.on_closed: Callable[[], None] | None = None
         self.on_idle: Callable[[Zygote], None] | None = None
@@ -137,14 +138,16 @@ class Zygote:
 
     def leaves_in(self, cgroup: dict[str, Any]) -> int:
         """An fd of the folder in which the leaves of its sandboxes are made. Raises OSError, ResourceError."""
-        if self.leaves < 0:
+        if self.leaves < 0 or not set(cgroup["controllers"]) <= self.handed_down:
             if cgroup["kind"] == "scope":
                 from sandbox.cgroups import scope
 
                 folder = self.scope = self.scope or scope.make(self.pid)
             else:
                 folder = os.path.join(cgroup["folder"], place.FOLDER)
+            self.forget_leaves()
             self.leaves = place.prepare(folder, cgroup["controllers"])
+            self.handed_down = set(cgroup["controllers"])
             sweep.leaves(self.leaves)
         return os.dup(self.leaves)
 

@@ -17,8 +17,9 @@ from time import monotonic
 
 from sandbox.cgroups import leaf
 from sandbox.engine import channel, init, supervisor
-from sandbox.ns import mounts, network, privileges, workspace
+from sandbox.ns import mounts, network, privileges, processes, workspace
 from sandbox.ns import syscalls as sc
+from sandbox.ns.processes import read
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -325,12 +326,9 @@ class Warden:
         Anonymous memory, and the larger of mapped shared memory and files in the scratch and workspace tmpfs.
         """
         anonymous = shared = 0
-        todo = children(call.pid)
-        while todo:
-            pid = todo.pop()
+        for pid in processes.tree(call.pid)[1:]:
             try:
                 status = read(f"/proc/{pid}/status")
-                todo += children(pid)
             except OSError:
                 continue  # it has just ended
             for line in status.splitlines():
@@ -489,30 +487,11 @@ class Warden:
             os.close(self.fds[name])
 
 
-def children(pid: int) -> list[int]:
-    """Child processes of all threads of `pid` (proc_tid_children(5)); none where it has ended."""
-    found: list[int] = []
-    try:
-        for task in os.listdir(f"/proc/{pid}/task"):
-            found += map(int, read(f"/proc/{pid}/task/{task}/children").split())
-    except OSError:
-        return found
-    return found
-
-
-def read(path: str) -> str:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(fd, 65536).decode()
-    finally:
-        os.close(fd)
-
-
 def end_children() -> None:
     """Kill all that is left below us, and reap it."""
     try:
         while True:
-            for pid in children(os.getpid()):
+            for pid in processes.children(os.getpid()):
                 os.kill(pid, signal.SIGKILL)
             os.waitpid(-1, 0)
     except ChildProcessError:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 
-from sandbox.monitor.sources import CgroupSource, Nothing, ProcessSource, Reading, tree_of
+from sandbox.monitor.sources import CgroupSource, Nothing, ProcessSource, Reading
 from sandbox.monitor.watch import Thresholds, Watch, Watched
+from sandbox.ns import processes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,6 +73,6 @@ def source_of(sandbox: Sandbox) -> Source:
 
     def pids() -> list[int]:
         workers = [int(call.read_back["NSpid"].split()[0]) for call in sandbox.calls.values() if call.read_back]
-        return [pid for worker in workers for pid in tree_of(worker)]
+        return [pid for worker in workers for pid in processes.tree(worker)]
 
     return ProcessSource(pids)

@@ -46,7 +46,7 @@ from collections import deque
 
 from sandbox.cgroups import leaf
 from sandbox.engine import channel, forkhooks, warden
-from sandbox.ns import mounts, network, workspace
+from sandbox.ns import mounts, network, processes, workspace
 from sandbox.ns import syscalls as sc
 
 CONTROL = 3  # the socket to the caller
@@ -264,7 +264,7 @@ class Zygote:
 
     def reap_orphans(self) -> None:
         """Reap what a killed warden has left to us, a child subreaper; all of it is dying."""
-        orphans = set(warden.children(os.getpid())) - {known.pid for known in self.wardens.values()}
+        orphans = set(processes.children(os.getpid())) - {known.pid for known in self.wardens.values()}
         for pid in orphans:
             os.waitpid(pid, os.WNOHANG)
         self.orphans = bool(orphans)

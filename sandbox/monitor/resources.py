@@ -10,8 +10,9 @@ from sandbox.cgroups import place
 from sandbox.config import IsolationConfig, PluginLimitsV2
 from sandbox.engine.loop import PollLoop
 from sandbox.errors import ResourceError
-from sandbox.monitor.sources import CgroupSource, ProcessSource, tree_of
+from sandbox.monitor.sources import CgroupSource, ProcessSource
 from sandbox.monitor.watch import Thresholds, Watch, Watched
+from sandbox.ns import processes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def source_of(pid: int, process: int) -> Source:
     """
 
     def tree() -> list[int]:
-        pids = tree_of(pid)
+        pids = processes.tree(pid)
         return pids if not select.select([process], [], [], 0)[0] else []
 
     path = place.own_path(pid)

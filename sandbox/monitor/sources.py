@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Protocol
 
+    import psutil
+
     class Source(Protocol):
         """What a watch reads. `name` says what it is, for people."""
 
@@ -140,6 +142,7 @@ class ProcessSource:
         self.pids = pids
         self.close = close
         self.name = "psutil"
+        self.known: dict[int, psutil.Process] = {}  # of the last reading: making them again takes as long as asking them
         self.cpu_of: dict[int, float] = {}  # seconds, also of those that have ended since
 
     def read(self) -> Reading | None:
@@ -150,9 +153,10 @@ class ProcessSource:
 
         reading = Reading()
         memory = tasks = processes = io_read = io_write = 0
+        before, self.known = self.known, {}
         for pid in pids:
             try:
-                process = psutil.Process(pid)
+                process = self.known[pid] = before.get(pid) or psutil.Process(pid)
                 with process.oneshot():
                     info, times = process.memory_info(), process.cpu_times()
                     memory += info.rss - info.shared
@@ -202,16 +206,6 @@ class Nothing:
 
     def close(self) -> None:
         return
-
-
-def tree_of(pid: int) -> list[int]:
-    """`pid` and its descendants. Daemons that have left it are not among them: only a cgroup knows those."""
-    import psutil
-
-    try:
-        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
-    except psutil.Error:
-        return []
 
 
 def describe(pids: list[int]) -> list[dict[str, Any]]:

@@ -274,6 +274,7 @@ _LD_W_ABS = 0x00 | 0x00 | 0x20
 _AND_K = 0x04 | 0x50 | 0x00
 _JA = 0x05 | 0x00 | 0x00
 _JEQ_K = 0x05 | 0x10 | 0x00
+_JGE_K = 0x05 | 0x30 | 0x00
 _JSET_K = 0x05 | 0x40 | 0x00
 _RET_K = 0x06 | 0x00
 
@@ -306,7 +307,7 @@ class _Gate:
         self._blocks.append((number, block))
 
     def assemble(self) -> bytes:
-        """The gate's bytes: nothing for another architecture, otherwise one test per guarded system call."""
+        """The gate's bytes: nothing for another architecture, otherwise a search for the system call among the guarded ones."""
         import struct
 
         program = [
@@ -315,12 +316,22 @@ class _Gate:
             _Instruction(_JA, 0, "tree"),
             _Instruction(_LD_W_ABS, _OFFSET_NR),
         ]
-        for number, block in self._blocks:
-            program += [_Instruction(_JEQ_K, number, on_true=1), _Instruction(_JA, len(block)), *block]
+        program += self._search(sorted(self._blocks, key=lambda numbered: numbered[0]))
         for position, step in enumerate(program):
             if step.target == "tree":
                 step.value = len(program) - position - 1
         return b"".join(struct.pack("=HBBI", step.code, step.on_true, step.on_false, step.value) for step in program)
+
+    def _search(self, blocks: list[tuple[int, list[_Instruction]]]) -> list[_Instruction]:
+        """By halves: openat and ioctl are guarded, and programs call them often."""
+        if not blocks:
+            return []
+        if len(blocks) == 1:
+            ((number, block),) = blocks
+            return [_Instruction(_JEQ_K, number, on_true=1), _Instruction(_JA, 0, "tree"), *block]
+        middle = len(blocks) // 2
+        lower, upper = self._search(blocks[:middle]), self._search(blocks[middle:])
+        return [_Instruction(_JGE_K, blocks[middle][0], on_false=1), _Instruction(_JA, len(lower)), *lower, *upper]
 
     def _condition(self, condition: dict[str, Any], profile: _Profile) -> Iterator[_Instruction]:
         """One condition: goes on behind itself if it holds, to the label "next rule" if not."""
@@ -344,12 +355,12 @@ class _Instruction:
 
     __slots__ = ("code", "on_false", "on_true", "target", "value")
 
-    def __init__(self, code: int, value: int, target: str = "", *, on_true: int = 0) -> None:
+    def __init__(self, code: int, value: int, target: str = "", *, on_true: int = 0, on_false: int = 0) -> None:
         self.code = code
         self.value = value
         self.target = target
         self.on_true = on_true
-        self.on_false = 0
+        self.on_false = on_false
 
 
 def _resolve(steps: list[_Instruction], next_rule: int) -> list[_Instruction]:

@@ -242,6 +242,33 @@ def test_cpu_max_holds_and_is_said(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
+def seconds_to_write(megabytes: int) -> float:
+    import os
+    import time
+
+    start = time.monotonic()
+    with open("large", "wb", 0) as file:
+        for _ in range(megabytes):
+            file.write(bytes(1 << 20))
+        os.fsync(file.fileno())
+    return time.monotonic() - start
+
+
+@pytest.mark.skipif(not FACTS.io_controller, reason="no io controller of ours here: make vm-test has one, as root")
+def test_io_max_holds() -> None:
+    """At level minimal, whose workspace lies on a disk."""
+
+    async def writing(**limits: float) -> float:
+        async with harness.open_sandbox(IsolationLevel.MINIMAL, limits={**LIMITS, **limits}) as sandbox:
+            states = {each.name: each.state for each in sandbox.protections}
+            assert states.get("disk throughput") == ("enforced" if limits else None)
+            seconds: float = await sandbox.execute_plugin_safe(seconds_to_write, 8)
+            return seconds
+
+    assert asyncio.run(writing(max_io_mb_per_second=2.0)) > 2.5
+    assert asyncio.run(writing()) < 2.0
+
+
 # -- leaves ------------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,9 @@ def nothing_left() -> None:
 CLASSES: dict[str, type] = {"limits": PluginLimitsV2, "permissions": PluginPermissionsV2, "config": IsolationConfig}
 
 
+CONTROLLERS = ("memory", "pids", "cpu")
+
+
 @dataclasses.dataclass(frozen=True)
 class Change:
     """One field set to something else, where it must show, and what else has to be set for it to matter.
@@ -47,7 +50,7 @@ class Change:
     limits: dict[str, Any] = dataclasses.field(default_factory=dict)
     permissions: dict[str, Any] = dataclasses.field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    controllers: tuple[str, ...] = ("memory", "pids", "cpu")
+    controllers: tuple[str, ...] = CONTROLLERS
 
 
 FORKS: dict[str, Any] = {"permissions": {"allow_subprocess_execution": True}, "limits": {"max_subprocess_count": 1}}
@@ -68,6 +71,7 @@ LIMITS = {
     "max_thread_count": Change(9, ("cgroup",)),
     "max_open_files": Change(99, ("rlimits",)),
     "max_inodes": Change(99, ("workspace",)),
+    "max_io_mb_per_second": Change(5.0, ("cgroup",)),
     "max_output_mb": Change(3, ("limits",)),
     "max_result_mb": Change(3, ("limits",)),
 }
@@ -123,7 +127,11 @@ def compiled(change: Change, kind: str = "", name: str = "") -> dict[str, object
     if kind:
         given[kind][name] = change.value
     facts = dataclasses.replace(
-        host.facts(), controllers=change.controllers, cgroup_kind="root", cgroup_folder="/sys/fs/cgroup"
+        host.facts(),
+        controllers=change.controllers,
+        io_controller=bool(change.controllers),
+        cgroup_kind="root",
+        cgroup_folder="/sys/fs/cgroup",
     )
     limits, permissions, config = (CLASSES[which](**given[which]) for which in CLASSES)
     return recipe.compile(config, limits, permissions, facts).to_dict()
@@ -179,10 +187,12 @@ def test_strict_levels_refuse_to_be_weakened(level: IsolationLevel, switch: str)
 
 def test_each_limit_has_a_substitute_or_is_said_to_be_missing() -> None:
     """Without controllers the same limits are there by other means, or the report says that they are not."""
-    with_all, without = compiled(Change(0)), compiled(Change(0, controllers=()))
+    throttled = {"max_io_mb_per_second": 5.0}
+    with_all, without = (compiled(Change(0, limits=throttled, controllers=each)) for each in (CONTROLLERS, ()))
     states = {item["name"]: item["state"] for item in without["protections"]}  # type: ignore[attr-defined]
     for name in ("memory", "processes and threads", "CPU"):
         assert states[name] == "substituted"
+    assert states["disk throughput"] == "missing"
     names = [[line[0] for line in made["rlimits"]] for made in (with_all, without)]  # type: ignore[attr-defined]
     assert set(names[1]) - set(names[0]) == {"RLIMIT_DATA", "RLIMIT_CPU", "RLIMIT_NPROC"}
 
