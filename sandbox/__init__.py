@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         log_level_from_env,
     )
     from sandbox.errors import (
+        CommitError,
         PluginExecutionError,
         ResourceError,
         ResourceLimitExceededError,
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
         SandboxInitializationError,
         SecurityViolationError,
     )
+    from sandbox.files import FileEntry
     from sandbox.monitor import FilesystemWatchdog, NetworkIsolationManager
     from sandbox.monitor.resources import EnhancedResourceMonitor
     from sandbox.plugins import EnhancedPluginFramework
     from sandbox.recovery import SandboxRecoveryManager
+    from sandbox.recovery.changes import FileChange
     from sandbox.sandbox import EnhancedPluginSandbox
     from sandbox.telemetry import SandboxTelemetry
     from sandbox.text import TerminalEscaper, escape_text
@@ -37,10 +40,13 @@ if TYPE_CHECKING:
     from sandbox.violations import SandboxViolation, SandboxViolationType
 
 __all__ = [
+    "CommitError",
     "ConfigError",
     "EnhancedPluginFramework",
     "EnhancedPluginSandbox",
     "EnhancedResourceMonitor",
+    "FileChange",
+    "FileEntry",
     "FilesystemWatchdog",
     "IsolationConfig",
     "IsolationLevel",
@@ -66,10 +72,13 @@ __all__ = [
 
 _MODULES = {
     "__version__": "sandbox.version",
+    "CommitError": "sandbox.errors",
     "ConfigError": "sandbox.config",
     "EnhancedPluginFramework": "sandbox.plugins",
     "EnhancedPluginSandbox": "sandbox.sandbox",
     "EnhancedResourceMonitor": "sandbox.monitor.resources",
+    "FileChange": "sandbox.recovery.changes",
+    "FileEntry": "sandbox.files",
     "FilesystemWatchdog": "sandbox.monitor",
     "IsolationConfig": "sandbox.config",
     "IsolationLevel": "sandbox.config",

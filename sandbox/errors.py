@@ -137,6 +137,21 @@ class SecurityViolationError(SandboxException):
         return escape_text(message, keep="")
 
 
+class CommitError(SandboxException):
+    """Raised when changes of granted folders are not committed; then none of them was.
+
+    Attributes:
+        paths: the files or folders that are the reason.
+    """
+
+    def __init__(self, message: str = "", *, paths: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.paths: list[str] = list(paths)
+
+    def __str__(self) -> str:
+        return escape_text(str(self.args[0]) if self.args else "the changes were not committed", keep="")
+
+
 class ResourceLimitExceededError(SandboxException):
     """Raised when resource limits are exceeded.
 

@@ -43,6 +43,14 @@ MOUNT_ATTR_RDONLY = 0x00000001
 MOUNT_ATTR_NOSUID = 0x00000002
 MOUNT_ATTR_NODEV = 0x00000004
 MOUNT_ATTR_NOEXEC = 0x00000008
+MOUNT_ATTR_IDMAP = 0x00100000
+
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RENAME_NOREPLACE = 1 << 0
+RENAME_EXCHANGE = 1 << 1
 
 
 PR_SET_PDEATHSIG = 1
@@ -169,11 +177,27 @@ def move_mount(tree: int, target: str) -> None:
     syscall("move_mount", tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH, what=target)
 
 
-def mount_setattr(tree: int, attributes: int, *, recursive: bool, what: str) -> None:
-    """Set mount attributes on the (detached) mount that `tree` refers to, and on all below it if `recursive`."""
-    mount_attr = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
+def mount_setattr(tree: int, attributes: int, *, recursive: bool, what: str, user_namespace: int = 0) -> None:
+    """Set mount attributes on the (detached) mount that `tree` refers to, and on all below it if `recursive`.
+
+    With MOUNT_ATTR_IDMAP the ids of its files are those of `user_namespace`, an fd, as mount_setattr(2) says.
+    """
+    mount_attr = (ctypes.c_uint64 * 4)(attributes, 0, 0, user_namespace)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     syscall("mount_setattr", tree, b"", flags, ctypes.byref(mount_attr), ctypes.sizeof(mount_attr), what=what)
+
+
+def open_beneath(folder: int, path: str, flags: int, *, mode: int = 0) -> int:
+    """openat2(2) of a path that must stay in the file system and below the fd `folder`, with no symbolic link on it."""
+    resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV
+    open_how = (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, mode, resolve)
+    arguments = (os.fsencode(path or "."), ctypes.byref(open_how), ctypes.sizeof(open_how))
+    return syscall("openat2", folder, *arguments, what=path)
+
+
+def rename(old_folder: int, old: str, new_folder: int, new: str, flags: int) -> None:
+    """renameat2(2)"""
+    syscall("renameat2", old_folder, os.fsencode(old), new_folder, os.fsencode(new), flags, what=new)
 
 
 def pidfd_send_signal(pidfd: int, number_: int) -> None:

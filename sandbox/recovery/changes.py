@@ -1,0 +1,243 @@
+"""What a plugin has changed in a granted folder: what lies in the upper layer of its overlay, compared with the folder.
+
+Host side. The upper layer is a plugin's work: nothing in it is followed, and nothing is opened but folders and regular
+files, each from the descriptor of the one above. Where there is no overlay the plugin has worked on a copy, which is
+compared in the same way. Must not change anything. Source: the kernel's overlayfs document.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEPTH = 100  # folders in folders; a descriptor or two is held for each
+BLOCK = 1 << 20
+DIFF_BYTES = 4 << 20  # of a file: what is larger is not shown line by line
+OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
+ORIGIN = ("trusted.overlay.origin", "user.overlay.origin")
+RESERVED = ".psie-"  # how names begin that commits use for a while
+
+ADDED, MODIFIED, DELETED, METADATA = "added", "modified", "deleted", "metadata"
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """One change in a granted folder.
+
+    Attributes:
+        kind: "added", "modified" (content, or what a symbolic link leads to), "deleted" (with all below it) or "metadata"
+            (the permission bits alone).
+        path: the absolute path on the host; bytes that are no UTF-8 are as os.fsdecode gives them. Names are the plugin's:
+            escape them before a person sees them.
+        size: bytes of what is there now; None for "deleted".
+        sha256: of a regular file's content, in hexadecimal; None for all else.
+        problem: why it cannot be committed; "" if it can.
+    """
+
+    kind: str
+    path: str
+    size: int | None = None
+    sha256: str | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One change as found: its path below the folder, and the two sides of it (lstat; None where nothing is)."""
+
+    kind: str
+    path: str
+    upper: os.stat_result | None
+    lower: os.stat_result | None
+    problem: str
+    origin: bool = False  # whether it was copied up from a file that was there
+
+
+class Comparison:
+    """An upper layer and the folder below it. `hides` where the upper layer stands for the whole folder: it is a copy."""
+
+    def __init__(self, upper: int, lower: int, *, hides: bool, allow_deletion: bool) -> None:
+        """`upper` and `lower` are open folders (not O_PATH), and stay the caller's."""
+        self.upper = upper
+        self.lower = lower
+        self.hides = hides
+        self.allow_deletion = allow_deletion
+
+    def differences(self) -> list[Difference]:
+        """All of them, folders before what is in them, a deletion before what stands in its place."""
+        return list(self._compare(self.upper, self.lower, "", self.hides, 0))
+
+    def _compare(self, upper: int, lower: int | None, prefix: str, hides: bool, depth: int) -> Iterator[Difference]:
+        names = sorted(os.listdir(upper))
+        for name in names:
+            yield from self._one(upper, lower, name, prefix, hides, depth)
+        if hides and lower is not None:
+            for name in sorted(set(os.listdir(lower)) - set(names)):
+                if not (depth == 0 and name.startswith(RESERVED)):
+                    yield self._deleted(prefix + name, lstat(lower, name))
+
+    def _one(self, upper: int, lower: int | None, name: str, prefix: str, hides: bool, depth: int) -> Iterator[Difference]:
+        path = prefix + name
+        new = os.stat(name, dir_fd=upper, follow_symlinks=False)
+        old = lstat(lower, name) if lower is not None else None
+        if stat.S_ISCHR(new.st_mode) and new.st_rdev == 0:  # a whiteout
+            if old is not None:
+                yield self._deleted(path, old)
+            return
+        if not stat.S_ISDIR(new.st_mode):
+            if old is not None and stat.S_ISDIR(old.st_mode):
+                yield self._deleted(path, old)
+                old = None
+            try:
+                kind, problem = self._kind(upper, lower, name, new, old), self._problem(upper, name, path, new)
+                origin = has_origin(upper, name, new)
+            except PermissionError:  # of the plugin's making, unless the caller may not read its own folder
+                kind, problem, origin = MODIFIED if old is not None else ADDED, UNREADABLE, False
+            if kind:
+                yield Difference(kind, path, new, old, problem, origin)
+            return
+        if old is not None and not stat.S_ISDIR(old.st_mode):
+            yield self._deleted(path, old)
+            old = None
+        closed = "it lies too deep" if depth >= DEPTH else "" if is_open(upper, name) else UNREADABLE
+        if old is None or stat.S_IMODE(old.st_mode) != stat.S_IMODE(new.st_mode):
+            problem = closed or self._problem(upper, name, path, new)
+            yield Difference(METADATA if old is not None else ADDED, path, new, old, problem)
+        elif closed:
+            yield Difference(METADATA, path, new, old, closed)
+        if closed:
+            return
+        inner = open_folder(upper, name)
+        try:
+            below = open_folder(lower, name) if old is not None and lower is not None else None
+            try:
+                yield from self._compare(inner, below, path + "/", hides or is_opaque(inner), depth + 1)
+            finally:
+                if below is not None:
+                    os.close(below)
+        finally:
+            os.close(inner)
+
+    def _deleted(self, path: str, old: os.stat_result | None) -> Difference:
+        problem = "" if self.allow_deletion else "deleting is not permitted (allow_file_deletion)"
+        return Difference(DELETED, path, None, old, problem)
+
+    def _kind(self, upper: int, lower: int | None, name: str, new: os.stat_result, old: os.stat_result | None) -> str:
+        if old is None or lower is None:
+            return ADDED
+        if stat.S_IFMT(new.st_mode) != stat.S_IFMT(old.st_mode):
+            return MODIFIED
+        if stat.S_ISLNK(new.st_mode):
+            return MODIFIED if os.readlink(name, dir_fd=upper) != os.readlink(name, dir_fd=lower) else ""
+        if not stat.S_ISREG(new.st_mode):
+            return MODIFIED
+        if new.st_size != old.st_size or digest(upper, name) != digest(lower, name):
+            return MODIFIED
+        return METADATA if stat.S_IMODE(new.st_mode) != stat.S_IMODE(old.st_mode) else ""
+
+    def _problem(self, upper: int, name: str, path: str, new: os.stat_result) -> str:
+        if path.startswith(RESERVED):
+            return f"names that begin with {RESERVED} are psie's own"
+        if stat.S_ISLNK(new.st_mode):
+            return (
+                "it is a symbolic link that leads out of the folder" if leads_out(path, os.readlink(name, dir_fd=upper)) else ""
+            )
+        if not stat.S_ISREG(new.st_mode) and not stat.S_ISDIR(new.st_mode):
+            return f"it is a {TYPES.get(stat.S_IFMT(new.st_mode), 'special file')}"
+        return ""
+
+
+UNREADABLE = "it cannot be read: its mode does not let its owner"
+TYPES = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+
+
+def leads_out(path: str, target: str) -> bool:
+    """Whether a link at `path` to `target` leads out of the folder that `path` is relative to, by its words alone."""
+    depth = path.count("/")
+    if target.startswith("/"):
+        return True
+    for part in target.split("/"):
+        depth += -1 if part == ".." else 0 if part in ("", ".") else 1
+        if depth < 0:
+            return True
+    return False
+
+
+def open_folder(folder: int, name: str) -> int:
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+
+
+def open_file(folder: int, name: str) -> int:
+    """A regular file, and nothing else: what blocks or acts when it is opened is refused. Raises OSError."""
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise IsADirectoryError(21, "not a regular file", name)
+    return fd
+
+
+def is_open(folder: int, name: str) -> bool:
+    """Whether we may look into a folder."""
+    try:
+        os.close(open_folder(folder, name))
+    except PermissionError:
+        return False
+    return True
+
+
+def lstat(folder: int, name: str) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def digest(folder: int, name: str) -> str:
+    """SHA-256 of a regular file's content."""
+    fd = open_file(folder, name)
+    try:
+        hashed = hashlib.sha256()
+        while block := os.read(fd, BLOCK):
+            hashed.update(block)
+        return hashed.hexdigest()
+    finally:
+        os.close(fd)
+
+
+def is_opaque(folder: int) -> bool:
+    """Whether the open folder of an upper layer hides the one below it."""
+    return any(attribute(folder, name) == b"y" for name in OPAQUE)
+
+
+def has_origin(folder: int, name: str, found: os.stat_result) -> bool:
+    if not stat.S_ISREG(found.st_mode):
+        return False
+    fd = open_file(folder, name)
+    try:
+        return any(attribute(fd, name) is not None for name in ORIGIN)
+    finally:
+        os.close(fd)
+
+
+def attribute(fd: int, name: str) -> bytes | None:
+    try:
+        return os.getxattr(fd, name)
+    except OSError:
+        return None
+
+
+def unified(old: bytes | None, new: bytes | None, path: str) -> str:
+    """A unified diff of two contents (None: no file); one line where they are no text."""
+    if any(side is not None and (b"\0" in side or len(side) > DIFF_BYTES) for side in (old, new)):
+        return f"Binary files a{path} and b{path} differ\n"
+    sides = [(side or b"").decode("utf-8", "surrogateescape").splitlines(keepends=True) for side in (old, new)]
+    before, after = ("/dev/null" if side is None else letter + path for letter, side in (("a", old), ("b", new)))
+    lines = difflib.unified_diff(sides[0], sides[1], before, after)
+    return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)

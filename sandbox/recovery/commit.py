@@ -1,0 +1,544 @@
+"""Changes of granted folders, put into the folders: all of them or none, whatever is killed when.
+
+What is to come is copied into a stage, a folder of ours in each granted folder (so that renames are enough later). Then a
+journal is written that names every step; from then on the commit counts as made. Each step is one rename or chmod, can be
+seen to be done by inode numbers, and can be undone: after a crash `recover` carries the rest out, or, where that fails,
+undoes the whole. Before a stage is removed the journal says that nothing in it is needed. It lies in our own state folder,
+which nobody else may write, and its author holds a lock on it for as long as it lives.
+
+Host side. Everything in a granted folder is reached from its descriptor by openat2(2), without links and other file
+systems on the way. Sources: rename(2), openat2(2), flock(2), syncfs(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import stat
+from contextlib import contextmanager, suppress
+from copy import copy
+from functools import cached_property
+
+from sandbox import state
+from sandbox.errors import CommitError
+from sandbox.ns import syscalls as sc
+from sandbox.ns import workspace
+from sandbox.recovery import changes
+from sandbox.recovery.changes import ADDED, DELETED, METADATA, RESERVED, Comparison, Difference
+from sandbox.text import escape_text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Any
+
+VERSION = 1
+# What a journal says of the stages: they are to be removed (nothing was done yet, or all of it), or put into place.
+CLEAR, APPLY = "clear", "apply"
+MODES = 0o777  # what a committed file can have: no set-user-ID, set-group-ID or sticky bit
+
+
+class Folder:
+    """One granted folder with what is to be committed: two open folders, which `close` closes."""
+
+    def __init__(self, path: str, lower: int, upper: int, comparison: Comparison, since: int) -> None:
+        """`since`: nanoseconds of CLOCK_REALTIME_COARSE; what has changed in the folder after it is a conflict."""
+        self.path = path
+        self.lower = lower
+        self.upper = upper
+        self.since = since
+        self.comparison = comparison
+
+    @cached_property
+    def differences(self) -> Sequence[Difference]:
+        return self.comparison.differences()
+
+    def narrowed(self, differences: Sequence[Difference]) -> Folder:
+        """The same folder, with less to commit; not to be closed."""
+        other = copy(self)
+        other.differences = differences
+        return other
+
+    def close(self) -> None:
+        os.close(self.lower)
+        os.close(self.upper)
+
+
+def commit(folders: Sequence[Folder]) -> None:
+    """Make the differences of all `folders` real. Raises CommitError, and then nothing has changed."""
+    for folder in folders:
+        for difference in folder.differences:
+            if difference.problem:
+                refuse(os.path.join(folder.path, difference.path), difference.problem)
+        check_unchanged(folder)
+    identity = os.urandom(8).hex()
+    with locked(folders):
+        journal = Journal(identity)
+        opened = [(folder.path, folder.lower) for folder in folders]
+        try:
+            journal.write(CLEAR, opened, [])
+            try:
+                steps = [Stage(folder, identity).fill() for folder in folders]
+                journal.write(APPLY, opened, steps)
+                carry_out([(folder.lower, of_folder) for folder, of_folder in zip(folders, steps, strict=True)], identity)
+            finally:
+                journal.clear(opened)
+        except OSError as error:
+            where = escape_text(os.fsdecode(error.filename or folders[0].path), keep="")
+            raise CommitError(f"the changes were not committed: {where}: {error.strerror}", paths=[where]) from None
+        finally:
+            journal.close()
+
+
+def check_unchanged(folder: Folder) -> None:
+    """Raises CommitError if what differs has been changed in the folder itself since the sandbox was opened."""
+    removed = {difference.path for difference in folder.differences if difference.kind == DELETED}
+    for difference in folder.differences:
+        path = os.path.join(folder.path, difference.path)
+        if difference.path in removed and difference.kind != DELETED:
+            continue  # it stands in the place of what is removed
+        now = current(folder.lower, difference.path)
+        if now is None and difference.lower is None:
+            if difference.origin and listing_changed(folder, difference.path):
+                refuse(path, "it has been removed since the sandbox was opened")
+        elif now is None or difference.lower is None or now.st_ino != difference.lower.st_ino:
+            refuse(path, "it has come or gone since the sandbox was opened")
+        elif now.st_dev != os.fstat(folder.lower).st_dev:
+            refuse(path, "it lies in another file system than the folder")
+        elif has_changed(folder, difference, now):
+            refuse(path, "it has been changed since the sandbox was opened")
+
+
+def has_changed(folder: Folder, difference: Difference, now: os.stat_result) -> bool:
+    if difference.kind == DELETED:
+        return newest(folder.lower, difference.path, now) > folder.since
+    if stat.S_ISDIR(now.st_mode):  # its bits are all that is committed
+        return difference.lower is not None and now.st_mode != difference.lower.st_mode
+    return now.st_ctime_ns > folder.since
+
+
+def listing_changed(folder: Folder, path: str) -> bool:
+    """Whether something has come or gone in the folder around `path`.
+
+    What was copied up from a file and has none below it was moved by the plugin, or the file was removed under it.
+    """
+    found = current(folder.lower, os.path.dirname(path)) if "/" in path else os.fstat(folder.lower)
+    return found is None or found.st_ctime_ns > folder.since
+
+
+def refuse(path: str, why: str) -> None:
+    shown = escape_text(path, keep="")
+    raise CommitError(f"{shown} cannot be committed, so nothing was: {why}", paths=[path])
+
+
+def newest(folder: int, path: str, found: os.stat_result) -> int:
+    """The last change of a file, or of anything in a folder (its own listing apart: that is not what is committed)."""
+    if not stat.S_ISDIR(found.st_mode):
+        return found.st_ctime_ns
+    last = 0
+    inner = sc.open_beneath(folder, path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in os.listdir(inner):
+            last = max(last, newest(inner, name, os.stat(name, dir_fd=inner, follow_symlinks=False)))
+    finally:
+        os.close(inner)
+    return last
+
+
+@contextmanager
+def locked(folders: Sequence[Folder]) -> Iterator[None]:
+    """One commit of a folder at a time."""
+    held: list[int] = []
+    try:
+        for folder in sorted(folders, key=lambda each: each.path):
+            held.append(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder.lower))
+            try:
+                fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refuse(folder.path, "another commit goes on there: try again")
+        yield
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
+# -- the journal ---------------------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """One commit in the state folder, by its number. Locked as long as its author lives."""
+
+    def __init__(self, identity: str) -> None:
+        self.folder = os.path.join(state.folder("lib"), "commits")
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        self.identity = identity
+        self.held: list[int] = []
+
+    def write(self, phase: str, folders: Sequence[tuple[str, int]], steps: Sequence[Sequence[Step]]) -> None:
+        """On disk when this returns; the one before is replaced as a whole."""
+        content = {
+            "version": VERSION,
+            "phase": phase,
+            "folders": [
+                {"path": path, "inode": inode_of(fd), "steps": [step.to_dict() for step in of_folder]}
+                for (path, fd), of_folder in zip(folders, steps or [[] for _ in folders], strict=True)
+            ],
+        }
+        fd = os.open(self._path(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self.held.append(fd)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with open(fd, "wb", closefd=False) as file:
+            file.write(json.dumps(content).encode())
+        os.fsync(fd)
+        os.rename(self._path(".new"), self._path())
+        sync_folder(self.folder)
+
+    def clear(self, folders: Sequence[tuple[str, int]]) -> None:
+        """It is over, one way or the other: remove the stages, and the journal last."""
+        try:
+            self.write(CLEAR, folders, [])
+        except OSError:
+            os.unlink(self._path())  # the disk is full: better a stage that stays than a commit that comes back
+        for _, fd in folders:
+            workspace.remove_folder(fd, RESERVED + self.identity)
+        with suppress(FileNotFoundError):
+            os.unlink(self._path())
+
+    def close(self) -> None:
+        for fd in self.held:
+            os.close(fd)
+        self.held.clear()
+
+    def _path(self, suffix: str = "") -> str:
+        return os.path.join(self.folder, self.identity + suffix)
+
+
+class Step:
+    """One rename or chmod in a granted folder, as plain data.
+
+    kind "put": what is staged as `name` goes to `path`; what was there, if `replaces`, goes to the stage. "remove": what is
+    at `path` goes to the stage as `name`. "mode": `path` gets `mode` instead of `before`. `inode` is that of the staged, of
+    the removed, or of the changed file.
+    """
+
+    FIELDS = ("kind", "path", "name", "inode", "replaces", "mode", "before")
+
+    def __init__(
+        self, kind: str, path: str, inode: int, *, name: str = "", replaces: bool = False, mode: int = 0, before: int = 0
+    ) -> None:
+        self.kind = kind
+        self.path = path
+        self.inode = inode
+        self.name = name
+        self.replaces = replaces
+        self.mode = mode
+        self.before = before
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.FIELDS}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Step:
+        return cls(**{name: fields[name] for name in cls.FIELDS})
+
+    def is_done(self, folder: int, stage: int) -> bool:
+        found = current(folder, self.path)
+        if self.kind == "put":
+            return found is not None and found.st_ino == self.inode
+        if self.kind == "remove":
+            return changes.lstat(stage, self.name) is not None
+        return found is not None and stat.S_IMODE(found.st_mode) == self.mode
+
+    def do(self, folder: int, stage: int) -> None:
+        if self.is_done(folder, stage):
+            return
+        with parent(folder, self.path) as (above, name):
+            if self.kind == "put":
+                sc.rename(stage, self.name, above, name, sc.RENAME_EXCHANGE if self.replaces else sc.RENAME_NOREPLACE)
+            elif self.kind == "remove":
+                sc.rename(above, name, stage, self.name, sc.RENAME_NOREPLACE)
+            else:
+                self._chmod(above, name, self.mode)
+
+    def undo(self, folder: int, stage: int) -> None:
+        if not self.is_done(folder, stage):
+            return
+        with parent(folder, self.path) as (above, name):
+            if self.kind == "put" and self.replaces:
+                sc.rename(stage, self.name, above, name, sc.RENAME_EXCHANGE)
+            elif self.kind == "put":
+                sc.rename(above, name, stage, self.name, sc.RENAME_NOREPLACE)
+            elif self.kind == "remove":
+                sc.rename(stage, self.name, above, name, sc.RENAME_NOREPLACE)
+            else:
+                self._chmod(above, name, self.before)
+
+    def _chmod(self, above: int, name: str, mode: int) -> None:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+        try:
+            if os.fstat(fd).st_ino != self.inode:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.path)
+            os.chmod(f"/proc/self/fd/{fd}", mode)
+        finally:
+            os.close(fd)
+
+
+def carry_out(pairs: Sequence[tuple[int, Sequence[Step]]], identity: str) -> None:
+    """Every step of every folder; where one fails, all that were done are undone and the failure is raised."""
+    try:
+        for folder, steps in pairs:
+            with opened_stage(folder, identity) as stage:
+                for step in steps:
+                    step.do(folder, stage)
+            sync(folder)
+    except OSError:
+        for folder, steps in pairs:
+            with opened_stage(folder, identity) as stage:
+                for step in reversed(steps):
+                    step.undo(folder, stage)
+        raise
+
+
+# -- the stage -----------------------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """Copies what is to come into `.psie-ID` of the granted folder, and says in which steps it gets to its place."""
+
+    def __init__(self, folder: Folder, identity: str) -> None:
+        self.folder = folder
+        self.owner = os.fstat(folder.lower)
+        self.name = RESERVED + identity
+        os.mkdir(self.name, 0o700, dir_fd=folder.lower)
+        self.fd = os.open(self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder.lower)
+        self.staged: dict[str, str] = {}  # path of a new folder -> where it lies in the stage
+        self.steps: list[Step] = []
+        self.modes: list[tuple[str, int]] = []  # of new folders inside new ones, given when nothing is put into them any more
+        self.opening: list[Step] = []  # modes that let its owner write: before all else
+        self.closing: list[Step] = []  # other modes: after all else
+
+    def fill(self) -> list[Step]:
+        try:
+            self._try_exchange()
+            for difference in self.folder.differences:
+                self._stage(difference)
+            for place, mode in reversed(self.modes):
+                os.chmod(place, mode, dir_fd=self.fd)
+            sync(self.fd)
+        finally:
+            os.close(self.fd)
+        return [*self.opening, *self.steps, *reversed(self.closing)]
+
+    def _try_exchange(self) -> None:
+        """Not every file system can; better now than in the middle."""
+        for name in ("a", "b"):
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self.fd))
+        try:
+            sc.rename(self.fd, "a", self.fd, "b", sc.RENAME_EXCHANGE)
+        except OSError as error:
+            raise OSError(error.errno, "this file system cannot exchange two files", self.folder.path) from None
+        for name in ("a", "b"):
+            os.unlink(name, dir_fd=self.fd)
+
+    def _stage(self, difference: Difference) -> None:
+        path, new, old = difference.path, difference.upper, difference.lower
+        place = str(len(self.steps))
+        if difference.kind == DELETED:
+            assert old is not None
+            self.steps.append(Step("remove", path, old.st_ino, name=place))
+            return
+        assert new is not None
+        mode = stat.S_IMODE(new.st_mode) & MODES
+        if difference.kind == METADATA:
+            assert old is not None
+            before = stat.S_IMODE(old.st_mode)
+            step = Step("mode", path, old.st_ino, mode=mode | before & ~MODES, before=before)
+            (self.opening if mode & stat.S_IWUSR else self.closing).append(step)
+            return
+        above = self.staged.get(os.path.dirname(path))
+        inside = above is not None
+        place = f"{above}/{os.path.basename(path)}" if inside else place
+        if stat.S_ISDIR(new.st_mode):
+            os.mkdir(place, 0o700, dir_fd=self.fd)
+            self.staged[path] = place
+            if inside:
+                self.modes.append((place, mode))
+        elif stat.S_ISLNK(new.st_mode):
+            with parent(self.folder.upper, path) as (folder, name):
+                os.symlink(os.readlink(name, dir_fd=folder), place, dir_fd=self.fd)
+        else:
+            replaced = old is not None and stat.S_ISREG(old.st_mode)
+            self._copy(path, place, mode, keep_attributes=replaced)
+        if os.getuid() == 0:
+            os.chown(place, self.owner.st_uid, self.owner.st_gid, dir_fd=self.fd, follow_symlinks=False)
+        if not inside:
+            inode = os.stat(place, dir_fd=self.fd, follow_symlinks=False).st_ino
+            self.steps.append(Step("put", path, inode, name=place, replaces=difference.kind != ADDED))
+            if stat.S_ISDIR(new.st_mode):  # only a folder that its owner may write to can be moved
+                self.closing.append(Step("mode", path, inode, mode=mode, before=0o700))
+
+    def _copy(self, path: str, place: str, mode: int, *, keep_attributes: bool) -> None:
+        """Content, holes as holes; and of the file that it replaces the extended attributes (access lists, labels)."""
+        with parent(self.folder.upper, path) as (folder, name):
+            source = changes.open_file(folder, name)
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            target = os.open(place, flags, 0o600, dir_fd=self.fd)
+            try:
+                copy_content(source, target)
+                if keep_attributes:
+                    copy_attributes(self.folder.lower, path, target)
+                os.fchmod(target, mode)
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+
+
+def copy_content(source: int, target: int) -> None:
+    size, position = os.fstat(source).st_size, 0
+    while position < size:
+        try:
+            start = os.lseek(source, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break  # a hole to the end
+        position = os.lseek(source, start, os.SEEK_HOLE)
+        while start < position:
+            block = os.pread(source, min(changes.BLOCK, position - start), start)
+            if not block:
+                break
+            start += os.pwrite(target, block, start)
+    os.ftruncate(target, size)
+
+
+def copy_attributes(folder: int, path: str, target: int) -> None:
+    source = sc.open_beneath(folder, path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for name in os.listxattr(source):
+            with suppress(OSError):  # a label that only the system may give
+                os.setxattr(target, name, os.getxattr(source, name))
+    finally:
+        os.close(source)
+
+
+@contextmanager
+def parent(folder: int, path: str) -> Iterator[tuple[int, str]]:
+    """The open folder that `path` lies in, and its name there."""
+    above, _, name = path.rpartition("/")
+    fd = sc.open_beneath(folder, above, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield fd, name
+    finally:
+        os.close(fd)
+
+
+def current(folder: int, path: str) -> os.stat_result | None:
+    """What is at `path` now; None for nothing, or for a way there that is none."""
+    try:
+        with parent(folder, path) as (above, name):
+            return os.stat(name, dir_fd=above, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return None
+
+
+@contextmanager
+def opened_stage(folder: int, identity: str) -> Iterator[int]:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(RESERVED + identity, flags, dir_fd=folder)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def inode_of(fd: int) -> list[int]:
+    found = os.fstat(fd)
+    return [found.st_dev, found.st_ino]
+
+
+def sync_folder(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync(fd: int) -> None:
+    """syncfs(2)"""
+    if ctypes.CDLL(None, use_errno=True).syncfs(fd) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+# -- after a crash ---------------------------------------------------------------------------------------------------------
+
+
+def recover() -> list[str]:
+    """Finish or undo the commits of this user whose authors have died; returns a line for each."""
+    folder = os.path.join(state.folder("lib"), "commits")
+    told = []
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        line = _recover(os.path.join(folder, name))
+        if line:
+            told.append(line)
+    return told
+
+
+def _recover(path: str) -> str:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return ""  # its author lives
+        if not os.path.exists(path) or os.stat(path).st_ino != os.fstat(fd).st_ino:
+            return ""  # it was replaced or finished at this moment
+        if path.endswith(".new"):  # it never counted
+            if not os.path.exists(path.removesuffix(".new")):
+                os.unlink(path)
+            return ""
+        with open(fd, "rb", closefd=False) as file:
+            content = json.loads(file.read())
+        return _finish(path, content)
+    finally:
+        os.close(fd)
+
+
+def _finish(path: str, content: dict[str, Any]) -> str:
+    shown = ", ".join(escape_text(folder["path"], keep="") for folder in content["folders"])
+    if content["version"] != VERSION:
+        return f"the commit to {shown} was begun by another version of psie, which has to finish it"
+    journal = Journal(os.path.basename(path))
+    opened: list[int] = []
+    try:
+        for folder in content["folders"]:
+            opened.append(os.open(folder["path"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            if inode_of(opened[-1]) != folder["inode"]:
+                raise FileNotFoundError(errno.ENOENT, "another folder has its name", folder["path"])
+        said = "cleared away"
+        if content["phase"] == APPLY:
+            steps = [[Step.from_dict(fields) for fields in folder["steps"]] for folder in content["folders"]]
+            try:
+                carry_out(list(zip(opened, steps, strict=True)), journal.identity)
+                said = "finished"
+            except OSError:
+                said = "undone"
+        journal.clear([(folder["path"], fd) for folder, fd in zip(content["folders"], opened, strict=True)])
+    except OSError as error:
+        return f"the commit to {shown} is still unfinished: {error.strerror}"
+    finally:
+        journal.close()
+        for fd in opened:
+            os.close(fd)
+    return f"the commit to {shown} was {said}"

@@ -1,0 +1,280 @@
+"""Changes of a folder: found, committed as a whole or not at all, also when whoever does it is killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import select
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sandbox.errors import CommitError
+from sandbox.recovery import commit
+from sandbox.recovery.changes import Comparison, Difference, leads_out, unified
+
+ROUNDS = 50
+CLOCK_REALTIME_COARSE = 5
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Journals of other tests' commits, and of this machine's, are none of ours."""
+    lib = tmp_path / "state"
+    lib.mkdir()
+    monkeypatch.setattr("sandbox.state.folder", lambda kind: str(lib))
+    return lib
+
+
+class Case:
+    """A folder and a copy of it that was worked on."""
+
+    def __init__(self, place: Path) -> None:
+        self.lower, self.upper = place / "lower", place / "upper"
+        for side in (self.lower, self.upper):
+            (side / "kept").mkdir(parents=True)
+            (side / "gone" / "deep").mkdir(parents=True)
+            (side / "same").write_text("same")
+            (side / "kept" / "changed").write_text("before")
+            (side / "kept" / "bits").write_text("bits")
+            (side / "gone" / "deep" / "file").write_text("file")
+        os.link(self.lower / "same", place / "another name")
+        self.since = 0
+
+    def work(self) -> None:
+        """One change of each kind."""
+        (self.upper / "kept" / "changed").write_text("after")
+        os.chmod(self.upper / "kept" / "bits", 0o600)
+        (self.upper / "gone" / "deep" / "file").unlink()
+        (self.upper / "gone" / "deep").rmdir()
+        (self.upper / "gone").rmdir()
+        (self.upper / "new" / "inner").mkdir(parents=True)
+        (self.upper / "new" / "inner" / "file").write_text("inner")
+        (self.upper / "new" / "link").symlink_to("inner/file")
+        with open(self.upper / "new" / "sparse", "wb") as file:
+            file.seek(1 << 20)
+            file.write(b"end")
+        (self.upper / b"line\nfeed \xff".decode("utf-8", "surrogateescape")).write_text("odd name")
+        time.sleep(0.02)
+        self.since = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+
+    @contextmanager
+    def opened(self, *, allow_deletion: bool = True) -> Iterator[commit.Folder]:
+        lower, upper = (os.open(side, os.O_RDONLY | os.O_DIRECTORY) for side in (self.lower, self.upper))
+        comparison = Comparison(upper, lower, hides=True, allow_deletion=allow_deletion)
+        folder = commit.Folder(str(self.lower), lower, upper, comparison, self.since)
+        try:
+            yield folder
+        finally:
+            folder.close()
+
+    def differences(self, *, allow_deletion: bool = True) -> list[Difference]:
+        with self.opened(allow_deletion=allow_deletion) as folder:
+            return list(folder.differences)
+
+    def commit(self) -> None:
+        with self.opened() as folder:
+            commit.commit([folder])
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path)
+
+
+def tree(folder: Path) -> str:
+    """A hash of all that is in a folder: names, kinds, modes, contents, targets."""
+    seen = []
+    for above, folders, files in os.walk(os.fsencode(folder)):
+        for name in [*folders, *files]:
+            path = os.path.join(above, name)
+            found = os.lstat(path)
+            content = b""
+            if stat.S_ISREG(found.st_mode):
+                with open(path, "rb") as file:
+                    content = file.read()
+            elif stat.S_ISLNK(found.st_mode):
+                content = os.readlink(path)
+            mode = found.st_mode if not stat.S_ISLNK(found.st_mode) else 0
+            seen.append((os.path.relpath(path, os.fsencode(folder)), mode, content))
+    return hashlib.sha256(repr(sorted(seen)).encode()).hexdigest()
+
+
+def test_every_kind_of_change_is_found(case: Case) -> None:
+    assert case.differences() == []
+    case.work()
+    found = {(each.kind, each.path) for each in case.differences()}
+    assert found == {
+        ("modified", "kept/changed"),
+        ("metadata", "kept/bits"),
+        ("deleted", "gone"),
+        *(("added", name) for name in ("new", "new/inner", "new/inner/file", "new/link", "new/sparse", "line\nfeed \udcff")),
+    }
+    assert [each.problem for each in case.differences()] == [""] * len(found)
+
+
+def test_a_commit_makes_the_folder_what_the_plugin_left(case: Case, own_state: Path) -> None:
+    case.work()
+    case.commit()
+    assert tree(case.lower) == tree(case.upper)
+    assert os.stat(case.lower / "new" / "sparse").st_blocks < 100
+    assert case.differences() == []
+    assert os.listdir(own_state / "commits") == []
+
+
+@pytest.mark.parametrize("first", ["file", "folder", "link"])
+@pytest.mark.parametrize("second", ["file", "folder", "link"])
+def test_a_thing_of_another_kind_takes_the_place(case: Case, first: str, second: str) -> None:
+    def make(path: Path, kind: str, word: str) -> None:
+        if kind == "folder":
+            path.mkdir()
+            (path / word).write_text(word)
+        elif kind == "link":
+            path.symlink_to(word)
+        else:
+            path.write_text(word)
+
+    make(case.lower / "thing", first, "one")
+    make(case.upper / "thing", second, "two")
+    time.sleep(0.02)
+    case.since = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+    case.commit()
+    assert tree(case.lower) == tree(case.upper)
+
+
+def test_what_cannot_be_committed_stops_all_of_it(case: Case) -> None:
+    case.work()
+    before = tree(case.lower)
+    os.mkfifo(case.upper / "pipe")
+    (case.upper / "out").symlink_to("../../etc/passwd")
+    (case.upper / ".psie-0").write_text("x")
+    problems = {each.path: each.problem for each in case.differences() if each.problem}
+    assert set(problems) == {"pipe", "out", ".psie-0"}
+    assert "FIFO" in problems["pipe"]
+    assert "leads out" in problems["out"]
+    with pytest.raises(CommitError, match="so nothing was") as caught:
+        case.commit()
+    assert caught.value.paths
+    assert tree(case.lower) == before
+
+
+def test_deleting_has_to_be_permitted(case: Case) -> None:
+    case.work()
+    problems = [(each.path, each.problem) for each in case.differences(allow_deletion=False) if each.problem]
+    assert problems == [("gone", "deleting is not permitted (allow_file_deletion)")]
+
+
+@pytest.mark.parametrize(
+    "meddle",
+    [
+        lambda lower: (lower / "kept" / "changed").write_text("somebody else's"),
+        lambda lower: (lower / "kept" / "bits").chmod(0o604),
+        lambda lower: (lower / "gone" / "deep" / "file").write_text("somebody else's"),
+        lambda lower: (lower / "gone" / "deep" / "more").write_text("somebody else's"),
+        lambda lower: (lower / "new").write_text("somebody else's"),
+        lambda lower: ((lower / "kept").rename(lower / "moved"), (lower / "kept").symlink_to("moved")),
+    ],
+)
+def test_what_has_changed_meanwhile_is_a_conflict(case: Case, meddle: object) -> None:
+    case.work()
+    with case.opened() as folder:
+        assert callable(meddle)
+        time.sleep(0.02)
+        meddle(case.lower)
+        before = tree(case.lower)
+        with pytest.raises((CommitError, OSError)):
+            commit.commit([folder])
+        assert tree(case.lower) == before
+
+
+def test_one_commit_at_a_time(case: Case) -> None:
+    case.work()
+    refused = pytest.raises(CommitError, match="another commit")
+    with case.opened() as folder, case.opened() as other, commit.locked([folder]), refused:
+        commit.commit([other])
+
+
+def test_a_step_that_fails_undoes_the_others(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case.work()
+    before = tree(case.lower)
+    done: list[commit.Step] = []
+    carry_on = commit.Step.do
+
+    def fail_late(step: commit.Step, folder: int, stage: int) -> None:
+        if len(done) == 4:
+            raise OSError(28, "No space left on device", step.path)
+        carry_on(step, folder, stage)
+        done.append(step)
+
+    monkeypatch.setattr(commit.Step, "do", fail_late)
+    with pytest.raises(CommitError, match="No space left"):
+        case.commit()
+    assert tree(case.lower) == before
+
+
+def test_a_killed_commit_is_the_old_or_the_new_state(tmp_path: Path, own_state: Path) -> None:
+    """At random moments of a commit, and of the recovery itself."""
+    seen = set()
+    one = Case(tmp_path / "one")
+    one.work()
+    start = time.monotonic()
+    act_for(one.commit, 60.0)
+    taken = time.monotonic() - start
+    assert tree(one.lower) == tree(one.upper)
+    for number in range(ROUNDS):
+        case = Case(tmp_path / str(number))
+        case.work()
+        old, new = tree(case.lower), tree(case.upper)
+        act_for(case.commit, taken * random.uniform(0, 1.2))
+        act_for(commit.recover, taken * random.uniform(0, 0.3))
+        commit.recover()
+        state = tree(case.lower)
+        assert state in (old, new), "neither the old nor the new state"
+        assert list((own_state / "commits").glob("*")) == []
+        seen.add(state == new)
+    assert seen == {True, False}, "all of them were killed too early or too late: the test shows nothing"
+
+
+def act_for(action: object, within: float) -> None:
+    """Let a child act, but for so many seconds at most."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            assert callable(action)
+            action()
+        finally:
+            os._exit(0)
+    process = os.pidfd_open(pid)
+    select.select([process], [], [], within)
+    os.close(process)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "target", "out"),
+    [
+        ("link", "file", False),
+        ("a/b/link", "../../file", False),
+        ("a/link", "../../file", True),
+        ("link", "..", True),
+        ("link", "/etc", True),
+        ("a/link", "./b/../../c", False),
+    ],
+)
+def test_where_links_lead(path: str, target: str, out: bool) -> None:
+    assert leads_out(path, target) is out
+
+
+def test_a_diff_of_text_and_of_none() -> None:
+    assert unified(b"one\ntwo\n", b"one\nthree", "/f").splitlines() == [
+        "--- a/f", "+++ b/f", "@@ -1,2 +1,2 @@", " one", "-two", "+three", "\\ No newline at end of file",
+    ]  # fmt: skip
+    assert unified(None, b"new\n", "/f").startswith("--- /dev/null\n+++ b/f\n")
+    assert unified(b"\0", b"x", "/f") == "Binary files a/f and b/f differ\n"
