@@ -136,15 +136,22 @@ def _probe_fresh_proc() -> None:
 
 
 def _probe_overlay() -> None:
+    """As it is made for a granted folder: by the host's root, or in a user namespace with the overlay's own attributes in
+    the user's name space (which a tmpfs has from Linux 6.6 on)."""
     from sandbox.ns import syscalls as sc
 
-    _enter_user_namespace(sc.CLONE_NEWNS)
+    as_root = _is_root()
+    if as_root:
+        sc.unshare(sc.CLONE_NEWNS)
+    else:
+        _enter_user_namespace(sc.CLONE_NEWNS)
     sc.mount("none", "/", None, sc.MS_REC | sc.MS_PRIVATE)
     sc.mount("tmpfs", "/sys", "tmpfs", sc.MS_NOSUID)
     for name in ("lower", "upper", "work", "merged"):
         os.mkdir("/sys/" + name)
-    options = "lowerdir=/sys/lower,upperdir=/sys/upper,workdir=/sys/work,userxattr"
-    sc.mount("overlay", "/sys/merged", "overlay", 0, options)
+    options = "lowerdir=/sys/lower,upperdir=/sys/upper,workdir=/sys/work"
+    sc.mount("overlay", "/sys/merged", "overlay", 0, options if as_root else options + ",userxattr")
+    os.setxattr("/sys/upper", f"{'trusted' if as_root else 'user'}.overlay.probe", b"y")
 
 
 def _missing_syscalls() -> tuple[str, ...]:

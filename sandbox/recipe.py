@@ -115,6 +115,7 @@ class _Compiler:
         self.protections: list[Protection] = []
         self.check_contradictions()
         self.namespaces = self.choose_namespaces()
+        self.granted = self.granted_folders()
         self.file_size = int(min(limits.max_file_size_mb, permissions.max_file_size_mb) * MB)
         self.subprocesses = limits.max_subprocess_count if permissions.allow_subprocess_execution else 0
         self.threads = limits.max_thread_count if permissions.allow_thread_creation else 1
@@ -196,7 +197,6 @@ class _Compiler:
     def check_contradictions(self) -> None:
         permissions, config, limits = self.permissions, self.config, self.limits
         later = [
-            (bool(permissions.allowed_directories), "allowed_directories", "granted folders"),
             (permissions.allow_network_access, "allow_network_access", "network access under rules for hosts and ports"),
             (permissions.require_code_signing, "require_code_signing", "the check of signatures"),
         ]
@@ -266,6 +266,7 @@ class _Compiler:
         self.describe_namespaces()
         template, call_mounts = self.mounts()
         workspace = self.workspace()
+        self.describe_granted()
         self.describe_limits()
         return Recipe(
             level=self.config.level.value,
@@ -275,6 +276,7 @@ class _Compiler:
             sandbox_mounts=self.attached(),
             call_mounts=call_mounts,
             workspace=workspace,
+            granted=self.granted,
             network={"mode": self.network_mode()},
             hostname="psie",
             ids=self.ids(),
@@ -345,6 +347,7 @@ class _Compiler:
             rules.append([WORKSPACE if own_mounts else "{folder}/files", "write"])
             if own_mounts:
                 rules += [["/tmp", "write"], ["/var/tmp", "write"], ["/dev/shm", "write"]]
+            rules += [[folder["path"], "write"] for folder in self.granted]
 
         detail = f"ABI {abi}" + ("" if abi >= 6 else "; abstract sockets and signals are left to namespaces and seccomp")
         if self.config.enable_filesystem_isolation:
@@ -497,6 +500,48 @@ class _Compiler:
         hidden = (*HIDDEN, "/tmp") if self.level.view == "host-hidden" else ("/",)
         return [[path, path, "ro,nosuid,nodev"] for path in outermost(self.read_only) if under(path, hidden)]
 
+    def granted_folders(self) -> list[dict[str, str]]:
+        """The allowed directories, each with what becomes of it (see sandbox.ns.granted). Raises ValueError."""
+        if not self.permissions.allow_file_access:
+            return []
+        kind = "overlay" if "mnt" in self.namespaces else "direct"
+        if kind == "overlay" and self.host.overlay:
+            kind = "copy"
+        if not self.permissions.allow_file_creation:
+            kind = "read"
+        paths = [path.rstrip("/") or "/" for path in dict.fromkeys(self.permissions.allowed_directories)]
+        for path in paths:
+            self.check_granted(path, [other for other in paths if other != path])
+        return [{"path": path, "kind": kind} for path in paths]
+
+    def check_granted(self, path: str, others: list[str]) -> None:
+        where = f"PluginPermissionsV2.allowed_directories: {path!r}"
+        if not os.path.lexists(path):
+            raise ValueError(f"{where} does not exist: make it first, or check the path")
+        if os.path.realpath(path) != path:
+            raise ValueError(f"{where} is, or leads through, a symbolic link: grant {os.path.realpath(path)}")
+        if not os.path.isdir(path):
+            raise ValueError(f"{where} is no directory: grant the one that it lies in")
+        if path == "/" or under(path, ("/proc", "/sys", "/dev")) or path in ("/run", "/tmp", "/var", "/var/tmp"):
+            raise ValueError(f"{where} is the system's own, of which a sandbox has another: grant a directory of yours")
+        for other in others:
+            if under(path, (other,)):
+                raise ValueError(f"{where} lies in {other!r}, which is granted as well: leave one of them out")
+
+    def describe_granted(self) -> None:
+        if not self.granted:
+            return
+        detail, kind = ", ".join(folder["path"] for folder in self.granted), self.granted[0]["kind"]
+        if kind == "read":
+            self.add("granted folders", "read-only mounts" if "mnt" in self.namespaces else "Landlock", detail)
+        elif kind == "overlay":
+            self.add("granted folders", "overlayfs: changes are kept aside until they are committed", detail)
+        elif kind == "copy":
+            self.report("granted folders", "a copy within the disk limit", f"{detail}; no overlay here: {self.host.overlay}")
+        else:
+            reason = f"{detail}: without a mount namespace they are written directly, no rollback"
+            self.report("granted folders", "", reason, "use level standard")
+
     def workspace(self) -> dict[str, object]:
         size = int(self.limits.max_disk_usage_mb * MB)
         if "mnt" in self.namespaces:
@@ -540,7 +585,7 @@ class _Compiler:
         lines.append(["readonly", "/dev"])
         template: dict[str, object] = {"lines": lines, "pivot": True}
 
-        kept = [*shown, *(target for _, target, _ in self.attached())]
+        kept = [*shown, *(target for _, target, _ in self.attached()), *(folder["path"] for folder in self.granted)]
         pid = "pid" in self.namespaces
         minimal = self.level.view == "minimal"
         call: list[Line] = [["proc", "subset=pid" if minimal else ""] if pid else ["no_proc"]]
@@ -570,16 +615,17 @@ class _Compiler:
             gate = unwalkable(path)
             if gate is not None:
                 blocked.setdefault(gate, []).append(path)
-        if not blocked:
+        if not blocked and not self.granted:
             return None
         lines: list[Line] = []
         for gate, paths in sorted(blocked.items()):
             lines += [["tmpfs", gate, "nosuid,nodev", "mode=755,size=64k,nr_inodes=256", paths], ["readonly", gate]]
-        self.add(
-            "reach of the interpreter",
-            "a mount namespace shared by all calls",
-            f"{', '.join(sorted(blocked))} hidden but for what is needed",
-        )
+        if blocked:
+            self.add(
+                "reach of the interpreter",
+                "a mount namespace shared by all calls",
+                f"{', '.join(sorted(blocked))} hidden but for what is needed",
+            )
         return {"lines": lines, "pivot": False}
 
     # -- limits ----------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class Recipe(Frozen):
     """What a level becomes on one host, for some limits and permissions. Plain data all through; see sandbox.recipe."""
 
     FIELDS = (
-        *("level", "namespaces", "outer_user_namespace", "template", "sandbox_mounts", "call_mounts", "workspace"),
+        *("level", "namespaces", "outer_user_namespace", "template", "sandbox_mounts", "call_mounts", "workspace", "granted"),
         *("network", "hostname", "ids", "rlimits", "landlock", "seccomp", "cgroup", "environment", "limits"),
         *("interpreter", "preload", "modules", "monitoring", "protections"),
     )
@@ -98,6 +98,7 @@ class Recipe(Frozen):
     sandbox_mounts: list[list[str]]  # source, target, flags
     call_mounts: list[list[Any]]
     workspace: dict[str, Any]  # kind, path, bytes, inodes
+    granted: list[dict[str, str]]  # path, and kind: overlay, copy, read or direct (see sandbox.ns.granted)
     network: dict[str, Any]  # mode: host, loopback or veth
     hostname: str
     ids: dict[str, Any]  # user_namespace, allocated, outside
@@ -149,5 +150,8 @@ def confirm(protections: tuple[Protection, ...], seen: Mapping[str, str]) -> tup
         elif protection.name == "own /proc" and "no /proc" in seen.get("notes", "") and protection.state == ENFORCED:
             reason = "a fresh one cannot be mounted here: none is stronger"
             protection = protection.replace(state=SUBSTITUTED, mechanism="no /proc at all", detail=reason)
+        elif protection.name == "granted folders" and "copy" in seen.get("granted", "") and protection.state == ENFORCED:
+            reason = f"{detail}; the file system of a folder cannot be a layer of an overlay"
+            protection = protection.replace(state=SUBSTITUTED, mechanism="a copy within the disk limit", detail=reason)
         confirmed.append(protection)
     return tuple(confirmed)

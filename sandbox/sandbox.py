@@ -8,37 +8,48 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import errno
 import inspect
 import os
 import sys
 import uuid
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
 from time import monotonic
 
-from sandbox import host, recipe, state, transport
+from sandbox import files, host, recipe, state, transport
 from sandbox.config import IsolationConfig, PluginLimitsV2, PluginPermissionsV2
 from sandbox.engine import channel, client, codec, outcome
 from sandbox.engine.service import Service, Worker, service
 from sandbox.errors import (
+    CommitError,
     PluginExecutionError,
     ResourceError,
     ResourceLimitExceededError,
     SandboxException,
     SandboxInitializationError,
+    SecurityViolationError,
 )
 from sandbox.recipe_data import confirm
+from sandbox.recovery.commit import recover
+from sandbox.recovery.granted import GrantedChanges, deletion_violation, refuse_direct
 from sandbox.telemetry import SandboxTelemetry
 from sandbox.text import TerminalEscaper
 from sandbox.violations import SandboxViolation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
     from types import TracebackType
-    from typing import Any, TextIO
+    from typing import Any, TextIO, TypeVar
+
+    from sandbox.files import FileEntry
+    from sandbox.recovery.changes import FileChange
+
+    T = TypeVar("T")
 
     from sandbox.engine.loop import Timer
     from sandbox.engine.watching import SandboxWatch
@@ -103,6 +114,10 @@ class EnhancedPluginSandbox:
         self._expired = False
         self._watch: SandboxWatch | None = None  # the engine thread's
         self._counted: dict[str, int] = {}  # before there was one
+        self._running = 0  # calls
+        self._busy = ""  # what goes on with granted folders meanwhile
+        self._tainted = ""  # the violation for which changes of granted folders are not kept
+        self._deletions: set[str] = set()  # in granted folders, told already
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -118,6 +133,8 @@ class EnhancedPluginSandbox:
             raise RuntimeError(f"sandbox {self.sandbox_id} has been opened before: use a new EnhancedPluginSandbox")
         self._loop = asyncio.get_running_loop()
         self.recipe, wire = compiled(self.config, self.limits, self.permissions)
+        if self.recipe.granted:
+            await asyncio.to_thread(recover)
         self._telemetry.start_time, self._opened = datetime.now(UTC), monotonic()
         self._service = service()
         self._gone = promise()
@@ -297,7 +314,24 @@ class EnhancedPluginSandbox:
         """
         if self._sandbox is None or self.recipe is None or (self._gone is not None and self._gone.done() and not self._expired):
             raise RuntimeError(f"sandbox {self.sandbox_id} is not open: use it inside `async with`")
+        if self._busy:
+            raise RuntimeError(f"sandbox {self.sandbox_id}: {self._busy}: wait until that is done")
         instruction, payload = self._job(plugin_function, args, kwargs)
+        self._running += 1
+        try:
+            return await self._execute(plugin_function, args, instruction, payload)
+        except SecurityViolationError as error:
+            self._tainted = str(error).splitlines()[0]
+            raise
+        finally:
+            self._running -= 1
+            if self._tainted and not self._running and self._has_layers():
+                await self._renew(keep=False)
+                self._tainted = ""
+
+    async def _execute(
+        self, plugin_function: Callable[..., Any], args: tuple[Any, ...], instruction: dict[str, object], payload: bytes
+    ) -> Any:
         run, self._standby = self._standby or self._new_run(), None
         self._telemetry.plugin_id = getattr(plugin_function, "__qualname__", type(plugin_function).__name__)
         try:
@@ -310,6 +344,8 @@ class EnhancedPluginSandbox:
             await run.execute(instruction, payload, self.limits.max_execution_time_seconds)
         finally:
             self._record(run)
+        if self._has_layers() and not self.permissions.allow_file_deletion:
+            await self._see_deletions()
         error = outcome.judge(run.call, run.violations)
         if error is not None:
             self._telemetry.exit_reason = str(error).splitlines()[0]
@@ -406,6 +442,179 @@ class EnhancedPluginSandbox:
         if handler is not None:
             handler(value)
 
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def changes(self) -> list[FileChange]:
+        """What calls have changed in the allowed directories so far: nothing of it is in those yet (from level standard up).
+
+        Raises:
+            RuntimeError: the sandbox is not open, or a call is running.
+        """
+        with self._granted() as granted:
+            return granted.found()
+
+    def diff(self, path: str) -> str:
+        """A unified diff of one changed file; `path` as in `changes`. Names and lines are the plugin's: escape them.
+
+        Raises:
+            ValueError: nothing has changed there.
+            RuntimeError: as for `changes`.
+        """
+        with self._granted() as granted:
+            return granted.diff(path)
+
+    async def commit_changes(self, paths: Iterable[str] | None = None) -> list[FileChange]:
+        """Make the changes in the allowed directories real: all, or those at and below `paths`; returns them.
+
+        All or nothing: also when this process is killed in the middle, after which `psie gc`, or the next sandbox with
+        granted folders, finishes or undoes it. The other changes are kept for later.
+
+        Raises:
+            CommitError: one cannot be committed (a link that leads out, a FIFO, a deletion that is not permitted), or a
+                file has been changed on the host meanwhile, or a violation ended a call. Then nothing was committed.
+            ValueError: nothing has changed at one of `paths`.
+            RuntimeError: as for `changes`.
+        """
+        if self._tainted:
+            raise CommitError(f"a violation ended a call, so its changes are not kept: {self._tainted}")
+        granted = self._granted()
+        if not granted.folders and self.permissions.allowed_directories:
+            granted.close()
+            refuse_direct()
+        self._busy = "changes are being committed"
+        try:
+            told = await finished(asyncio.to_thread(carry_out, granted, None if paths is None else list(paths)))
+            await self._renew(keep=paths is not None)
+        finally:
+            self._busy = ""
+        return told
+
+    async def discard_changes(self) -> None:
+        """Forget what was changed in the allowed directories. Raises RuntimeError as `changes` does."""
+        self._granted().close()
+        self._busy = "changes are being discarded"
+        try:
+            await self._renew(keep=False)
+        finally:
+            self._busy = ""
+        self._tainted = ""
+
+    def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        """The content of a regular file of the workspace; `path` is relative to it.
+
+        Raises:
+            OSError: there is none, a link is on the way (ELOOP), or it is larger than `max_bytes` (EFBIG), which is
+                max_file_size_mb if None.
+            ValueError: `path` leads out of the workspace.
+            RuntimeError: the sandbox is not open.
+        """
+        with self._workspace() as root:
+            most = max_bytes if max_bytes is not None else int(self._limit("file_bytes"))
+            return files.read(root, path, most)
+
+    def write_file(self, path: str, data: bytes | str) -> None:
+        """Make or replace a file of the workspace, and the folders on its way; text becomes UTF-8.
+
+        Raises:
+            OSError: a link is on the way (ELOOP), it is no regular file, there is no room (ENOSPC, max_disk_usage_mb), or
+                `data` is larger than max_file_size_mb (EFBIG).
+            ValueError, RuntimeError: as for `read_file`.
+        """
+        content = data.encode() if isinstance(data, str) else bytes(data)
+        if len(content) > self._limit("file_bytes"):
+            raise OSError(errno.EFBIG, f"larger than {self._limit('file_bytes'):g} bytes (max_file_size_mb)", path)
+        with self._workspace() as root:
+            assert self._sandbox is not None
+            uid, gid = self._sandbox.owner
+            files.write(root, path, content, (uid, gid) if os.getuid() == 0 else None)
+
+    def list_files(self, path: str = "") -> list[FileEntry]:
+        """Everything in the workspace, or in a folder of it, sorted by path.
+
+        Raises:
+            OSError: there is no such folder.
+            ValueError, RuntimeError: as for `read_file`.
+        """
+        with self._workspace() as root:
+            return files.listed(root, path)
+
+    def _limit(self, name: str) -> float:
+        return self.recipe.limits[name] if self.recipe is not None else 0.0
+
+    def _has_layers(self) -> bool:
+        return self._sandbox is not None and self._sandbox.layers is not None and not self._sandbox.closing
+
+    def _granted(self) -> GrantedChanges:
+        """Descriptors, taken where the sandbox cannot be closed meanwhile."""
+        if self._sandbox is None or self._sandbox.closing:
+            raise RuntimeError(f"sandbox {self.sandbox_id} is not open: it has no changes")
+        if self._running or self._busy:
+            what = self._busy or "a call is running"
+            raise RuntimeError(f"sandbox {self.sandbox_id}: {what}: changes can be looked at when that is done")
+        return self._in_engine(lambda: GrantedChanges(self._opened_sandbox()))
+
+    @contextmanager
+    def _workspace(self) -> Iterator[int]:
+        """A descriptor of the workspace's root."""
+
+        def opened() -> int:
+            sandbox = self._opened_sandbox()
+            path = "." if sandbox.folder is None else sandbox.folder + "/files"
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(path, flags, dir_fd=sandbox.workspace if sandbox.folder is None else None)
+
+        root = self._in_engine(opened)
+        try:
+            yield root
+        finally:
+            os.close(root)
+
+    def _opened_sandbox(self) -> client.Sandbox:
+        if self._sandbox is None or self._sandbox.closing:
+            raise RuntimeError(f"sandbox {self.sandbox_id} is not open: use it inside `async with`")
+        return self._sandbox
+
+    def _in_engine(self, action: Callable[[], T]) -> T:
+        """Its result, from the engine's thread, which never waits for ours."""
+        if self._service is None:
+            raise RuntimeError(f"sandbox {self.sandbox_id} is not open: use it inside `async with`")
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def act() -> None:
+            try:
+                future.set_result(action())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._service.post(act)
+        return future.result(client.GRACE)
+
+    async def _renew(self, *, keep: bool) -> None:
+        """Have the granted folders attached anew; where the sandbox comes to its end meanwhile, that is the same."""
+        if not self._has_layers():
+            return
+        self._standby = None  # it has the folders as they were
+        renewed = promise()
+        assert self._gone is not None
+
+        def begin() -> None:
+            sandbox = self._opened_sandbox()
+            sandbox.on_renewed = lambda: None if renewed.done() else renewed.set_result(None)
+            sandbox.renew(keep=keep)
+
+        self._in_engine(begin)
+        waiting = [asyncio.wrap_future(future) for future in (renewed, self._gone)]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        self._deletions.clear()
+
+    async def _see_deletions(self) -> None:
+        """What was deleted in granted folders without permission: a violation each, and it will not be committed."""
+        granted = self._in_engine(lambda: GrantedChanges(self._opened_sandbox()))
+        for path in await finished(asyncio.to_thread(deletions, granted)):
+            if path not in self._deletions:
+                self._deletions.add(path)
+                self._violated(deletion_violation(path))
+
     # -- what is known -----------------------------------------------------------------------------------------------
 
     def get_telemetry(self) -> SandboxTelemetry:
@@ -431,6 +640,26 @@ class EnhancedPluginSandbox:
         if self._sandbox.folder is not None:
             return Path(self._sandbox.folder) / "files"
         return Path(f"/proc/{os.getpid()}/fd/{self._sandbox.workspace}")
+
+
+def carry_out(granted: GrantedChanges, paths: list[str] | None) -> list[FileChange]:
+    with granted:
+        return granted.commit(paths)
+
+
+def deletions(granted: GrantedChanges) -> list[str]:
+    with granted:
+        return [os.path.join(each.path, one.path) for each in granted.folders for one in each.differences if one.upper is None]
+
+
+async def finished(work: Coroutine[Any, Any, T]) -> T:
+    """Its result; a cancellation waits for its end, because it cannot be stopped half-way."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 class _Run:

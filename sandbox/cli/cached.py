@@ -20,7 +20,21 @@ if TYPE_CHECKING:
     from typing import Any
 
 # Options that compile() never sees.
-NOT_SETTINGS = ("file", "target", "args", "env", "result_file", "quiet", "raw", "summary", "arg", "kwarg", "ro")
+NOT_SETTINGS = (
+    "file",
+    "target",
+    "args",
+    "env",
+    "result_file",
+    "quiet",
+    "raw",
+    "summary",
+    "arg",
+    "kwarg",
+    "ro",
+    "dry_run",
+    "ask",
+)
 ENTRIES = 256  # kept at once
 SOURCES = ("recipe.py", "recipe_data.py", "config.py", "host.py", "engine/client.py", "seccomp/filter.py")
 

@@ -26,6 +26,19 @@ def environment(entries: tuple[str, ...]) -> dict[str, str]:
     return variables
 
 
+def writable(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """--rw folders, absolute; each must be there, and the caller must be able to change it."""
+    found = []
+    for path in paths:
+        full = os.path.realpath(path)
+        if not os.path.isdir(full):
+            raise UsageError(f"--rw {path}: there is no such folder")
+        if not os.access(full, os.R_OK | os.W_OK | os.X_OK):
+            raise UsageError(f"--rw {path}: you may not change it yourself: chmod it, or leave it out")
+        found.append(full)
+    return tuple(found)
+
+
 def readable(paths: tuple[str, ...]) -> list[str]:
     """--ro paths, absolute; each must be there and readable, and something that can be shown in a sandbox."""
     found = []

@@ -1,4 +1,4 @@
-"""`psie gc`: removes what is left of sandboxes whose caller and zygote were killed together."""
+"""`psie gc`: removes what is left of sandboxes whose caller and zygote were killed together, and finishes their commits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 from sandbox.cgroups import place
 from sandbox.engine import sweep
+from sandbox.recovery import commit
 
 
 def remove() -> int:
@@ -20,5 +21,7 @@ def remove() -> int:
             leaves = sweep.leaves(opened)
             os.close(opened)
     folders = sweep.workspaces()
+    for line in commit.recover():
+        print(line)
     print(f"removed {len(leaves)} cgroups and {len(folders)} workspace folders of dead sandboxes")
     return 0

@@ -32,6 +32,15 @@ SHARED: tuple[tuple[str, str, str, str], ...] = (
 )
 RUN = (
     *SHARED,
+    (
+        "--rw",
+        MANY,
+        "DIR",
+        "A folder that it may change; kept if it ends with status 0, nothing refused. Repeatable.",
+    ),
+    ("--allow-delete", FLAG, "", "It may also delete files in --rw folders."),
+    ("--dry-run", FLAG, "", "Show what it would change in --rw folders, and keep nothing of it."),
+    ("--ask", FLAG, "", "Show what it has changed in --rw folders, and ask whether to keep it."),
     ("--raw", FLAG, "", "Do not escape what goes to a terminal: the plugin can then drive it."),
     ("--summary", FLAG, "", "Say at the end what was enforced."),
 )

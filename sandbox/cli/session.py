@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from sandbox.cli.changes import Settled
     from sandbox.cli.terminal import Terminal
     from sandbox.engine.streams import Streams
     from sandbox.engine.watching import SandboxWatch
@@ -76,12 +77,15 @@ class Session:
     def __init__(
         self, given: dict[str, Any], started: tuple[int, _socket.socket, bool] | None, *, read_only: list[str]
     ) -> None:
-        self.given = given
+        self.given = given = {**given, "rw": inputs.writable(given.get("rw", ()))}
         self.start, self.begun = time(), monotonic()
         self.environment = inputs.environment(given["env"])
         folders = inputs.readable(given["ro"])
         self.result_file = check_result_file(given["result_file"])
         self.recipe, self.wire = cached.recipe_for(given, [*read_only, *folders])
+        self.settled: Settled | None = None  # what became of changes in granted folders
+        if self.recipe.granted:
+            self._check_granted()
         self.loop = PollLoop()
         self.zygote = self._zygote(started)
         self.call: client.Call | None = None
@@ -125,10 +129,46 @@ class Session:
                 self.terminal.close()
             for flush in self.flushes:
                 flush()
-            sandbox.close()
+            try:
+                if sandbox.layers is not None and self.call is not None and self.call.done:
+                    self._settle(sandbox)
+            finally:
+                sandbox.close()
             self.loop.run_until(lambda: sandbox.is_gone)
             self.zygote.close()
         return self._status()
+
+    def _check_granted(self) -> None:
+        """Before anything runs: what dead runs have left half-done there, and options that make no sense here."""
+        from sandbox.recovery import commit
+
+        for line in commit.recover():
+            say(line)
+        wants_a_look = [name for name in ("dry_run", "ask") if self.given.get(name)]
+        if wants_a_look and self.recipe.granted[0]["kind"] == "direct":
+            name = wants_a_look[0].replace("_", "-")
+            raise inputs.UsageError(f"--{name}: level minimal writes to folders directly: use level standard or above")
+        if self.given.get("ask") and not os.isatty(2):
+            raise inputs.UsageError("--ask: there is no terminal to ask on: look with --dry-run, then run without it")
+
+    def _settle(self, sandbox: client.Sandbox) -> None:
+        from sandbox.cli import changes
+
+        assert self.call is not None
+        dry_run, ask = bool(self.given.get("dry_run")), bool(self.given.get("ask"))
+        self.settled = changes.settle(sandbox, self._failure(), dry_run=dry_run, ask=ask)
+
+    def _failure(self) -> str:
+        """Why nothing is kept of what it changed; "" after a good end."""
+        from sandbox.engine import outcome
+
+        assert self.call is not None
+        if self.call.violations:
+            return "a violation was recorded"
+        if self.call.cause or outcome.judge(self.call, []) is not None:
+            return "the plugin did not come to its own end"
+        code, _ = outcome.exit_of(self.call)
+        return "" if code == 0 else f"the plugin ended with status {code}"
 
     def protections(self) -> tuple[Protection, ...]:
         """As they came out of the read-back; as compiled where no worker ever stood."""
@@ -293,6 +333,12 @@ class Session:
             error = None
         if error is not None and (status != 1 or self._is_unfit() or not is_plain_exception(error)):
             say(str(error).splitlines()[0])
+        if self.settled is not None:
+            if self.settled.error is not None:
+                say(str(self.settled.error))
+                status = run_command.FAILED
+            elif self.settled.said:
+                say(self.settled.said)
         if self.result_file is not None:
             write_result(self, self.result_file, status, error, violations)
         if self.given.get("summary"):
@@ -401,6 +447,9 @@ def write_result(
         "violations": [violation.to_dict() for violation in violations],
         "telemetry": telemetry.to_dict(),
     }
+    if session.settled is not None:
+        changes = [dict(vars(change)) for change in session.settled.found]
+        result |= {"changes": changes, "committed": session.settled.is_committed}
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(result, file, indent=2)

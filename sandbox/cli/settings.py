@@ -74,6 +74,10 @@ def settings(given: dict[str, Any]) -> tuple[IsolationConfig, PluginLimitsV2, Pl
     if subprocess:
         permissions.allow_subprocess_execution = True
         bounds["max_subprocess_count"] = bounds.get("max_thread_count", limits.max_subprocess_count or SUBPROCESSES)
+    if given.get("rw"):
+        permissions.allowed_directories = [*permissions.allowed_directories, *given["rw"]]
+    if given.get("allow_delete"):
+        permissions.allow_file_deletion = True
     if bounds:
         limits = _bounded(limits, bounds)
     return config, limits, permissions

@@ -12,6 +12,7 @@ import marshal
 import os
 import select
 import sys
+from time import clock_gettime_ns
 
 from sandbox import state
 from sandbox.cgroups import leaf, place
@@ -36,6 +37,7 @@ SHUT_RDWR = 2
 STRAYS = 1000
 REFUSALS = 10_000  # refused calls after which a plugin only burns our time and is ended
 # Seconds that a killed sandbox may take to vanish, and that the caller's own clock waits longer than the warden's.
+CLOCK_REALTIME_COARSE = 5  # linux/time.h
 GRACE = 5.0
 WATCH_AFTER = 0.05  # seconds that a call must have run to be watched: of shorter ones the counters are read at their end
 
@@ -251,6 +253,30 @@ class Zygote:
             self.on_closed()
 
 
+class Granted:
+    """A folder that the caller grants: open, as the caller sees it, and since when the sandbox has had it."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError."""
+        self.path = path
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self.begin()
+
+    def begin(self) -> None:
+        """What changes in the folder from now on the sandbox does not know. By the clock of file systems, in ns."""
+        self.since = clock_gettime_ns(CLOCK_REALTIME_COARSE)
+
+    def found(self) -> list[int]:
+        """Device, inode, uid, gid and permission bits."""
+        found = os.fstat(self.fd)
+        return [found.st_dev, found.st_ino, found.st_uid, found.st_gid, found.st_mode & 0o7777]
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
 class Sandbox:
     """One open sandbox: its place in the ledger, its leaf, its hub to the warden."""
 
@@ -262,6 +288,11 @@ class Sandbox:
         self.calls: dict[int, Call] = {}
         self.next_call = 1
         self.workspace: int | None = None  # O_PATH fd
+        self.owner: tuple[int, ...] = ()  # uid and gid of the plugin's files, as a zygote's user namespace has them
+        self.granted: list[Granted] = []
+        self.granted_kinds = ""  # what became of them, as the warden says
+        self.layers: int | None = None  # O_PATH fd of the folder with what the plugin has changed in them
+        self.on_renewed: Callable[[], None] | None = None
         self.error: SandboxException | None = None
         self.is_gone = False
         self.left = ""  # what could not be removed
@@ -284,6 +315,7 @@ class Sandbox:
         temporary = [hub_inside, violations_inside]
         opened: list[int] = []
         ids = self._ids()
+        self.owner = tuple(ids["owner"])
         instruction: dict[str, object] = {"sandbox": self.name, "memory": int(self.recipe.limits["memory_bytes"]), **ids}
         try:
             if self.recipe.cgroup is not None:
@@ -297,6 +329,9 @@ class Sandbox:
                 fds["folder_parent"] = parent
                 instruction["folder"] = self.slot.name
                 instruction["folder_path"] = self.folder
+            for folder in self.recipe.granted:
+                self.granted.append(Granted(str(folder["path"])))
+            instruction["granted"] = [folder.found() for folder in self.granted]
             instruction["recipe_number"] = self.zygote.teach(wire)
             instruction["fds"] = list(fds)
             hub.setblocking(False)
@@ -394,7 +429,7 @@ class Sandbox:
     def _hub_readable(self) -> bool:
         """Read one message; False when there is none now, or will be none."""
         try:
-            data, fds, _ = channel.receive_bytes(self.hub, channel.MESSAGE, 1)
+            data, fds, _ = channel.receive_bytes(self.hub, channel.MESSAGE, 2)
         except BlockingIOError:
             return False
         except channel.Malformed:
@@ -408,7 +443,14 @@ class Sandbox:
         kind, fields = channel.unpack(data)
         call = self.calls.get(int(fields.get("call", "0") or "0"))
         if kind == "opened":
+            self.layers = fds.pop() if len(fds) > 1 else None
             self.workspace = fds.pop() if fds else None
+            self.granted_kinds = fields["granted"]
+        elif kind == "renewed":
+            for folder in self.granted:
+                folder.begin()
+            if self.on_renewed is not None:
+                self.on_renewed()
         elif kind == "failed" and call is None:
             self.fail(failed_line(fields))
         elif kind == "failed" and call is not None:
@@ -470,9 +512,19 @@ class Sandbox:
             if sock.fileno() >= 0:
                 self.loop.remove_reader(sock.fileno())
                 hang_up(sock)
-        if self.workspace is not None:
-            os.close(self.workspace)
-            self.workspace = None
+        for fd in (self.workspace, self.layers):
+            if fd is not None:
+                os.close(fd)
+        self.workspace = self.layers = None
+        for folder in self.granted:
+            folder.close()
+
+    def renew(self, *, keep: bool) -> None:
+        """Have granted folders attached anew, and what was changed in them forgotten unless `keep`; running calls end.
+
+        `on_renewed` tells when that has been done.
+        """
+        self._instruct({"op": "renew", "keep": keep})
 
     def gone(self) -> None:
         """The warden has seen the end of it or has died, and the zygote has removed leaf and folder."""
@@ -496,6 +548,8 @@ class Sandbox:
 
     def clean_up(self) -> None:
         """Remove leaf and folder ourselves: there is no zygote to do it."""
+        for folder in self.granted:
+            folder.close()
         try:
             self._remove_places()
         except OSError as error:
@@ -572,6 +626,7 @@ class Call:
             self.kill("read-back")
             self.fail(error)
             return
+        fields["granted"] = self.sandbox.granted_kinds
         self.read_back = fields
         if self.on_sealed is not None:
             self.on_sealed(self)
@@ -736,6 +791,8 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         "sandbox_mounts": recipe.sandbox_mounts,
         "call_mounts": recipe.call_mounts,
         "workspace": recipe.workspace,
+        "granted": recipe.granted,
+        "ids_allocated": recipe.ids["allocated"],
         "network": network,
         "hostname": recipe.hostname,
         "environment": recipe.environment,

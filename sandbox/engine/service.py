@@ -219,7 +219,7 @@ class Service:
 
     def _fill(self, stock: Stock) -> None:
         """Make one more sandbox ready, if it is wanted."""
-        wanted = os.environ.get("PSIE_STANDING", "1") != "0" and not stock.recipe.sandbox_mounts
+        wanted = os.environ.get("PSIE_STANDING", "1") != "0" and not (stock.recipe.sandbox_mounts or stock.recipe.granted)
         if not wanted or stock.missing() <= 0 or self.stocks.get(id(stock.wire)) is not stock:
             return
         try:

@@ -17,7 +17,7 @@ from time import monotonic
 
 from sandbox.cgroups import leaf
 from sandbox.engine import channel, init, supervisor
-from sandbox.ns import mounts, network, privileges, processes, workspace
+from sandbox.ns import granted, mounts, network, privileges, processes, workspace
 from sandbox.ns import syscalls as sc
 from sandbox.ns.processes import read
 
@@ -88,6 +88,13 @@ class Warden:
         self.supervisor: tuple[int, int, _socket.socket] | None = None  # pid, pidfd, socket
         self.tasks_for = 1  # calls that pids.max allows for
         self.sample_at = 0.0  # when memory is looked at next
+        self.granted = granted.Granted(
+            recipe["granted"],
+            instruction["granted"],
+            instruction["owner"],
+            is_root=bool(recipe["ids_allocated"]),
+            is_shared="mnt" not in recipe["namespaces"],
+        )
         self.own_namespaces = {name: os.readlink("/proc/self/ns/" + name) for name in recipe["namespaces"]}
 
     def report_failure(self, failure: mounts.LineFailed, call: int = 0) -> None:
@@ -99,15 +106,35 @@ class Warden:
         wanted = self.recipe["workspace"]
         if host_namespace is not None and self.recipe["sandbox_mounts"]:
             mounts.attach_from(host_namespace, self.recipe["sandbox_mounts"])
-        fds = []
+        folders = []
         if wanted["kind"] == "tmpfs":
             uid, gid = self.instruction["owner"]
-            options = f"mode=700,uid={uid},gid={gid},size={wanted['bytes']},nr_inodes={wanted['inodes']}"
-            mounts.carry_out("", [["tmpfs", wanted["path"], "nosuid,nodev", options, []]], "sandbox")
-            fds.append(os.open(wanted["path"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-        channel.send(self.hub, "opened", {}, fds)
+            limits = f"size={wanted['bytes']},nr_inodes={wanted['inodes']}"
+            lines: list[list[object]] = []
+            if self.recipe["granted"]:
+                lines.append(["tmpfs", granted.PLACE, "nosuid,nodev", f"mode=711,{limits}", []])
+                lines.append(["own_folder", granted.PLACE + "/workspace", uid, gid])
+                lines.append(["bind", granted.PLACE + "/workspace", wanted["path"], ""])
+            else:
+                lines.append(["tmpfs", wanted["path"], "nosuid,nodev", f"mode=700,uid={uid},gid={gid},{limits}", []])
+            mounts.carry_out("", lines, "sandbox")
+            folders.append(wanted["path"])
+        if self.recipe["granted"] and host_namespace is not None:
+            self.granted.attach(host_namespace)
+            folders += [granted.PLACE] if wanted["kind"] == "tmpfs" else []
+        fds = [os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for folder in folders]
+        channel.send(self.hub, "opened", {"granted": ",".join(self.granted.kinds)}, fds)
         for fd in fds:
             os.close(fd)
+
+    def renew(self, *, keep: bool) -> None:
+        """The granted folders have changed, or what was changed in them is to be forgotten. A call that stands by goes."""
+        for call in self.calls.values():
+            self.kill(call, "killed")
+        for call in list(self.calls.values()):
+            self.ended(call)
+        self.granted.renew(keep=keep)
+        channel.send(self.hub, "renewed", {})
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -399,6 +426,9 @@ class Warden:
         if operation == "call":
             self.call(instruction, fds)
             return True
+        if operation == "renew":
+            self.renew(keep=bool(instruction["keep"]))
+            return True
         call = self.find(int(instruction["call"]))  # type: ignore[call-overload]
         if call is None:
             return True  # it has ended meanwhile
@@ -482,6 +512,7 @@ class Warden:
         if self.supervisor is not None:
             os.close(self.supervisor[1])
             self.supervisor[2].close()
+        self.granted.detach()
         self.hub.close()
         for name in self.fds.keys() - {"hub"}:
             os.close(self.fds[name])

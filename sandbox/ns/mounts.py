@@ -58,13 +58,13 @@ def attributes_of(flags: str) -> int:
     return sum(ATTRIBUTES[flag] for flag in flags.split(",") if flag)
 
 
-def take(source: str, flags: str) -> int:
-    """A detached recursive copy of the tree at `source`, with `flags` set on every mount of it."""
-    tree = sc.open_tree(source, sc.OPEN_TREE_CLONE | sc.AT_RECURSIVE)
+def take(source: str, flags: str, *, recursive: bool = True) -> int:
+    """A detached copy of the mount at `source`, of all below it if `recursive`, with `flags` set on every mount of it."""
+    tree = sc.open_tree(source, sc.OPEN_TREE_CLONE | (sc.AT_RECURSIVE if recursive else 0))
     attributes = attributes_of(flags)
     if attributes:
         try:
-            sc.mount_setattr(tree, attributes, recursive=True, what=source)
+            sc.mount_setattr(tree, attributes, recursive=recursive, what=source)
         except OSError:
             os.close(tree)
             raise
@@ -140,6 +140,11 @@ def directory(root: str, path: str, mode: int) -> None:
     os.chmod(make_point(root, path, directory=True), mode)
 
 
+def own_folder(root: str, path: str, uid: int, gid: int) -> None:
+    os.mkdir(root + path, 0o700)
+    os.chown(root + path, uid, gid)
+
+
 def symlink(root: str, target: str, path: str) -> None:
     make_point(root, os.path.dirname(path), directory=True)
     if not os.path.lexists(root + path):
@@ -197,6 +202,7 @@ OPERATIONS = {
     "host_root": host_root,
     "mask": mask,
     "no_proc": no_proc,
+    "own_folder": own_folder,
     "proc": proc,
     "readonly": readonly,
     "scratch": scratch,
@@ -264,23 +270,31 @@ def build_template(lines: list[list[object]], *, pivot: bool) -> None:
     os.chdir("/")
 
 
-def attach_from(host_namespace: int, binds: list[tuple[str, str, str]]) -> None:
-    """Attach the caller's folders (source, target, flags) in this mount namespace, by a visit to the caller's."""
+def take_from(host_namespace: int, binds: list[tuple[str, str]], *, recursive: bool = True) -> list[int]:
+    """Detached copies of the caller's folders (source, flags), by a visit to the caller's mount namespace."""
     here = current_namespace()
+    trees: list[int] = []
     try:
         sc.setns(host_namespace, sc.CLONE_NEWNS)
-        trees = []
         try:
-            for source, target, flags in binds:
+            for source, flags in binds:
                 try:
-                    trees.append((take(source, flags), source, target))
+                    trees.append(take(source, flags, recursive=recursive))
                 except OSError as error:
+                    for tree in trees:
+                        os.close(tree)
                     raise LineFailed(f"sandbox: bind {source}", error) from None
         finally:
             sc.setns(here, sc.CLONE_NEWNS)
     finally:
         os.close(here)
-    for tree, source, target in trees:
+    return trees
+
+
+def attach_from(host_namespace: int, binds: list[tuple[str, str, str]]) -> None:
+    """Attach the caller's folders (source, target, flags) in this mount namespace."""
+    trees = take_from(host_namespace, [(source, flags) for source, _, flags in binds])
+    for tree, (source, target, _) in zip(trees, binds, strict=True):
         try:
             put(tree, "", target)
         except OSError as error:

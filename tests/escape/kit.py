@@ -53,10 +53,12 @@ SECRET = "the caller's secret " + os.urandom(8).hex()
 
 @dataclass
 class Scene:
-    """What an attack finds on the host: its arguments, and the look afterwards: "" or what harm was done."""
+    """What an attack finds on the host: its arguments, further permissions that name what is there, and the look
+    afterwards: "" or what harm was done."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
     harm: Callable[[], str] = lambda: ""
+    permissions: dict[str, Any] = field(default_factory=dict)
 
 
 Stage = Callable[["Where"], AbstractContextManager[Scene]]
@@ -445,7 +447,7 @@ def carry_out(one: Attack, level: IsolationLevel, outside: Outside, folder: Path
             one.function,
             level=level,
             limits=one.limits,
-            permissions=one.permissions,
+            permissions={**one.permissions, **scene.permissions},
             config=one.config,
             **scene.arguments,
         )

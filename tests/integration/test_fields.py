@@ -78,7 +78,7 @@ LIMITS = {
 
 PERMISSIONS = {
     "allow_file_access": Change(False, ("landlock",)),
-    "allowed_directories": Change(["/usr/share"], ("sandbox_mounts",), "allowed_directories"),
+    "allowed_directories": Change(["/usr/share"], ("granted",)),
     "blocked_directories": Change(["/usr/share"], ("call_mounts",)),
     "allow_file_creation": Change(False, ("landlock",)),
     "allow_file_deletion": Change(True, ("monitoring",)),

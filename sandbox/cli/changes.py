@@ -1,0 +1,110 @@
+"""What becomes of the changes in `--rw` folders when a run is over: shown, asked about, committed or left.
+
+Heavy imports (rich) only where something is shown. What is shown goes to stderr, like all that psie itself says.
+"""
+
+from __future__ import annotations
+
+import os
+
+from sandbox.errors import CommitError
+from sandbox.recovery.changes import ADDED, DELETED, METADATA
+from sandbox.recovery.granted import GrantedChanges
+from sandbox.text import escape_text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from rich.tree import Tree
+
+    from sandbox.engine.client import Sandbox
+    from sandbox.recovery.changes import FileChange
+
+MARKS = {ADDED: ("+", "green"), DELETED: ("-", "red"), METADATA: ("m", "cyan")}
+MODIFIED_MARK = ("~", "yellow")
+
+
+class Settled:
+    """How it went: the changes, whether they are in the folders now, what to say about it, and what went wrong."""
+
+    def __init__(self, found: list[FileChange]) -> None:
+        self.found = found
+        self.is_committed = False
+        self.said = ""
+        self.error: CommitError | None = None
+
+
+def settle(sandbox: Sandbox, failure: str, *, dry_run: bool, ask: bool) -> Settled:
+    """Commit the changes of a run that has ended well; `failure` is why another has not."""
+    with GrantedChanges(sandbox) as granted:
+        settled = Settled(granted.found())
+        count = f"{len(settled.found)} change{'' if len(settled.found) == 1 else 's'}"
+        if (dry_run or ask) and settled.found:
+            show(granted, settled.found)
+        if dry_run:
+            settled.said = f"dry run: {count}, none was committed"
+        elif settled.found and failure:
+            settled.said = f"{count} not committed: {failure}"
+        elif settled.found and ask and not agreed(count):
+            settled.said = f"{count} not committed: you said no"
+        elif settled.found:
+            try:
+                granted.commit()
+                settled.is_committed = True
+            except CommitError as error:
+                settled.error = error
+    return settled
+
+
+def agreed(count: str) -> bool:
+    """Ask on the terminal. No answer is a no."""
+    with open("/dev/tty", "r+b", buffering=0) as terminal:
+        terminal.write(f"psie: commit {count}? [y/N] ".encode())
+        return terminal.readline().strip().lower() in (b"y", b"yes")
+
+
+def show(granted: GrantedChanges, found: list[FileChange]) -> None:
+    """A tree for each folder, then the files line by line."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for folder in granted.folders:
+        of_folder = [change for change in found if change.path.startswith(os.path.join(folder.path, ""))]
+        if of_folder:
+            console.print(tree(folder.path, of_folder))
+    for change in found:
+        for line in granted.diff(change.path).splitlines():
+            console.print(Text(escape_text(line, keep="\t"), style=style_of(line)))
+
+
+def tree(folder: str, found: list[FileChange]) -> Tree:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    root = Tree(Text(escape_text(folder, keep=""), style="bold"))
+    branches: dict[str, Any] = {"": root}
+    for change in found:
+        path = os.path.relpath(change.path, folder)
+        mark, colour = MARKS.get(change.kind, MODIFIED_MARK)
+        line = Text(f"{mark} {escape_text(os.path.basename(path), keep='')}", style=colour)
+        if change.problem:
+            line.append(f"  cannot be committed: {change.problem}", style="bold red")
+        branches[path] = branch(branches, os.path.dirname(path)).add(line)
+    return root
+
+
+def branch(branches: dict[str, Any], path: str) -> Any:
+    """The tree's node for a folder that has not changed itself."""
+    if path not in branches:
+        from rich.text import Text
+
+        branches[path] = branch(branches, os.path.dirname(path)).add(Text(escape_text(os.path.basename(path), keep="")))
+    return branches[path]
+
+
+def style_of(line: str) -> str:
+    if line.startswith(("---", "+++")):
+        return "bold"
+    return {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
