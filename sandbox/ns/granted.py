@@ -28,6 +28,7 @@ UNFIT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EREMOT
 DEPTH = 100
 
 _id_maps: dict[tuple[int, int, int, int], int] = {}  # a warden serves many sandboxes, mostly with the same ids
+ID_MAPS = 16  # kept at once
 
 
 class Granted:
@@ -201,6 +202,8 @@ def id_map(uid: int, gid: int, to_uid: int, to_gid: int) -> int:
     """A user namespace, as an fd: what is `uid` and `gid` in a file is `to_uid` and `to_gid` through it, all else is nobody."""
     key = (uid, gid, to_uid, to_gid)
     if key not in _id_maps:
+        while len(_id_maps) >= ID_MAPS:
+            os.close(_id_maps.pop(next(iter(_id_maps))))
         here = os.getpid()
         pid, pidfd = sc.clone3(sc.CLONE_NEWUSER)
         if pid == 0:

@@ -31,8 +31,10 @@ def place(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
 def remove_folder(parent: int, name: str) -> None:
     """Remove the folder `name` below the fd `parent`; links in it are removed, never followed.
 
-    Folders inside it are moved up to its top one by one, so that a tree of any depth needs two fds and no recursion.
+    Folders inside it are moved up to its top one by one, so that a tree of any depth needs two fds and no recursion. As root
+    it may lie where its owner still lives, who could put a link in a folder's place: no mode is changed by name then.
     """
+    may_enter = os.geteuid() == 0
     try:
         top = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     except FileNotFoundError:
@@ -42,12 +44,14 @@ def remove_folder(parent: int, name: str) -> None:
         mark, moved = os.urandom(16).hex(), 0  # a name that the plugin could not foresee
         while folders := unlink_files(top):
             for folder in folders:
-                os.chmod(folder, 0o700, dir_fd=top)
+                if not may_enter:
+                    os.chmod(folder, 0o700, dir_fd=top)
                 inner = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
                 try:
                     os.fchmod(inner, 0o700)
                     for deeper in unlink_files(inner):
-                        os.chmod(deeper, 0o700, dir_fd=inner)  # one that nobody may write cannot be moved
+                        if not may_enter:
+                            os.chmod(deeper, 0o700, dir_fd=inner)  # one that nobody may write cannot be moved
                         os.rename(deeper, f"{mark}-{moved}", src_dir_fd=inner, dst_dir_fd=top)
                         moved += 1
                 finally:

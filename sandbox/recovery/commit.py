@@ -373,7 +373,8 @@ class Stage:
             replaced = old is not None and stat.S_ISREG(old.st_mode)
             self._copy(path, place, mode, keep_attributes=replaced)
         if os.getuid() == 0:
-            os.chown(place, self.owner.st_uid, self.owner.st_gid, dir_fd=self.fd, follow_symlinks=False)
+            owner = old or self.owner
+            os.chown(place, owner.st_uid, owner.st_gid, dir_fd=self.fd, follow_symlinks=False)
         if not inside:
             inode = os.stat(place, dir_fd=self.fd, follow_symlinks=False).st_ino
             self.steps.append(Step("put", path, inode, name=place, replaces=difference.kind != ADDED))

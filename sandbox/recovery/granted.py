@@ -136,7 +136,7 @@ def content(folder: int, difference: Difference, *, old: bool) -> bytes | None:
         return None
     try:
         with commit.parent(folder, difference.path) as (above, name):
-            if os.path.islink(f"/proc/self/fd/{above}/{name}"):
+            if stat.S_ISLNK(found.st_mode):
                 return os.fsencode(os.readlink(name, dir_fd=above))
             fd = changes.open_file(above, name)
             with open(fd, "rb") as file:
