@@ -464,7 +464,8 @@ sys.exit(status)
 
 
 def psie(*arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(harness.REPOSITORY), harness.TOKEN])}
+    paths = filter(None, [os.environ.get("PYTHONPATH"), str(harness.REPOSITORY), harness.TOKEN])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     line = [sys.executable, "-m", "sandbox.cli", *arguments]
     return subprocess.run(line, capture_output=True, text=True, env=environment, stdin=stdin, check=False, timeout=30)
 
