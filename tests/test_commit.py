@@ -200,6 +200,18 @@ def test_one_commit_at_a_time(case: Case) -> None:
         commit.commit([other])
 
 
+def test_a_stage_that_the_folders_owner_has_replaced_is_not_used(case: Case) -> None:
+    case.work()
+    before = tree(case.lower)
+    with case.opened() as folder:
+        fake = case.lower / ".psie-0123"
+        fake.mkdir(mode=0o755)
+        with pytest.raises(OSError, match="replaced"):
+            commit.open_stage(folder.lower, "0123")
+        fake.rmdir()
+    assert tree(case.lower) == before
+
+
 def test_a_step_that_fails_undoes_the_others(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.work()
     before = tree(case.lower)

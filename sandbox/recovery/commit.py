@@ -313,7 +313,7 @@ class Stage:
         self.owner = os.fstat(folder.lower)
         self.name = RESERVED + identity
         os.mkdir(self.name, 0o700, dir_fd=folder.lower)
-        self.fd = os.open(self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder.lower)
+        self.fd = open_stage(folder.lower, identity)
         self.staged: dict[str, str] = {}  # path of a new folder -> where it lies in the stage
         self.steps: list[Step] = []
         self.modes: list[tuple[str, int]] = []  # of new folders inside new ones, given when nothing is put into them any more
@@ -449,10 +449,20 @@ def current(folder: int, path: str) -> os.stat_result | None:
         return None
 
 
+def open_stage(folder: int, identity: str) -> int:
+    """Ours, and no other that the granted folder's owner has put in its place: names in it are used without a second look."""
+    name = RESERVED + identity
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    found = os.fstat(fd)
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) != 0o700:
+        os.close(fd)
+        raise OSError(errno.ESTALE, "somebody has replaced it", name)
+    return fd
+
+
 @contextmanager
 def opened_stage(folder: int, identity: str) -> Iterator[int]:
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(RESERVED + identity, flags, dir_fd=folder)
+    fd = open_stage(folder, identity)
     try:
         yield fd
     finally:
