@@ -326,7 +326,7 @@ class EnhancedPluginSandbox:
         finally:
             self._running -= 1
             if self._tainted and not self._running and self._has_layers():
-                await self._renew(keep=False)
+                await self._busy_with("changes are being discarded", self._renew(keep=False))
                 self._tainted = ""
 
     async def _execute(
@@ -344,9 +344,10 @@ class EnhancedPluginSandbox:
             await run.execute(instruction, payload, self.limits.max_execution_time_seconds)
         finally:
             self._record(run)
-        if self._has_layers() and not self.permissions.allow_file_deletion:
-            await self._see_deletions()
         error = outcome.judge(run.call, run.violations)
+        is_violation = isinstance(error, SecurityViolationError)
+        if self._has_layers() and not self.permissions.allow_file_deletion and not is_violation and self._running == 1:
+            await self._see_deletions()
         if error is not None:
             self._telemetry.exit_reason = str(error).splitlines()[0]
             raise error
@@ -478,25 +479,33 @@ class EnhancedPluginSandbox:
         if self._tainted:
             raise CommitError(f"a violation ended a call, so its changes are not kept: {self._tainted}")
         granted = self._granted()
-        if not granted.folders and self.permissions.allowed_directories:
+        if self._sandbox is not None and "direct" in self._sandbox.granted_kinds:
             granted.close()
             refuse_direct()
-        self._busy = "changes are being committed"
-        try:
-            told = await finished(asyncio.to_thread(carry_out, granted, None if paths is None else list(paths)))
-            await self._renew(keep=paths is not None)
-        finally:
-            self._busy = ""
+        return await self._busy_with("changes are being committed", self._commit(granted, paths))
+
+    async def _commit(self, granted: GrantedChanges, paths: Iterable[str] | None) -> list[FileChange]:
+        told = await asyncio.to_thread(carry_out, granted, None if paths is None else list(paths))
+        await self._renew(keep=paths is not None)
         return told
+
+    async def _busy_with(self, what: str, work: Coroutine[Any, Any, T]) -> T:
+        """No call begins meanwhile; a cancellation waits for the end of it, because it cannot be stopped half-way."""
+
+        self._busy = what
+
+        async def act() -> T:
+            try:
+                return await work
+            finally:
+                self._busy = ""
+
+        return await finished(act())
 
     async def discard_changes(self) -> None:
         """Forget what was changed in the allowed directories. Raises RuntimeError as `changes` does."""
         self._granted().close()
-        self._busy = "changes are being discarded"
-        try:
-            await self._renew(keep=False)
-        finally:
-            self._busy = ""
+        await self._busy_with("changes are being discarded", self._renew(keep=False))
         self._tainted = ""
 
     def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
@@ -598,7 +607,10 @@ class EnhancedPluginSandbox:
         assert self._gone is not None
 
         def begin() -> None:
-            sandbox = self._opened_sandbox()
+            sandbox = self._sandbox
+            if sandbox is None or sandbox.closing:
+                renewed.set_result(None)
+                return
             sandbox.on_renewed = lambda: None if renewed.done() else renewed.set_result(None)
             sandbox.renew(keep=keep)
 

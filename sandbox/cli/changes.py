@@ -74,8 +74,8 @@ def show(granted: GrantedChanges, found: list[FileChange]) -> None:
         of_folder = [change for change in found if change.path.startswith(os.path.join(folder.path, ""))]
         if of_folder:
             console.print(tree(folder.path, of_folder))
-    for change in found:
-        for line in granted.diff(change.path).splitlines():
+    for path in dict.fromkeys(change.path for change in found):
+        for line in granted.diff(path).splitlines():
             console.print(Text(escape_text(line, keep="\t"), style=style_of(line)))
 
 

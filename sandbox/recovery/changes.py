@@ -13,11 +13,14 @@ import os
 import stat
 from dataclasses import dataclass
 
+from sandbox.ns import syscalls as sc
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEPTH = 100  # folders in folders; a descriptor or two is held for each
+PATH_BYTES = 3800  # below PATH_MAX, with room for a stage
 BLOCK = 1 << 20
 DIFF_BYTES = 4 << 20  # of a file: what is larger is not shown line by line
 OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
@@ -69,6 +72,7 @@ class Comparison:
         self.lower = lower
         self.hides = hides
         self.allow_deletion = allow_deletion
+        self.owner = os.fstat(lower).st_uid if os.geteuid() == 0 else None  # whose files alone the plugin's are
 
     def differences(self) -> list[Difference]:
         """All of them, folders before what is in them, a deletion before what stands in its place."""
@@ -85,8 +89,26 @@ class Comparison:
 
     def _one(self, upper: int, lower: int | None, name: str, prefix: str, hides: bool, depth: int) -> Iterator[Difference]:
         path = prefix + name
-        new = os.stat(name, dir_fd=upper, follow_symlinks=False)
+        new = lstat(upper, name)
+        if new is None:
+            return  # a call runs, and has removed it
         old = lstat(lower, name) if lower is not None else None
+        if len(os.fsencode(path)) > PATH_BYTES:
+            yield Difference(METADATA if old is not None else ADDED, path, new, old, "its path is too long")
+            return
+        yield from self._compared(upper, lower, name, path, new, old, hides, depth)
+
+    def _compared(
+        self,
+        upper: int,
+        lower: int | None,
+        name: str,
+        path: str,
+        new: os.stat_result,
+        old: os.stat_result | None,
+        hides: bool,
+        depth: int,
+    ) -> Iterator[Difference]:
         if stat.S_ISCHR(new.st_mode) and new.st_rdev == 0:  # a whiteout
             if old is not None:
                 yield self._deleted(path, old)
@@ -98,25 +120,34 @@ class Comparison:
             try:
                 kind, problem = self._kind(upper, lower, name, new, old), self._problem(upper, name, path, new)
                 origin = has_origin(upper, name, new)
+            except FileNotFoundError:
+                return
             except PermissionError:  # of the plugin's making, unless the caller may not read its own folder
                 kind, problem, origin = MODIFIED if old is not None else ADDED, UNREADABLE, False
             if kind:
-                yield Difference(kind, path, new, old, problem, origin)
+                yield Difference(kind, path, new, old, problem or self._foreign(old), origin)
             return
         if old is not None and not stat.S_ISDIR(old.st_mode):
             yield self._deleted(path, old)
             old = None
         closed = "it lies too deep" if depth >= DEPTH else "" if is_open(upper, name) else UNREADABLE
         if old is None or stat.S_IMODE(old.st_mode) != stat.S_IMODE(new.st_mode):
-            problem = closed or self._problem(upper, name, path, new)
+            problem = closed or self._problem(upper, name, path, new) or self._foreign(old)
             yield Difference(METADATA if old is not None else ADDED, path, new, old, problem)
         elif closed:
             yield Difference(METADATA, path, new, old, closed)
         if closed:
             return
-        inner = open_folder(upper, name)
         try:
-            below = open_folder(lower, name) if old is not None and lower is not None else None
+            inner = open_folder(upper, name)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        try:
+            try:
+                below = open_folder(lower, name) if old is not None and lower is not None else None
+            except OSError as error:
+                yield Difference(METADATA, path, new, old, f"the folder itself cannot be compared: {error.strerror}")
+                return
             try:
                 yield from self._compare(inner, below, path + "/", hides or is_opaque(inner), depth + 1)
             finally:
@@ -126,8 +157,12 @@ class Comparison:
             os.close(inner)
 
     def _deleted(self, path: str, old: os.stat_result | None) -> Difference:
-        problem = "" if self.allow_deletion else "deleting is not permitted (allow_file_deletion)"
+        problem = self._foreign(old) if self.allow_deletion else "deleting is not permitted (allow_file_deletion)"
         return Difference(DELETED, path, None, old, problem)
+
+    def _foreign(self, old: os.stat_result | None) -> str:
+        """As root a file of another user is not the folder's owner's to change, whatever a copy lets the plugin do."""
+        return FOREIGN if old is not None and self.owner not in (None, old.st_uid) else ""
 
     def _kind(self, upper: int, lower: int | None, name: str, new: os.stat_result, old: os.stat_result | None) -> str:
         if old is None or lower is None:
@@ -146,28 +181,53 @@ class Comparison:
         if path.startswith(RESERVED):
             return f"names that begin with {RESERVED} are psie's own"
         if stat.S_ISLNK(new.st_mode):
-            return (
-                "it is a symbolic link that leads out of the folder" if leads_out(path, os.readlink(name, dir_fd=upper)) else ""
-            )
+            target = os.readlink(name, dir_fd=upper)
+            if leads_out(path, target) or self._leads_through_a_link(path, target):
+                return "it is a symbolic link that leads out of the folder, or through another link"
+            return ""
         if not stat.S_ISREG(new.st_mode) and not stat.S_ISDIR(new.st_mode):
             return f"it is a {TYPES.get(stat.S_IFMT(new.st_mode), 'special file')}"
         return ""
 
+    def _leads_through_a_link(self, path: str, target: str) -> bool:
+        """Whether a name on the way to `target` is a link itself, which could lead anywhere."""
+        place = os.path.normpath(os.path.join(os.path.dirname(path), target))
+        names = place.split("/")
+        return any(
+            is_link(side, "/".join(names[:count])) for count in range(1, len(names)) for side in (self.upper, self.lower)
+        )
 
+
+FOREIGN = "it belongs to another user than the folder"
 UNREADABLE = "it cannot be read: its mode does not let its owner"
 TYPES = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
 
 def leads_out(path: str, target: str) -> bool:
-    """Whether a link at `path` to `target` leads out of the folder that `path` is relative to, by its words alone."""
-    depth = path.count("/")
+    """Whether a link at `path` to `target` leads out of the folder that `path` is relative to, by its words alone.
+
+    A ".." behind a name leads nobody knows where: the name may be a link.
+    """
     if target.startswith("/"):
         return True
-    for part in target.split("/"):
-        depth += -1 if part == ".." else 0 if part in ("", ".") else 1
-        if depth < 0:
-            return True
-    return False
+    parts = [part for part in target.split("/") if part not in ("", ".")]
+    upward = 0
+    while upward < len(parts) and parts[upward] == "..":
+        upward += 1
+    return upward > path.count("/") or ".." in parts[upward:]
+
+
+def is_link(folder: int, path: str) -> bool:
+    above, _, name = path.rpartition("/")
+    try:
+        fd = sc.open_beneath(folder, above, os.O_PATH | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        found = lstat(fd, name)
+        return found is not None and stat.S_ISLNK(found.st_mode)
+    finally:
+        os.close(fd)
 
 
 def open_folder(folder: int, name: str) -> int:
@@ -186,9 +246,17 @@ def open_file(folder: int, name: str) -> int:
 def is_open(folder: int, name: str) -> bool:
     """Whether we may look into a folder."""
     try:
-        os.close(open_folder(folder, name))
+        fd = open_folder(folder, name)
     except PermissionError:
         return False
+    except OSError:
+        return True  # it has gone meanwhile: nothing is missed
+    try:
+        os.stat(".", dir_fd=fd)  # reading is one right, going in another
+    except PermissionError:
+        return False
+    finally:
+        os.close(fd)
     return True
 
 

@@ -41,6 +41,10 @@ CLEAR, APPLY = "clear", "apply"
 MODES = 0o777  # what a committed file can have: no set-user-ID, set-group-ID or sticky bit
 
 
+class Unfinished(OSError):
+    """A step failed, and another could not be undone: journal and stages stay for `recover`."""
+
+
 class Folder:
     """One granted folder with what is to be committed: two open folders, which `close` closes."""
 
@@ -82,10 +86,20 @@ def commit(folders: Sequence[Folder]) -> None:
             journal.write(CLEAR, opened, [])
             try:
                 steps = [Stage(folder, identity).fill() for folder in folders]
+                for folder in folders:
+                    check_unchanged(folder, with_listings=False)  # once more: copying takes its time
                 journal.write(APPLY, opened, steps)
                 carry_out([(folder.lower, of_folder) for folder, of_folder in zip(folders, steps, strict=True)], identity)
-            finally:
+            except Unfinished:
+                raise  # what lies in the stages is needed still
+            except BaseException:
                 journal.clear(opened)
+                raise
+            journal.clear(opened)
+        except Unfinished as error:
+            path = escape_text(os.fsdecode(error.filename or folders[0].path), keep="")
+            text = f"the commit stopped half-way at {path} ({error.strerror}): mend that, then psie gc finishes or undoes it"
+            raise CommitError(text, paths=[path]) from None
         except OSError as error:
             where = escape_text(os.fsdecode(error.filename or folders[0].path), keep="")
             raise CommitError(f"the changes were not committed: {where}: {error.strerror}", paths=[where]) from None
@@ -93,8 +107,11 @@ def commit(folders: Sequence[Folder]) -> None:
             journal.close()
 
 
-def check_unchanged(folder: Folder) -> None:
-    """Raises CommitError if what differs has been changed in the folder itself since the sandbox was opened."""
+def check_unchanged(folder: Folder, *, with_listings: bool = True) -> None:
+    """Raises CommitError if what differs has been changed in the folder itself since the sandbox was opened.
+
+    Without `with_listings` when there is a stage: making it has changed the folder's.
+    """
     removed = {difference.path for difference in folder.differences if difference.kind == DELETED}
     for difference in folder.differences:
         path = os.path.join(folder.path, difference.path)
@@ -102,7 +119,7 @@ def check_unchanged(folder: Folder) -> None:
             continue  # it stands in the place of what is removed
         now = current(folder.lower, difference.path)
         if now is None and difference.lower is None:
-            if difference.origin and listing_changed(folder, difference.path):
+            if with_listings and difference.origin and listing_changed(folder, difference.path):
                 refuse(path, "it has been removed since the sandbox was opened")
         elif now is None or difference.lower is None or now.st_ino != difference.lower.st_ino:
             refuse(path, "it has come or gone since the sandbox was opened")
@@ -114,7 +131,8 @@ def check_unchanged(folder: Folder) -> None:
 
 def has_changed(folder: Folder, difference: Difference, now: os.stat_result) -> bool:
     if difference.kind == DELETED:
-        return newest(folder.lower, difference.path, now) > folder.since
+        owner = os.fstat(folder.lower).st_uid if os.geteuid() == 0 else None
+        return newest(folder.lower, difference.path, now, owner) > folder.since
     if stat.S_ISDIR(now.st_mode):  # its bits are all that is committed
         return difference.lower is not None and now.st_mode != difference.lower.st_mode
     return now.st_ctime_ns > folder.since
@@ -134,15 +152,20 @@ def refuse(path: str, why: str) -> None:
     raise CommitError(f"{shown} cannot be committed, so nothing was: {why}", paths=[path])
 
 
-def newest(folder: int, path: str, found: os.stat_result) -> int:
-    """The last change of a file, or of anything in a folder (its own listing apart: that is not what is committed)."""
+def newest(folder: int, path: str, found: os.stat_result, owner: int | None) -> int:
+    """The last change of a file, or of anything in a folder (its own listing apart: that is not what is committed).
+
+    Raises CommitError for what is not `owner`'s, if there is one.
+    """
+    if owner not in (None, found.st_uid):
+        refuse(path, changes.FOREIGN)
     if not stat.S_ISDIR(found.st_mode):
         return found.st_ctime_ns
     last = 0
     inner = sc.open_beneath(folder, path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in os.listdir(inner):
-            last = max(last, newest(inner, name, os.stat(name, dir_fd=inner, follow_symlinks=False)))
+            last = max(last, newest(inner, name, os.stat(name, dir_fd=inner, follow_symlinks=False), owner))
     finally:
         os.close(inner)
     return last
@@ -221,7 +244,7 @@ class Step:
 
     kind "put": what is staged as `name` goes to `path`; what was there, if `replaces`, goes to the stage. "remove": what is
     at `path` goes to the stage as `name`. "mode": `path` gets `mode` instead of `before`. `inode` is that of the staged, of
-    the removed, or of the changed file.
+    the removed, or of the changed file; `before` that of the replaced one.
     """
 
     FIELDS = ("kind", "path", "name", "inode", "replaces", "mode", "before")
@@ -250,7 +273,7 @@ class Step:
             return found is not None and found.st_ino == self.inode
         if self.kind == "remove":
             return changes.lstat(stage, self.name) is not None
-        return found is not None and stat.S_IMODE(found.st_mode) == self.mode
+        return found is not None and found.st_ino == self.inode and stat.S_IMODE(found.st_mode) == self.mode
 
     def do(self, folder: int, stage: int) -> None:
         if self.is_done(folder, stage):
@@ -262,6 +285,10 @@ class Step:
                 sc.rename(above, name, stage, self.name, sc.RENAME_NOREPLACE)
             else:
                 self._chmod(above, name, self.mode)
+        expected = self.inode if self.kind == "remove" else self.before if self.replaces else 0
+        taken = changes.lstat(stage, self.name) if expected else None
+        if taken is not None and taken.st_ino != expected:
+            raise OSError(errno.ESTALE, "somebody has replaced it at this moment", self.path)
 
     def undo(self, folder: int, stage: int) -> None:
         if not self.is_done(folder, stage):
@@ -276,6 +303,13 @@ class Step:
             else:
                 self._chmod(above, name, self.before)
 
+    def try_to_undo(self, folder: int, stage: int) -> OSError | None:
+        try:
+            self.undo(folder, stage)
+        except OSError as error:
+            return error
+        return None
+
     def _chmod(self, above: int, name: str, mode: int) -> None:
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
         try:
@@ -287,18 +321,27 @@ class Step:
 
 
 def carry_out(pairs: Sequence[tuple[int, Sequence[Step]]], identity: str) -> None:
-    """Every step of every folder; where one fails, all that were done are undone and the failure is raised."""
+    """Every step of every folder; where one fails, all that were done are undone and the failure is raised.
+
+    Raises Unfinished where that is not possible either.
+    """
     try:
         for folder, steps in pairs:
             with opened_stage(folder, identity) as stage:
                 for step in steps:
                     step.do(folder, stage)
             sync(folder)
-    except OSError:
+    except BaseException:
+        failed: OSError | None = None
         for folder, steps in pairs:
-            with opened_stage(folder, identity) as stage:
-                for step in reversed(steps):
-                    step.undo(folder, stage)
+            try:
+                with opened_stage(folder, identity) as stage:
+                    for step in reversed(steps):
+                        failed = step.try_to_undo(folder, stage) or failed
+            except OSError as error:
+                failed = error
+        if failed is not None:
+            raise Unfinished(failed.errno, failed.strerror, failed.filename) from None
         raise
 
 
@@ -377,7 +420,8 @@ class Stage:
             os.chown(place, owner.st_uid, owner.st_gid, dir_fd=self.fd, follow_symlinks=False)
         if not inside:
             inode = os.stat(place, dir_fd=self.fd, follow_symlinks=False).st_ino
-            self.steps.append(Step("put", path, inode, name=place, replaces=difference.kind != ADDED))
+            before = old.st_ino if old is not None and difference.kind != ADDED else 0
+            self.steps.append(Step("put", path, inode, name=place, replaces=difference.kind != ADDED, before=before))
             if stat.S_ISDIR(new.st_mode):  # only a folder that its owner may write to can be moved
                 self.closing.append(Step("mode", path, inode, mode=mode, before=0o700))
 
@@ -445,7 +489,7 @@ def current(folder: int, path: str) -> os.stat_result | None:
             return os.stat(name, dir_fd=above, follow_symlinks=False)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise
+            raise CommitError(f"{escape_text(path, keep='')} cannot be looked at: {error.strerror}", paths=[path]) from None
         return None
 
 
@@ -543,6 +587,8 @@ def _finish(path: str, content: dict[str, Any]) -> str:
             try:
                 carry_out(list(zip(opened, steps, strict=True)), journal.identity)
                 said = "finished"
+            except Unfinished:
+                raise
             except OSError:
                 said = "undone"
         journal.clear([(folder["path"], fd) for folder, fd in zip(content["folders"], opened, strict=True)])

@@ -69,10 +69,10 @@ class GrantedChanges:
     def diff(self, path: str) -> str:
         """A unified diff of one changed file. Raises ValueError where nothing has changed."""
         for folder in self.folders:
-            for difference in folder.differences:
-                if os.path.join(folder.path, difference.path) == path:
-                    sides = (content(folder.lower, difference, old=True), content(folder.upper, difference, old=False))
-                    return changes.unified(*sides, path)
+            found = [each for each in folder.differences if os.path.join(folder.path, each.path) == path]
+            if found:  # two where one thing has taken the place of another
+                sides = (content(folder.lower, found[0], old=True), content(folder.upper, found[-1], old=False))
+                return changes.unified(*sides, path)
         raise ValueError(f"diff: nothing has changed at {path!r}: give the path of one of the changes")
 
     def commit(self, paths: Iterable[str] | None = None) -> list[FileChange]:
@@ -110,8 +110,9 @@ def selected(folder: commit.Folder, paths: list[str]) -> list[Difference]:
         while path:
             above.add(path)
             path = os.path.dirname(path)
-    needed = [each for each in folder.differences if each.path in above and each.kind in (ADDED, DELETED)]
-    return [each for each in folder.differences if each in chosen or each in needed]
+    wanted = {id(each) for each in chosen}
+    wanted |= {id(each) for each in folder.differences if each.path in above and each.kind in (ADDED, DELETED)}
+    return [each for each in folder.differences if id(each) in wanted]
 
 
 def described(folder: commit.Folder, difference: Difference) -> FileChange:

@@ -159,7 +159,8 @@ def test_some_changes_are_committed_and_the_others_kept(level: IsolationLevel, f
 
 
 @namespaced
-def test_a_violation_forgets_what_was_changed(level: IsolationLevel, folder: Path) -> None:
+@pytest.mark.parametrize("delete", [True, False])
+def test_a_violation_forgets_what_was_changed(level: IsolationLevel, folder: Path, delete: bool) -> None:
     def attack(folder: str, number: int) -> None:
         import ctypes
 
@@ -170,7 +171,7 @@ def test_a_violation_forgets_what_was_changed(level: IsolationLevel, folder: Pat
         raise PermissionError(1, "Operation not permitted")
 
     async def main() -> None:
-        async with granted(level, folder) as sandbox:
+        async with granted(level, folder, delete=delete) as sandbox:
             with pytest.raises(SecurityViolationError):
                 await sandbox.execute_plugin_safe(attack, str(folder), UNSHARE)
             assert sandbox.changes() == []
