@@ -479,7 +479,7 @@ class EnhancedPluginSandbox:
         if self._tainted:
             raise CommitError(f"a violation ended a call, so its changes are not kept: {self._tainted}")
         granted = self._granted()
-        if self._sandbox is not None and "direct" in self._sandbox.granted_kinds:
+        if self.recipe is not None and any(folder["kind"] == "direct" for folder in self.recipe.granted):
             granted.close()
             refuse_direct()
         return await self._busy_with("changes are being committed", self._commit(granted, paths))

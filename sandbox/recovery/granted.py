@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from sandbox.engine.client import Sandbox
 
-DIRECT = "direct"
-
 
 class GrantedChanges:
     """A context manager: descriptors of the folders and of their upper layers, compared once, when that is first needed."""
