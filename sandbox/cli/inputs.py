@@ -26,13 +26,21 @@ def environment(entries: tuple[str, ...]) -> dict[str, str]:
     return variables
 
 
+def refuse_own(option: str, path: str, full: str) -> None:
+    if full in OWN_PLACES or full.split("/")[1] in ("proc", "sys", "dev"):
+        raise UsageError(f"{option} {path}: a sandbox has its own {full}: give a folder of files")
+
+
 def writable(paths: tuple[str, ...]) -> tuple[str, ...]:
     """--rw folders, absolute; each must be there, and the caller must be able to change it."""
     found = []
     for path in paths:
         full = os.path.realpath(path)
+        if not os.path.exists(full):
+            raise UsageError(f"--rw {path}: there is no such folder: make it first, or check the path")
         if not os.path.isdir(full):
-            raise UsageError(f"--rw {path}: there is no such folder")
+            raise UsageError(f"--rw {path}: this is no folder: give the one that it lies in")
+        refuse_own("--rw", path, full)
         if not os.access(full, os.R_OK | os.W_OK | os.X_OK):
             raise UsageError(f"--rw {path}: you may not change it yourself: chmod it, or leave it out")
         found.append(full)
@@ -48,7 +56,6 @@ def readable(paths: tuple[str, ...]) -> list[str]:
             raise UsageError(f"--ro {path}: there is no such file or folder")
         if not os.access(full, os.R_OK):
             raise UsageError(f"--ro {path}: you may not read it yourself: chmod it, or leave it out")
-        if full in OWN_PLACES or full.split("/")[1] in ("proc", "sys", "dev"):
-            raise UsageError(f"--ro {path}: a sandbox has its own {full}: give a folder of files")
+        refuse_own("--ro", path, full)
         found.append(full)
     return found

@@ -1,7 +1,8 @@
-"""The workspace where it is a folder on disk (no mount namespace): its place in a recipe, and its removal.
+"""The workspace where it is a folder on disk (no mount namespace): its place in a recipe, and the removal of a plugin's files.
 
-What lies in it is a plugin's, so nothing in it is followed or believed. Must be light: the zygote and the warden use it.
-Elsewhere the workspace is a tmpfs, a mount line like others, and nothing has to be removed.
+What lies in such a folder is a plugin's, so nothing in it is followed or believed. Upper layers and stages of commits are
+removed in the same way. Must be light: the zygote and the warden use it. Elsewhere the workspace is a tmpfs, a mount line like
+others, and nothing has to be removed.
 """
 
 from __future__ import annotations

@@ -154,8 +154,3 @@ def deletion_violation(path: str) -> SandboxViolation:
     text = f"{escape_text(path, keep='')} was deleted in a granted folder: deleting is not permitted (allow_file_deletion)"
     details = {"operation": "delete", "path": path, "source": "overlay"}
     return SandboxViolation(SandboxViolationType.FILESYSTEM_VIOLATION, text, datetime.now(UTC), "warning", details)
-
-
-def shown(change: FileChange) -> str:
-    """A change as a line for a person."""
-    return escape_text(f"{change.kind} {change.path}", keep="") + (f": {change.problem}" if change.problem else "")
