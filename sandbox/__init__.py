@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         SecurityViolationError,
     )
     from sandbox.files import FileEntry
-    from sandbox.monitor import FilesystemWatchdog, NetworkIsolationManager
+    from sandbox.monitor import NetworkIsolationManager
+    from sandbox.monitor.files import FilesystemWatchdog
     from sandbox.monitor.resources import EnhancedResourceMonitor
     from sandbox.plugins import EnhancedPluginFramework
     from sandbox.recovery import SandboxRecoveryManager
@@ -79,7 +80,7 @@ _MODULES = {
     "EnhancedResourceMonitor": "sandbox.monitor.resources",
     "FileChange": "sandbox.recovery.changes",
     "FileEntry": "sandbox.files",
-    "FilesystemWatchdog": "sandbox.monitor",
+    "FilesystemWatchdog": "sandbox.monitor.files",
     "IsolationConfig": "sandbox.config",
     "IsolationLevel": "sandbox.config",
     "NetworkIsolationManager": "sandbox.monitor",

@@ -124,7 +124,6 @@ EXCEPTIONS = {
 
 NOT_YET: dict[str, dict[str, object]] = {
     "EnhancedPluginFramework": {"plugin_dir": REQUIRED, "config": None},
-    "FilesystemWatchdog": {"sandbox_directory": REQUIRED, "config": REQUIRED},
     "NetworkIsolationManager": {"config": REQUIRED},
     "SandboxRecoveryManager": {"config": None},
 }

@@ -25,10 +25,11 @@ Two forms, one per direction of trust:
   violation    supervisor -> host call, nr, arg0 .. arg2, pid, count
   failure      worker -> host     see sandbox.engine.failure; as a reply
   unfit        worker -> host     text, allowed, used: what cannot travel and why; as a reply
+  refused      worker -> host     module, list, file, line: what the interpreter has refused; in a frame of its own
   ============ ================== ==========================================================================
 
 * *Frames* carry a reply from the worker: one byte of kind, in upper case in the last frame of the reply, and at most FRAME
-  bytes of data. See the REPLY_ constants.
+  bytes of data. See the REPLY_ constants. A NOTE is a frame that belongs to no reply.
 
 Both `_socket` and `marshal` are used bare: `socket` would cost every sandbox 9 ms of imports. Must not import anything
 else of psie.
@@ -49,6 +50,8 @@ REPLY_TEXT = 1 << 19  # bytes of a reply that is no value
 REPLY_VALUE = b"v"  # a piece of an encoded value
 REPLY_ERROR = b"e"  # a piece of an encoded exception
 REPLY_UNFIT = b"u"  # a piece of a flat message "unfit": text, allowed, used; the value cannot travel
+
+NOTE = b"n"  # a flat message "refused"
 
 SO_PASSCRED = 16
 SCM_RIGHTS = 1

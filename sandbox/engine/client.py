@@ -34,6 +34,7 @@ ZYGOTE_DIED = "the zygote has died: its sandboxes are gone; open new ones"
 WARDEN_DIED = "the sandbox's warden has died, and all of its calls with it: open a new sandbox"
 VALUE_MODULES = ("sandbox.engine.codec",)  # what a zygote needs whose workers send values
 SHUT_RDWR = 2
+TEXT = 1000  # characters of what a worker says about itself
 STRAYS = 1000
 REFUSALS = 10_000  # refused calls after which a plugin only burns our time and is ended
 # Seconds that a killed sandbox may take to vanish, and that the caller's own clock waits longer than the warden's.
@@ -675,6 +676,8 @@ class Call:
     def _frame(self, kind: bytes, data: bytes) -> None:
         """One frame of the reply. What belongs to no reply is nobody's; who sends much of it is not listened to any more."""
         last, kind = kind.isupper(), kind.lower()
+        if kind == channel.NOTE and self._note(data):
+            return
         known = kind in (channel.REPLY_VALUE, channel.REPLY_ERROR, channel.REPLY_UNFIT)
         if self.reply_complete or not known or self.reply_kind not in (b"", kind) or not (data or last):
             self.strays += 1
@@ -691,6 +694,21 @@ class Call:
             return
         self.reply += data
         self.reply_complete = last
+
+    def _note(self, data: bytes) -> bool:
+        """What the interpreter has refused: a record like the kernel's, which the plugin could forge or leave out."""
+        try:
+            kind, fields = channel.unpack(data)
+        except channel.Malformed:
+            return False
+        module, which = fields.get("module", "")[:TEXT], fields.get("list")
+        if kind != "refused" or not module or which not in ("allowed_modules", "blocked_modules"):
+            return False
+        known = self.violations.get((which, module))
+        count = int(known["count"]) + 1 if known is not None else 1
+        where = {"file": fields.get("file", "")[:TEXT], "line": fields.get("line", "")[:TEXT]}
+        self.violation({"nr": which, "arg0": module, **where, "count": str(count), "call": str(self.number)})
+        return True
 
     def _drain_job(self) -> None:
         while self.job.fileno() >= 0:

@@ -12,35 +12,48 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import FrameType, ModuleType
+
+
+TEXT = 1000  # characters of a name that are reported
 
 
 class Finder:
     """First on sys.meta_path, and asked by `__import__`, which alone sees the import of a module that is loaded already."""
 
-    def __init__(self, allowed: Sequence[str], blocked: Sequence[str]) -> None:
+    def __init__(
+        self, allowed: Sequence[str], blocked: Sequence[str], report: Callable[[dict[str, object]], None] = lambda fields: None
+    ) -> None:
+        """`report` is told of each refusal: module, the list that refuses it, file and line of the import."""
         self.allowed = frozenset(allowed)
         self.blocked = frozenset(blocked)
         self.libraries = (*(os.path.join(path, "") for path in sys.path[1:]), "<frozen")
+        self.report = report
         self.original = builtins.__import__
 
-    def check(self, name: str, filename: str) -> None:
-        """Raise ModuleNotFoundError if code in `filename` may not import `name`."""
-        if filename.startswith(self.libraries):
+    def check(self, name: str, frame: FrameType) -> None:
+        """Raise ModuleNotFoundError if the code of `frame` may not import `name`."""
+        if frame.f_code.co_filename.startswith(self.libraries):
             return
         names = {name[:end] for end in (*(i for i, c in enumerate(name) if c == "."), len(name))}
         if names & self.blocked:
+            self.refuse(name, "blocked_modules", frame)
             raise ModuleNotFoundError(f"module {name} is blocked by PluginPermissionsV2.blocked_modules", name=name)
         if self.allowed and not names & self.allowed:
+            self.refuse(name, "allowed_modules", frame)
             raise ModuleNotFoundError(f"module {name} is not in PluginPermissionsV2.allowed_modules", name=name)
+
+    def refuse(self, name: str, which: str, frame: FrameType) -> None:
+        where = {"file": frame.f_code.co_filename[:TEXT], "line": frame.f_lineno}
+        self.report({"module": name[:TEXT], "list": which, **where})
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
             frame = frame.f_back
         if frame is not None and frame.f_code.co_filename != __file__:
-            self.check(name, frame.f_code.co_filename)
+            self.check(name, frame)
 
     def import_(
         self,
@@ -51,11 +64,11 @@ class Finder:
         level: int = 0,
     ) -> ModuleType:
         if level == 0:
-            self.check(name, sys._getframe(1).f_code.co_filename)
+            self.check(name, sys._getframe(1))
         return self.original(name, globals, locals, fromlist or (), level)
 
 
-def bind_imports(allowed: Sequence[str], blocked: Sequence[str]) -> None:
-    finder = Finder(allowed, blocked)
+def bind_imports(allowed: Sequence[str], blocked: Sequence[str], report: Callable[[dict[str, object]], None]) -> None:
+    finder = Finder(allowed, blocked, report)
     sys.meta_path.insert(0, finder)
     builtins.__import__ = finder.import_

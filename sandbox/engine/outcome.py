@@ -38,12 +38,14 @@ PERMISSION = {"fork", "vfork", "clone", "execve", "execveat"}
 
 
 def describe_violation(fields: dict[str, str]) -> SandboxViolation:
-    """A refused system call, as the supervisor tells it, in words."""
+    """A refused system call, as the supervisor tells it, or a refused import, as the interpreter does, in words."""
     from datetime import UTC, datetime
 
     from sandbox.seccomp.filter import syscall_name
     from sandbox.violations import SandboxViolation, SandboxViolationType
 
+    if fields["nr"].endswith("_modules"):
+        return describe_import(fields)
     number = int(fields["nr"])
     name = syscall_name(number) if number >= 0 else "further system calls"
     if name in NETWORK:
@@ -67,6 +69,26 @@ def describe_violation(fields: dict[str, str]) -> SandboxViolation:
     return SandboxViolation(
         type=kind, message=f"{name}() was refused: {hint}", timestamp=datetime.now(UTC), severity=severity, details=details
     )
+
+
+def describe_import(fields: dict[str, str]) -> SandboxViolation:
+    from datetime import UTC, datetime
+
+    from sandbox.text import escape_text
+    from sandbox.violations import SandboxViolation, SandboxViolationType
+
+    module, file, line = (escape_text(fields[name], keep="") for name in ("arg0", "file", "line"))
+    which = "is blocked by" if fields["nr"] == "blocked_modules" else "is not in"
+    text = f"the import of {module} was refused ({file}, line {line}): it {which} PluginPermissionsV2.{fields['nr']}"
+    details = {
+        "module": module,
+        "file": file,
+        "line": int(line) if line.isascii() and line.isdecimal() and len(line) < 9 else None,
+        "count": int(fields["count"]),
+        "source": "interpreter",
+        "call": int(fields["call"]),
+    }
+    return SandboxViolation(SandboxViolationType.PERMISSION_DENIED, text, datetime.now(UTC), "warning", details)
 
 
 def counted(call: Call) -> list[SandboxViolation]:

@@ -56,7 +56,7 @@ def run(
         del payload[:header]
         sc.after_fork()
         forkhooks.make_up()
-        take_on(instruction, recipe["environment"])
+        take_on(job, instruction, recipe["environment"])
         status = {"run": run_file, "call": run_call, "function": run_function}[str(instruction["kind"])](
             job, instruction, payload
         )
@@ -140,7 +140,7 @@ def receive_payload(job: _socket.socket, size: int) -> bytearray:
     return payload
 
 
-def take_on(instruction: dict[str, Any], environment: dict[str, str]) -> None:
+def take_on(job: _socket.socket, instruction: dict[str, Any], environment: dict[str, str]) -> None:
     """What of the process depends on the job: folder, environment, which modules it may import.
 
     `environment` is that of the recipe, which the zygote has set already.
@@ -156,7 +156,9 @@ def take_on(instruction: dict[str, Any], environment: dict[str, str]) -> None:
     if instruction["allowed_modules"] or instruction["blocked_modules"]:
         from sandbox.engine import modules  # the zygote has it: see sandbox.engine.client.Zygote.set_up
 
-        modules.bind_imports(instruction["allowed_modules"], instruction["blocked_modules"])
+        modules.bind_imports(
+            instruction["allowed_modules"], instruction["blocked_modules"], lambda fields: send_note(job, fields)
+        )
     gc.enable()
 
 
@@ -335,6 +337,14 @@ def send_frames(job: _socket.socket, kind: bytes, data: bytes) -> None:
         for start in range(0, len(view), channel.FRAME):
             last = start + channel.FRAME >= len(view)
             job.send((kind.upper() if last else kind) + view[start : start + channel.FRAME])
+    except OSError:
+        return
+
+
+def send_note(job: _socket.socket, fields: dict[str, object]) -> None:
+    """Tell the caller what was refused here; where it does not listen fast enough, or any more, nothing is lost but that."""
+    try:
+        job.send(channel.NOTE.upper() + channel.pack("refused", fields), _socket.MSG_DONTWAIT)
     except OSError:
         return
 

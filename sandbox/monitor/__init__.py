@@ -7,17 +7,6 @@ if TYPE_CHECKING:
     from sandbox.config import IsolationConfig
 
 
-class FilesystemWatchdog:
-    """Filesystem monitoring and access control.
-
-    Raises:
-        NotImplementedError: always, in this version.
-    """
-
-    def __init__(self, sandbox_directory: str, config: IsolationConfig) -> None:
-        raise NotImplementedError("FilesystemWatchdog is not part of this version yet")
-
-
 class NetworkIsolationManager:
     """Network isolation and monitoring.
 

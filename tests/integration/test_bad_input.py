@@ -69,6 +69,18 @@ def died(function: Callable[..., Any], number: int, *args: Any) -> Case:
 SPEAK = channel.REPLY_VALUE
 END = SPEAK.upper()  # an empty last frame
 FORGED = SPEAK + codec.encode("forged")
+NOTE = channel.NOTE.upper()
+REFUSED = {"module": "json", "list": "blocked_modules", "file": "f", "line": "x" * 5000}
+FORGED_NOTES = (
+    NOTE,
+    NOTE + b"\xff\0\xff",
+    *(
+        NOTE + channel.pack("refused", fields)
+        for fields in ({}, {"module": "x"}, {"module": "", "list": "blocked_modules"}, {"module": "x", "list": "165"})
+    ),
+    NOTE + channel.pack("sealed", REFUSED),
+    NOTE + channel.pack("refused", REFUSED),
+)
 
 CASES: dict[str, Case] = {
     # functions and replies that cannot travel
@@ -114,6 +126,10 @@ CASES: dict[str, Case] = {
         (channel.REPLY_ERROR + bytes(60_000),),
         ResourceLimitExceededError,
         limits={"max_execution_time_seconds": 1},
+    ),
+    "forged notes": Case(hostile.forge, FORGED_NOTES, None, value="the honest value"),
+    "forged flood of notes": Case(
+        hostile.flood_the_job_socket, (NOTE + channel.pack("refused", REFUSED),), SecurityViolationError, match="threshold"
     ),
     "forged flood of nothing": Case(hostile.flood_the_job_socket, (b"?",), match="BrokenPipeError|exited with status"),
     "takes python apart": Case(hostile.break_python),

@@ -524,3 +524,39 @@ def test_positional_construction() -> None:
             assert sandbox.sandbox_id == "named"
 
     asyncio.run(main())
+
+
+def import_what_is_blocked() -> int:
+    refused = 0
+    for _ in range(3):
+        try:
+            import statistics  # noqa: F401
+        except ImportError:
+            refused += 1
+    try:
+        from http.client import HTTPConnection  # noqa: F401
+    except ImportError:
+        refused += 1
+    import json
+
+    return refused if json.loads("1") else 0
+
+
+def test_a_refused_import_is_a_violation(level: IsolationLevel) -> None:
+    async def main() -> list[SandboxViolation]:
+        permissions = {"blocked_modules": ["statistics", "http"]}
+        async with harness.open_sandbox(level, permissions=permissions) as sandbox:
+            assert await sandbox.execute_plugin_safe(import_what_is_blocked) == 4
+            return sandbox.get_violations()
+
+    first, second = asyncio.run(main())
+    assert (first.type, first.details["module"], first.details["count"]) == (
+        SandboxViolationType.PERMISSION_DENIED,
+        "statistics",
+        3,
+    )
+    assert second.details["module"] == "http.client"
+    assert first.details["source"] == "interpreter"
+    line = import_what_is_blocked.__code__.co_firstlineno + 4
+    assert (first.details["file"], first.details["line"]) == (__file__, line)
+    assert "PluginPermissionsV2.blocked_modules" in first.message

@@ -1,0 +1,189 @@
+"""FilesystemWatchdog: what it tells of a folder, and that the state it tells is the state that is there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox import FilesystemWatchdog, IsolationConfig
+from sandbox.engine.loop import PollLoop
+from sandbox.monitor.files import FileWatch
+from sandbox.text import escape_text
+
+from . import harness
+
+pytestmark = pytest.mark.rootless
+
+SEEDS = range(8)
+
+# Makes, writes, moves and removes files and folders at random below the current folder, as fast as it can.
+CHURN = """
+import os, random, shutil, sys
+choose = random.Random(int(sys.argv[1]))
+folders = ["."]
+for number in range(1500):
+    folder = choose.choice(folders)
+    path = f"{folder}/{choose.randrange(40)}"
+    try:
+        what = choose.randrange(10)
+        if what < 3:
+            os.mkdir(path)
+            folders.append(path)
+        elif what < 6:
+            with open(path, "w") as file:
+                file.write("x" * choose.randrange(9))
+        elif what < 7:
+            os.unlink(path)
+        elif what < 8:
+            shutil.rmtree(path)
+        else:
+            os.rename(path, f"{choose.choice(folders)}/{choose.randrange(40)}")
+    except OSError:
+        pass
+"""
+
+
+def tree(folder: Path) -> set[str]:
+    return {
+        os.path.relpath(os.path.join(above, name), folder) for above, inner, files in os.walk(folder) for name in inner + files
+    }
+
+
+def replayed(records: Iterable[dict[str, Any]], before: set[str] = frozenset()) -> set[str]:  # type: ignore[assignment]
+    """The tree that the records lead to."""
+    present = set(before)
+    for record in records:
+        path = record["path"]
+        if record["operation"] == "create":
+            present.add(path)
+        elif record["operation"] == "delete":
+            present.discard(path)
+        elif record["operation"] == "move":
+            old = record["from"]
+            present = {each for each in present if each != path and not each.startswith(path + "/")}
+            moved = {each for each in present if each == old or each.startswith(old + "/")}
+            present = present - moved | {path + each[len(old) :] for each in moved} | {path}
+    return present
+
+
+def test_each_kind_of_operation_is_told(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    watchdog = FilesystemWatchdog(str(tmp_path), IsolationConfig())
+    assert watchdog.start_watching()
+    assert not watchdog.start_watching()
+    assert watchdog.reason == "it is watching already"
+    (tmp_path / "new").write_text("content")
+    (tmp_path / "old").chmod(0o600)
+    (tmp_path / "new").rename(tmp_path / "renamed")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "old").unlink()
+    watchdog.stop_watching()
+    watchdog.stop_watching()
+    records = watchdog.get_file_operations()
+    assert [(each["operation"], each["path"]) for each in records if each["operation"] != "modify"] == [
+        ("create", "new"),
+        ("attributes", "old"),
+        ("move", "renamed"),
+        ("create", "folder"),
+        ("delete", "old"),
+    ]
+    assert ("modify", "new") in [(each["operation"], each["path"]) for each in records]
+    assert set(records[0]) == {"timestamp", "operation", "path", "is_directory", "size"}
+    assert [each["is_directory"] for each in records if each["path"] == "folder"] == [True]
+    assert watchdog.count == len(records)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_records_lead_to_the_tree_that_is_there(tmp_path: Path, seed: int) -> None:
+    watchdog = FilesystemWatchdog(str(tmp_path), IsolationConfig())
+    assert watchdog.start_watching()
+    subprocess.run([sys.executable, "-c", CHURN, str(seed)], cwd=tmp_path, check=True)
+    watchdog.stop_watching()
+    assert replayed(watchdog.get_file_operations()) == tree(tmp_path)
+
+
+def test_folders_that_are_made_faster_than_they_can_be_watched(tmp_path: Path) -> None:
+    watchdog = FilesystemWatchdog(str(tmp_path), IsolationConfig())
+    assert watchdog.start_watching()
+    for number in range(10):
+        os.makedirs(tmp_path / "/".join(f"{number}-{depth}" for depth in range(80)))
+    watchdog.stop_watching()
+    made = [each["path"] for each in watchdog.get_file_operations() if each["operation"] == "create"]
+    assert len(made) == len(set(made)) == 800
+
+
+def test_an_overflow_is_told_and_nothing_of_the_state_is_missed(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = []
+    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append)
+    most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    if most > 100_000:
+        pytest.skip(f"a queue of {most} events is not to be filled")
+    (tmp_path / "early").write_text("x")
+    for number in range(most):  # nobody reads
+        (tmp_path / f"file-{number % 500}").touch()
+        if number % 3 == 0:
+            (tmp_path / f"file-{number % 500}").unlink()
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "file").write_text("x")
+    watch.close()
+    assert "overflow" in [each["operation"] for each in records]
+    assert replayed(records) == tree(tmp_path)
+
+
+def test_what_cannot_be_watched_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fs.inotify.max_user_watches."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("inotify_simple.INotify.add_watch", refuse)
+    records: list[dict[str, Any]] = []
+    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("x")
+    assert not watch.complete
+    watch.close()
+    assert replayed(records) == {"folder", "folder/file"}
+
+
+def test_no_link_is_followed_and_names_are_escaped(tmp_path: Path) -> None:
+    outside, watched = tmp_path / "outside", tmp_path / "watched"
+    outside.mkdir()
+    watched.mkdir()
+    watchdog = FilesystemWatchdog(str(watched), IsolationConfig())
+    assert watchdog.start_watching()
+    (watched / "link").symlink_to(outside)
+    (outside / "file").write_text("x")
+    (watched / "\x1b[31m\n").write_text("x")
+    watchdog.stop_watching()
+    paths = {each["path"] for each in watchdog.get_file_operations()}
+    assert paths == {"link", escape_text("\x1b[31m\n", keep="")}
+
+
+def test_where_it_cannot_watch_it_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watchdog = FilesystemWatchdog(str(tmp_path / "nowhere"), IsolationConfig())
+    assert not watchdog.start_watching()
+    assert "No such file" in watchdog.reason
+    watchdog.stop_watching()
+    off = FilesystemWatchdog(str(tmp_path), IsolationConfig(enable_filesystem_isolation=False))
+    assert not off.start_watching()
+    assert "enable_filesystem_isolation" in off.reason
+    with pytest.raises(TypeError, match="give the path"):
+        FilesystemWatchdog(None, IsolationConfig())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="IsolationConfig"):
+        FilesystemWatchdog(str(tmp_path), None)  # type: ignore[arg-type]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("sandbox.monitor.files.INotify", refuse)
+    with harness.nothing_left():
+        full = FilesystemWatchdog(str(tmp_path), IsolationConfig())
+        assert not full.start_watching()
+        assert "Too many open files" in full.reason
