@@ -129,26 +129,14 @@ def _directory(where: str, value: object) -> str:
 
 
 def _host(where: str, value: object) -> str:
-    mend = 'give a host name or an IP address without scheme, port or path, or "*" for every host'
+    from sandbox import network
+
     if not isinstance(value, str):
-        _refuse(where, value, mend, TypeError)
-    if value == "*":
-        return value
-    if not 0 < len(value) <= 253 or not value.isprintable() or any(char in " /*@[]?#\\" for char in value):
-        _refuse(where, value, mend)
-    if ":" in value and not _is_ipv6(value):
-        _refuse(where, value, mend)
-    return value
-
-
-def _is_ipv6(text: str) -> bool:
-    import socket
-
+        _refuse(where, value, 'give a host name, an IP address, a network such as 10.0.0.0/8, or "*"', TypeError)
     try:
-        socket.inet_pton(socket.AF_INET6, text)
-    except (OSError, ValueError):
-        return False
-    return True
+        return network.join(*network.split(value))
+    except ValueError as error:
+        _refuse(where, value, str(error))
 
 
 def _module(where: str, value: object) -> str:
@@ -209,7 +197,7 @@ _WARNINGS = (  # threshold, limit, share of the limit it is when nobody says, as
 )
 
 _directories = _items(_directory, "absolute paths")
-_hosts = _items(_host, "host names or IP addresses")
+_hosts = _items(_host, "host names, IP addresses or networks")
 _modules = _items(_module, "module names")
 
 _PERMISSIONS: dict[str, Check] = {
@@ -340,10 +328,12 @@ class PluginPermissionsV2:
         allow_file_creation: whether granted directories can be written to.
         allow_file_deletion: whether files that were in a granted directory before can be deleted.
         max_file_size_mb: size of one file, in MB of 2**20 bytes, 0 or more; the smaller one of this and the limits' holds.
-        allow_network_access: whether there is a network.
-        allowed_hosts: names or addresses that can be reached; empty means none, "*" means every host.
-        blocked_hosts: names or addresses that cannot be reached even so.
-        allowed_ports: ports that can be reached, each 1 to 65535.
+        allow_network_access: whether it may make TCP connections, to allowed hosts at allowed ports; nothing else, and none in.
+        allowed_hosts: where to: names, IP addresses and networks (10.0.0.0/8), each with ":port" behind it or for all of
+            allowed_ports (IPv6 in brackets then); empty means nowhere, "*" every public host. A name counts for the
+            addresses that it has when a sandbox opens, but not for private ones or this machine's: list those themselves.
+        blocked_hosts: where it may not even so, likewise.
+        allowed_ports: ports of the allowed hosts that come without one, each 1 to 65535.
         allowed_modules: the only modules the plugin may import itself; empty means all. A convenience, no protection.
         blocked_modules: modules the plugin may not import itself. A convenience, no protection.
         allow_subprocess_execution: whether it may start programs.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from sandbox import network
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, SecurityLevel
 from sandbox.errors import SandboxInitializationError
 from sandbox.recipe_data import ENFORCED, MISSING, SUBSTITUTED, Protection, Recipe
@@ -18,6 +19,7 @@ from sandbox.recipe_data import ENFORCED, MISSING, SUBSTITUTED, Protection, Reci
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import Any
 
     from sandbox.host import HostFacts
 
@@ -197,7 +199,6 @@ class _Compiler:
     def check_contradictions(self) -> None:
         permissions, config, limits = self.permissions, self.config, self.limits
         later = [
-            (permissions.allow_network_access, "allow_network_access", "network access under rules for hosts and ports"),
             (permissions.require_code_signing, "require_code_signing", "the check of signatures"),
         ]
         for asked, name, thing in later:
@@ -271,13 +272,13 @@ class _Compiler:
         return Recipe(
             level=self.config.level.value,
             namespaces=self.namespaces,
-            outer_user_namespace="user" in self.namespaces and not host.root,
+            outer_user_namespace=self.is_outside_mapped(),
             template=template,
             sandbox_mounts=self.attached(),
             call_mounts=call_mounts,
             workspace=workspace,
             granted=self.granted,
-            network={"mode": self.network_mode()},
+            network=self.network(),
             hostname="psie",
             ids=self.ids(),
             rlimits=self.rlimits(),
@@ -402,7 +403,8 @@ class _Compiler:
             for word, said in (
                 ("new processes refused", not subprocess),
                 ("threads refused", not self.permissions.allow_thread_creation),
-                ("sockets refused", True),
+                ("sockets only by the supervisor", self.has_sockets()),
+                ("sockets refused", not self.has_sockets()),
                 ("memfd_create refused", "memory" not in self.controllers()),
                 ("changes of mode, owner and times refused", "mnt" not in self.namespaces and not self.host.root),
             )
@@ -415,7 +417,7 @@ class _Compiler:
             "profile": profile,
             "allow_subprocess": subprocess,
             "allow_threads": self.permissions.allow_thread_creation,
-            "allow_network": False,
+            "sockets": self.has_sockets(),
             "allow_metadata": "mnt" in self.namespaces or self.host.root,
             "allow_memfd": "memory" in self.controllers(),
         }
@@ -432,8 +434,52 @@ class _Compiler:
             self.add("network", "network namespace with an empty veth", "no address, no route; its outer end leads nowhere")
         elif mode == "loopback":
             self.add("network", "network namespace", "loopback only")
-        else:
-            self.add("network", "seccomp", "sockets refused")
+        elif not self.permissions.allow_network_access:
+            self.add("network", "seccomp", "sockets lead nowhere" if self.has_sockets() else "sockets refused")
+        if self.permissions.allow_network_access:
+            self.describe_access()
+
+    def has_sockets(self) -> bool:
+        """Whether the supervisor can answer for sockets: it has to read the plugin's memory, and to reach its sockets."""
+        return self.host.seccomp_notify and (self.host.root or self.is_outside_mapped())
+
+    def is_outside_mapped(self) -> bool:
+        """Whether the zygote runs in a user namespace of its own: rootless, where there are others, or for the network."""
+        if self.host.root:
+            return False
+        return "user" in self.namespaces or (self.permissions.allow_network_access and not self.host.user_namespaces)
+
+    def describe_access(self) -> None:
+        hosts = self.permissions.allowed_hosts
+        if not self.has_sockets():
+            reason = "the kernel has no SECCOMP_RET_USER_NOTIF" if self.host.root else self.host.user_namespaces
+            raise SandboxInitializationError(
+                f"allow_network_access needs a supervisor that can read the plugin, which cannot be had: {reason}",
+                protection="network access",
+                mend="allow user namespaces (sysctl user.max_user_namespaces), run as root, or leave out allow_network_access",
+            )
+        ports = ", ".join(map(str, self.permissions.allowed_ports)) or "none"
+        detail = f"TCP to {', '.join(hosts) or 'nowhere'}; ports of hosts without one: {ports}"
+        self.add("network access", "connections made by the supervisor (seccomp notification)", detail)
+
+    def network(self) -> dict[str, Any]:
+        """`mode` is that of the namespace; where connections may go to is `access`, None for nowhere; `looks` says whether
+        names in it have to be looked up when a sandbox opens."""
+        permissions = self.permissions
+        access: dict[str, Any] | None = None
+        if permissions.allow_network_access:
+            access = {
+                "allowed": [list(network.split(host)) for host in permissions.allowed_hosts],
+                "blocked": [list(network.split(host)) for host in permissions.blocked_hosts],
+                "ports": list(permissions.allowed_ports),
+            }
+        return {
+            "mode": self.network_mode(),
+            "sockets": self.has_sockets(),
+            "access": access,
+            "looks": network.needs_look(access),
+            "max_requests": self.limits.max_network_requests,
+        }
 
     def network_mode(self) -> str:
         return self.level.network if "net" in self.namespaces else "host"
@@ -700,9 +746,10 @@ class _Compiler:
         self.add("file size", "RLIMIT_FSIZE", f"{self.file_size / MB:g} MB", {"limit/Max file size": str(self.file_size)})
         self.add("output", "counted by the caller's side", f"{limits.max_output_mb:g} MB")
         self.add("result", "counted by the caller's side", f"{limits.max_result_mb:g} MB")
-        for name, value in (("file operations", limits.max_file_operations), ("network requests", limits.max_network_requests)):
-            detail = f"{value}: counting them is not part of this version"
-            self.protections.append(Protection(name, MISSING, "none", detail, by_host=False))
+        detail = f"{limits.max_file_operations}: counting them is not part of this version"
+        self.protections.append(Protection("file operations", MISSING, "none", detail, by_host=False))
+        if self.permissions.allow_network_access:
+            self.add("network requests", "counted by the supervisor", f"{limits.max_network_requests} connections a call")
 
     def lacking_limit(self, name: str, reason: str, mend: str, substitute: str) -> None:
         if self.config.require_limits and self.strict:
@@ -780,6 +827,8 @@ class _Compiler:
         }
         for name in THREAD_POOLS:
             variables[name] = str(self.threads)
+        if network.wants_dns(self.network()["access"]):
+            variables["RES_OPTIONS"] = "use-vc"  # resolv.conf(5): ask name servers over TCP
         return variables
 
     def monitoring(self) -> dict[str, object]:
@@ -798,11 +847,7 @@ class _Compiler:
             "execution_warning_seconds": limits.execution_warning_threshold_seconds,
             "cpu_warning_percent": limits.cpu_warning_threshold_percent,
             "max_file_operations": limits.max_file_operations,
-            "max_network_requests": limits.max_network_requests,
             "allow_file_deletion": self.permissions.allow_file_deletion,
-            "allowed_hosts": list(self.permissions.allowed_hosts),
-            "blocked_hosts": list(self.permissions.blocked_hosts),
-            "allowed_ports": list(self.permissions.allowed_ports),
         }
 
 

@@ -99,12 +99,12 @@ class Recipe(Frozen):
     call_mounts: list[list[Any]]
     workspace: dict[str, Any]  # kind, path, bytes, inodes
     granted: list[dict[str, str]]  # path, and kind: overlay, copy, read or direct (see sandbox.ns.granted)
-    network: dict[str, Any]  # mode: host, loopback or veth
+    network: dict[str, Any]  # mode (host, loopback or veth), sockets, access (see sandbox.engine.access), looks, max_requests
     hostname: str
     ids: dict[str, Any]  # user_namespace, allocated, outside
     rlimits: list[list[Any]]  # name as in setrlimit(2), value
     landlock: dict[str, Any] | None  # abi, rules, deny_network, scopes, probe
-    seccomp: dict[str, Any]  # profile, allow_subprocess, allow_threads, allow_network
+    seccomp: dict[str, Any]  # profile, allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd
     cgroup: dict[str, Any] | None  # tree, controllers, settings
     environment: dict[str, str]
     limits: dict[str, float]

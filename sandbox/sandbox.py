@@ -20,7 +20,7 @@ from enum import Enum
 from pathlib import Path
 from time import monotonic
 
-from sandbox import files, host, recipe, state, transport
+from sandbox import files, host, network, recipe, state, transport
 from sandbox.config import IsolationConfig, PluginLimitsV2, PluginPermissionsV2
 from sandbox.engine import channel, client, codec, outcome
 from sandbox.engine.service import Service, Worker, service
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from sandbox.recipe_data import Protection, Recipe
 
 MB = 1 << 20
+ACTIVITIES = 10_000  # network operations that are kept; further ones are only counted
 
 
 class EnhancedPluginSandbox:
@@ -118,6 +119,9 @@ class EnhancedPluginSandbox:
         self._busy = ""  # what goes on with granted folders meanwhile
         self._tainted = ""  # the violation for which changes of granted folders are not kept
         self._deletions: set[str] = set()  # in granted folders, told already
+        self._resolved: dict[str, Any] = {}  # what names in allowed_hosts stood for when it was opened
+        self._activity: list[dict[str, Any]] = []
+        self._operations: dict[str, int] = {}  # of the network, by call
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -135,6 +139,8 @@ class EnhancedPluginSandbox:
         self.recipe, wire = compiled(self.config, self.limits, self.permissions)
         if self.recipe.granted:
             await asyncio.to_thread(recover)
+        if self.recipe.network["looks"]:
+            self._resolved = await asyncio.to_thread(network.resolve, self.recipe.network["access"])
         self._telemetry.start_time, self._opened = datetime.now(UTC), monotonic()
         self._service = service()
         self._gone = promise()
@@ -170,7 +176,7 @@ class EnhancedPluginSandbox:
             return False
         self._wire = wire
         self._sandbox = worker.sandbox
-        worker.sandbox.on_gone = self._finished
+        self._attach(worker.sandbox)
         standby.use(worker)
         self._service.post(self._service.touch, self.recipe, wire)
         if worker.sandbox.is_gone:
@@ -182,7 +188,7 @@ class EnhancedPluginSandbox:
         assert self._service is not None
         assert self.recipe is not None
         try:
-            worker = self._service.open(self.recipe, wire)
+            worker = self._service.open(self.recipe, wire, self._resolved)
         except ResourceError as error:
             if again and self._service.give_way(lambda: self._open(wire, standby, again=False)):
                 return  # what stood ready for others has gone to make room
@@ -193,10 +199,14 @@ class EnhancedPluginSandbox:
             return
         self._sandbox = worker.sandbox
         self._wire = wire
-        self._sandbox.on_gone = self._finished
+        self._attach(worker.sandbox)
         standby.use(worker)
         if self._sandbox.is_gone:
             self._finished()
+
+    def _attach(self, opened: client.Sandbox) -> None:
+        opened.on_gone = self._finished
+        opened.on_network = lambda fields: self._tell(self._network_operation, fields)
 
     def _refuse(self, standby: _Run, error: SandboxException) -> None:
         standby.refuse(error)
@@ -258,6 +268,12 @@ class EnhancedPluginSandbox:
     def _violated(self, violation: SandboxViolation) -> None:
         self._telemetry.violations.append(violation)
         self._notify("on_violation_detected", violation)
+
+    def _network_operation(self, fields: dict[str, str]) -> None:
+        self._operations[fields["call"]] = int(fields["count"])
+        self._telemetry.network_operations_count = sum(self._operations.values())
+        if len(self._activity) < ACTIVITIES:
+            self._activity.append(outcome.activity(fields))
 
     async def _close(self) -> bool:
         if self._lifetime is not None:
@@ -374,6 +390,7 @@ class EnhancedPluginSandbox:
             "environment": environment,
             "allowed_modules": self.recipe.modules["allowed"],
             "blocked_modules": self.recipe.modules["blocked"],
+            "hosts": network.for_python(self.recipe, self._resolved),
             "coroutine": inspect.iscoroutinefunction(function),
             "max_bytes": int(self.recipe.limits["result_bytes"]),
         }
@@ -636,6 +653,16 @@ class EnhancedPluginSandbox:
     def get_violations(self) -> list[SandboxViolation]:
         """The violations so far, oldest first."""
         return list(self._telemetry.violations)
+
+    def get_network_activity(self) -> list[dict[str, Any]]:
+        """What calls have wanted of the network so far, oldest first: at most 10,000 records.
+
+        A record has `timestamp` (ISO 8601), `operation` (socket, connect, bind, listen, sendto, sendmsg, sendmmsg), `family`
+        (AF_INET), `type` (of a new socket: SOCK_STREAM), `address` and `port` (None where there are none), `allowed`,
+        `reason`, `pid` (on the host) and `call` (its number). They come from the kernel (seccomp_unotify(2)): the plugin
+        can neither leave one out nor forge one.
+        """
+        return list(self._activity)
 
     @property
     def protections(self) -> tuple[Protection, ...]:

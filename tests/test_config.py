@@ -142,10 +142,20 @@ def test_nonsense_is_refused(cls: str, name: str, value: object, kind: type[Exce
         ("allowed_hosts", 3, TypeError),
         ("allowed_hosts", "", ValueError),
         ("blocked_hosts", "https://example.com", ValueError),
-        ("allowed_hosts", "example.com:443", ValueError),
-        ("allowed_hosts", "10.0.0.0/8", ValueError),
+        ("allowed_hosts", "example.com:0", ValueError),
+        ("allowed_hosts", "example.com:65536", ValueError),
+        ("allowed_hosts", "example.com:", ValueError),
+        ("allowed_hosts", "example.com/24", ValueError),
+        ("allowed_hosts", "10.0.0.0/33", ValueError),
+        ("allowed_hosts", "10.1.0.0/8", ValueError),
+        ("allowed_hosts", "user@example.com", ValueError),
+        ("allowed_hosts", "fe80::1%eth0", ValueError),
+        ("allowed_hosts", "2130706433", ValueError),
+        ("allowed_hosts", "0177.0.0.1", ValueError),
+        ("allowed_hosts", "0x7f.1", ValueError),
+        ("allowed_hosts", "127.1", ValueError),
         ("allowed_hosts", "*.example.com", ValueError),
-        ("allowed_hosts", "[::1]", ValueError),
+        ("allowed_hosts", "[::1", ValueError),
         ("allowed_hosts", "a\0b", ValueError),
         ("allowed_modules", "os.*", ValueError),
         ("blocked_modules", "", ValueError),
@@ -171,7 +181,7 @@ def test_good_lists() -> None:
     directories.append("/etc")
     assert permissions.allowed_directories == ["/srv/data"]
     assert permissions.blocked_directories == ["/srv/data/secret"]
-    assert permissions.allowed_hosts == ["example.com", "10.0.0.1", "::1", "müller.de", "*"]
+    assert permissions.allowed_hosts == ["example.com", "10.0.0.1", "::1", "xn--mller-kva.de", "*"]
     assert IsolationConfig(preload=["numpy"]).preload == ("numpy",)  # type: ignore[arg-type]
 
 

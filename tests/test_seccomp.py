@@ -284,22 +284,56 @@ def test_numpy_runs_with_threads(profile: str) -> None:
 
 
 @every_profile
-def test_the_network_can_be_permitted(profile: str) -> None:
-    def echo() -> list[str]:
-        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
-            peer, _ = server.accept()
-            with peer:
-                client.sendall(b"over tcp")
-                first = peer.recv(100).decode()
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as two:
-            one.bind(("127.0.0.1", 0))
-            two.sendto(b"over udp", one.getsockname())
-            second = one.recv(100).decode()
-        return [first, second, *socket.gethostbyname_ex("localhost")[2]]
+def test_sockets_are_left_to_the_supervisor(profile: str) -> None:
+    """All that makes one or gives it a place to go, and only that: with an address, or as TCP Fast Open."""
 
-    outcome = confined(echo, compiled(profile, {**CLOSED, "allow_network": True}))
-    assert outcome.value == ["over tcp", "over udp", "127.0.0.1"]
-    assert outcome.notified == []
+    def attempts() -> list[str]:
+        one, other = socket.socketpair()
+        fd = one.fileno()
+        calls = [
+            call("socket", socket.AF_INET, socket.SOCK_STREAM, 0),
+            call("connect", fd, bytes(16), 16),
+            call("bind", fd, bytes(16), 16),
+            call("listen", fd, 1),
+            call("sendto", fd, b"x", 1, 0, bytes(16), 16),
+            call("sendto", fd, b"x", 1, 0, 1 << 32, 16),
+            call("sendto", fd, b"x", 1, socket.MSG_FASTOPEN, None, 0),
+            call("sendmsg", fd, bytes(56), socket.MSG_FASTOPEN),
+        ]
+        one.send(b"data")
+        one.sendmsg([b"more"])
+        return [*calls, call("accept", fd, None, None), other.recv(100).decode()]
+
+    outcome = confined(attempts, compiled(profile, {**CLOSED, "sockets": True}))
+    assert outcome.value == ["EPERM"] * 9 + ["datamore"]
+    assert outcome.notified == ["socket", "connect", "bind", "listen", *["sendto"] * 3, "sendmsg"]
+    without = confined(attempts, compiled(profile, CLOSED))
+    assert without.value == outcome.value
+    assert without.notified == ["socket", *["sendto"] * 3, "sendmsg"]
+
+
+def options(fd: int) -> dict[str, str]:
+    """Of a TCP socket: what an unprivileged process may set and ask."""
+    one, tcp, ip, whole = (struct.pack("i", 1), 4), socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.SOL_SOCKET
+    return {
+        "nodelay": call("setsockopt", fd, tcp, socket.TCP_NODELAY, *one),
+        "timeout": call("setsockopt", fd, whole, 20, struct.pack("qq", 1, 0), 16),
+        "priority": call("setsockopt", fd, whole, 12, *one),
+        "source route": call("setsockopt", fd, ip, 4, b"\x83\x07\x04\x01\x02\x03\x04\x00", 8),
+        "device": call("setsockopt", fd, whole, 25, b"lo\0", 3),
+        "fast open": call("setsockopt", fd, tcp, 30, *one),
+        "interfaces": call("ioctl", fd, 0x8912, bytes(16)),
+        "address": call("ioctl", fd, 0x8915, b"lo".ljust(40, b"\0")),
+    }
+
+
+@every_profile
+def test_options_that_lead_elsewhere_are_refused(profile: str) -> None:
+    with socket.socket() as outside, socket.socket() as inside:
+        assert set(options(outside.fileno()).values()) == {"ok"}
+        outcome = confined(lambda: options(inside.fileno()), compiled(profile, CLOSED))
+    assert {name for name, answer in outcome.value.items() if answer == "ok"} == {"nodelay", "timeout"}
+    assert set(outcome.value.values()) == {"ok", "EPERM"}
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -465,8 +499,8 @@ def test_socket_families(profile: str, permissions: dict[str, bool]) -> None:
         assert {name for name, answer in outside.items() if "EPERM" in answer} == set()
     assert outside[str(int(socket.AF_UNIX))] == outside[str(int(socket.AF_NETLINK))] == "ok"
     inside = confined(all_families, compiled(profile, permissions))
-    permitted = {str(int(socket.AF_INET)), str(int(socket.AF_INET6))} if permissions["allow_network"] else set()
-    assert {name for name, answer in inside.value.items() if answer != "EPERM"} == permitted
+    assert set(inside.value.values()) == {"EPERM"}
+    assert set(inside.notified) == {"socket"}
 
 
 @every_profile
@@ -491,12 +525,10 @@ def test_kinds_of_sockets(profile: str) -> None:
     if os.geteuid() == 0:
         assert outside["raw"] == "ok"
         assert "EPERM" not in outside.values()
-    inside = confined(kinds, compiled(profile, {**CLOSED, "allow_network": True})).value
-    assert {name for name, answer in inside.items() if answer == "ok"} == {"tcp", "pair", "pair of packets"}
-    assert {answer for name, answer in inside.items()} == {"ok", "EPERM"}
-    without = confined(kinds, compiled(profile, CLOSED))
-    assert {name for name, answer in without.value.items() if answer == "ok"} == {"pair", "pair of packets"}
-    assert without.notified.count("socket") == 6
+    inside = confined(kinds, compiled(profile, CLOSED))
+    assert {name for name, answer in inside.value.items() if answer == "ok"} == {"pair", "pair of packets"}
+    assert set(inside.value.values()) == {"ok", "EPERM"}
+    assert inside.notified.count("socket") == 6
 
 
 @every_profile
@@ -967,11 +999,7 @@ def test_programs(machine: str, profile: str, permissions: dict[str, bool]) -> N
     processes = ALLOW if permissions["allow_subprocess"] else NOTIFY
     assert {answer("clone", signal.SIGCHLD), answer("clone", 0x4111), answer("execve")} == {processes}
     for family in range(0x100):
-        tcp, raw = answer("socket", family, 1, 0), answer("socket", family, 3, 0)
-        is_ip = family in (socket.AF_INET, socket.AF_INET6)
-        assert tcp == (ALLOW if is_ip and permissions["allow_network"] else tcp)
-        assert raw in (NOTIFY, ERRNO_EPERM)
-        assert is_ip or tcp in (NOTIFY, ERRNO_EPERM)
+        assert answer("socket", family, 1, 0) == answer("socket", family, 3, 0) == NOTIFY
         assert (answer("socketpair", family, 1, 0) == ALLOW) == (family == socket.AF_UNIX)
 
 
@@ -1182,7 +1210,7 @@ def test_a_cache_hit_imports_nothing_heavy(tmp_path: Path) -> None:
         f"import sys\nsys.path += {packages!r}\n"
         f"from sandbox import state\nstate.folder = lambda kind: {str(tmp_path)!r}\n"
         "from sandbox.seccomp.filter import cached_profile\n"
-        "cached_profile('tight', allow_subprocess=False, allow_threads=True, allow_network=False)\n"
+        "cached_profile('tight', allow_subprocess=False, allow_threads=True, sockets=False)\n"
         f"print(*set({heavy!r}.split()) & set(sys.modules))"
     )
     environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}

@@ -36,7 +36,7 @@ NOT_SETTINGS = (
     "ask",
 )
 ENTRIES = 256  # kept at once
-SOURCES = ("recipe.py", "recipe_data.py", "config.py", "host.py", "engine/client.py", "seccomp/filter.py")
+SOURCES = ("recipe.py", "recipe_data.py", "config.py", "network.py", "host.py", "engine/client.py", "seccomp/filter.py")
 
 
 def recipe_for(given: dict[str, Any], read_only: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:

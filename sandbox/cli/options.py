@@ -23,6 +23,7 @@ SHARED: tuple[tuple[str, str, str, str], ...] = (
     ("--pids", VALUE, "N", "Threads; with --allow-subprocess also processes that may exist at once (default: 4)."),
     ("--ro", MANY, "PATH", "A file or folder that the plugin may read, at its real path. Repeatable."),
     ("--env", MANY, "NAME[=VALUE]", "An environment variable, or one of yours to pass on. Repeatable."),
+    ("--allow-host", MANY, "HOST[:PORT]", "It may connect there by TCP; without PORT to 80 and 443. Repeatable."),
     ("--allow-subprocess", FLAG, "", "The plugin may start processes."),
     ("--allow-degraded", FLAG, "", "Run also where an isolation of the level cannot be had."),
     ("--require-limits", FLAG, "", "Refuse to run where the kernel cannot enforce a resource limit."),

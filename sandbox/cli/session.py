@@ -96,6 +96,9 @@ class Session:
         self.watch: SandboxWatch | None = None
         self.watched: list[SandboxViolation] = []  # by the watch
         self.samples: list[dict[str, Any]] = []
+        self.activity: list[dict[str, str]] = []  # what it wanted of the network, as the supervisor says
+        self.network_operations = 0
+        self.hosts: dict[str, list[str]] = {}
         self.interrupts = 0
         self.ended_by: int | None = None
         self.reader_gone = False
@@ -115,7 +118,8 @@ class Session:
     def finish(self, job: dict[str, object], payload: bytes) -> int:
         """Set up, run, tear down; the exit status."""
         self.zygote.set_up(self.recipe, client.VALUE_MODULES if job["kind"] == "function" else ())
-        sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, "run")
+        sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, "run", self._resolve())
+        sandbox.on_network = self._network_operation
         self.warn()
         try:
             self._start(sandbox, job, payload)
@@ -137,6 +141,26 @@ class Session:
             self.loop.run_until(lambda: sandbox.is_gone)
             self.zygote.close()
         return self._status()
+
+    def _resolve(self) -> dict[str, Any]:
+        """What names in allowed_hosts stand for now; what does not help is said."""
+        if not self.recipe.network["looks"]:
+            return {}
+        from sandbox import network
+
+        resolved = network.resolve(self.recipe.network["access"])
+        if not self.given["quiet"]:
+            for name in resolved.get("unknown", ()):
+                say(f"{name} has no address here: the plugin cannot reach it")
+            for name, address in resolved.get("refused", ()):
+                say(f"{name} leads to {address}, which is not public: to allow that, --allow-host {address}")
+        self.hosts = network.for_python(self.recipe, resolved)
+        return resolved
+
+    def _network_operation(self, fields: dict[str, str]) -> None:
+        self.network_operations = int(fields["count"])
+        if self.result_file is not None:
+            self.activity.append(fields)
 
     def _check_granted(self) -> None:
         """Before anything runs: what dead runs have left half-done there, and options that make no sense here."""
@@ -217,6 +241,7 @@ class Session:
             "environment": {**environment, **self.environment},
             "allowed_modules": self.recipe.modules["allowed"],
             "blocked_modules": self.recipe.modules["blocked"],
+            "hosts": self.hosts,
         }
 
         def send(sealed: client.Call) -> None:
@@ -432,6 +457,7 @@ def write_result(
         end_time=start + timedelta(seconds=monotonic() - session.begun),
         peak_memory_mb=max(int((call.outcome or {}).get("maxrss_kb", 0)) / 1024, watch.peak_memory / MB if watch else 0.0),
         peak_cpu_percent=watch.peak_cpu if watch else 0.0,
+        network_operations_count=session.network_operations,
         resource_samples=session.samples,
         process_hierarchy=watch.hierarchy if watch else [],
         violations=violations,
@@ -446,6 +472,7 @@ def write_result(
         "protections": [protection.to_dict() for protection in session.protections()],
         "violations": [violation.to_dict() for violation in violations],
         "telemetry": telemetry.to_dict(),
+        "network": [outcome.activity(fields) for fields in session.activity],
     }
     if session.settled is not None:
         changes = [dict(vars(change)) for change in session.settled.found]

@@ -45,6 +45,15 @@ def megabytes(text: str) -> float:
     return number("--memory", text[:-1] if unit else text) * _UNITS[unit]
 
 
+def host(text: str) -> str:
+    from sandbox import network
+
+    try:
+        return network.join(*network.split(text))
+    except ValueError as error:
+        raise UsageError(f"--allow-host {text}: {error}") from None
+
+
 def settings(given: dict[str, Any]) -> tuple[IsolationConfig, PluginLimitsV2, PluginPermissionsV2]:
     """Raises UsageError, ConfigError, ValueError or TypeError, each with one sentence."""
     if given.get("config"):
@@ -74,6 +83,9 @@ def settings(given: dict[str, Any]) -> tuple[IsolationConfig, PluginLimitsV2, Pl
     if subprocess:
         permissions.allow_subprocess_execution = True
         bounds["max_subprocess_count"] = bounds.get("max_thread_count", limits.max_subprocess_count or SUBPROCESSES)
+    if given.get("allow_host"):
+        permissions.allow_network_access = True
+        permissions.allowed_hosts = [*permissions.allowed_hosts, *(host(text) for text in given["allow_host"])]
     if given.get("rw"):
         permissions.allowed_directories = [*permissions.allowed_directories, *given["rw"]]
     if given.get("allow_delete"):

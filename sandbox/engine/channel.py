@@ -22,7 +22,9 @@ Two forms, one per direction of trust:
                                   has counted what: "memory.events oom_kill", "pids.events max" and their like
   free         warden -> zygote
   closed       zygote -> host     sandbox, left (what could not be removed, or nothing)
-  violation    supervisor -> host call, nr, arg0 .. arg2, pid, count
+  violation    supervisor -> host call, nr, arg0 .. arg2, pid, count; for sockets also the next line's from operation on
+  network      supervisor -> host call, pid, time, count, operation, family, kind, address, port, allowed, reason, passing,
+                                  excess: see sandbox.engine.sockets.Wanted
   failure      worker -> host     see sandbox.engine.failure; as a reply
   unfit        worker -> host     text, allowed, used: what cannot travel and why; as a reply
   refused      worker -> host     module, list, file, line: what the interpreter has refused; in a frame of its own

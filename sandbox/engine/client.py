@@ -281,8 +281,12 @@ class Granted:
 class Sandbox:
     """One open sandbox: its place in the ledger, its leaf, its hub to the warden."""
 
-    def __init__(self, zygote: Zygote, recipe: Recipe, wire: dict[str, Any], name: str) -> None:
+    def __init__(
+        self, zygote: Zygote, recipe: Recipe, wire: dict[str, Any], name: str, resolved: dict[str, Any] | None = None
+    ) -> None:
+        """`resolved` is what sandbox.network.resolve says about the recipe's network access."""
         self.zygote = zygote
+        self.resolved = resolved or {}
         self.loop = zygote.loop
         self.recipe = recipe
         self.name = name
@@ -292,6 +296,7 @@ class Sandbox:
         self.owner: tuple[int, ...] = ()  # uid and gid of the plugin's files, as a zygote's user namespace has them
         self.granted: list[Granted] = []
         self.granted_kinds = ""  # what became of them, as the warden says
+        self.on_network: Callable[[dict[str, str]], None] | None = None  # for each network operation of a call
         self.layers: int | None = None  # O_PATH fd of the folder with what the plugin has changed in them
         self.on_renewed: Callable[[], None] | None = None
         self.error: SandboxException | None = None
@@ -332,6 +337,7 @@ class Sandbox:
                 instruction["folder_path"] = self.folder
             for folder in self.recipe.granted:
                 self.granted.append(Granted(str(folder["path"])))
+            instruction["resolved"] = self.resolved
             instruction["granted"] = [folder.found() for folder in self.granted]
             instruction["recipe_number"] = self.zygote.teach(wire)
             instruction["fds"] = list(fds)
@@ -357,7 +363,7 @@ class Sandbox:
                     "gid_map": "1000 0 1",
                     "owner": [0, 0],
                 }
-            own = [os.getuid(), os.getgid()]
+            own = [0, 0] if self.recipe.outer_user_namespace else [os.getuid(), os.getgid()]
             return {"ids": {"setup": None, "plugin": own}, "owner": own}
         base = userids.id_region(userids.REGION) + userids.IDS_PER_SLOT * self.slot.number
         outside = wanted["outside"] if wanted["outside"] is not None else base + 1
@@ -475,10 +481,16 @@ class Sandbox:
         if not data:
             self.loop.remove_reader(self.violations.fileno())
             return
-        _, fields = channel.unpack(data)
+        self._supervised(data)
+
+    def _supervised(self, data: bytes) -> None:
+        """One message of the supervisor."""
+        kind, fields = channel.unpack(data)
         call = self.calls.get(int(fields["call"]))
-        if call is not None:
+        if kind == "violation" and call is not None:
             call.violation(fields)
+        elif kind == "network" and self.on_network is not None:
+            self.on_network(fields)
 
     def drain_violations(self) -> None:
         """Read what the supervisor has said so far: it speaks before it answers, so nothing of an ended call is missing."""
@@ -490,10 +502,7 @@ class Sandbox:
             close_fds(fds)
             if not data:
                 return
-            _, fields = channel.unpack(data)
-            call = self.calls.get(int(fields["call"]))
-            if call is not None:
-                call.violation(fields)
+            self._supervised(data)
 
     def fail(self, error: SandboxException) -> None:
         """Nothing of it works any more; its calls end with `error`."""
@@ -727,7 +736,7 @@ class Call:
             hang_up(self.job)
 
     def violation(self, fields: dict[str, str]) -> None:
-        key = fields["nr"], fields["arg0"]
+        key = fields["nr"], where_to(fields) or fields["arg0"]
         is_new = key not in self.violations
         self.violations[key] = fields
         if sum(int(known["count"]) for known in self.violations.values()) >= REFUSALS:
@@ -771,6 +780,11 @@ class Call:
             self.on_done(self)
 
 
+def where_to(fields: dict[str, str]) -> str:
+    """What a refused network operation was about; "" for another."""
+    return " ".join(fields.get(name, "") for name in ("family", "kind", "address", "port")).strip()
+
+
 _wires: dict[str, dict[str, Any]] = {}
 WIRES = 64  # different recipes of a process that are kept in their wire form
 
@@ -797,7 +811,7 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         str(seccomp["profile"]),
         allow_subprocess=bool(seccomp["allow_subprocess"]),
         allow_threads=bool(seccomp["allow_threads"]),
-        allow_network=bool(seccomp["allow_network"]),
+        sockets=bool(seccomp["sockets"]),
         allow_metadata=bool(seccomp["allow_metadata"]),
         allow_memfd=bool(seccomp["allow_memfd"]),
     )

@@ -21,6 +21,8 @@ from sandbox.errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from sandbox.engine.client import Call
     from sandbox.violations import SandboxViolation
 
@@ -32,7 +34,7 @@ LIMIT_ERRNO = {
     errno.EMFILE: ("open_files", "open_files"),
 }
 MB = 1 << 20
-NETWORK = {"socket", "socketpair", "connect", "bind", "listen", "accept", "accept4", "sendto", "sendmsg", "sendmmsg"}
+NETWORK = {"socket", "socketpair", "accept", "accept4"}
 COUNTED = ("memory.events", "pids.events")  # files of a cgroup whose counts come with the end of a call
 PERMISSION = {"fork", "vfork", "clone", "execve", "execveat"}
 
@@ -46,6 +48,8 @@ def describe_violation(fields: dict[str, str]) -> SandboxViolation:
 
     if fields["nr"].endswith("_modules"):
         return describe_import(fields)
+    if "operation" in fields:
+        return describe_network(fields)
     number = int(fields["nr"])
     name = syscall_name(number) if number >= 0 else "further system calls"
     if name in NETWORK:
@@ -69,6 +73,50 @@ def describe_violation(fields: dict[str, str]) -> SandboxViolation:
     return SandboxViolation(
         type=kind, message=f"{name}() was refused: {hint}", timestamp=datetime.now(UTC), severity=severity, details=details
     )
+
+
+def describe_network(fields: dict[str, str]) -> SandboxViolation:
+    from datetime import UTC, datetime
+
+    from sandbox.violations import SandboxViolation, SandboxViolationType
+
+    record = activity(fields)
+    kind = SandboxViolationType.RESOURCE_EXCEEDED if fields["excess"] == "1" else SandboxViolationType.NETWORK_VIOLATION
+    text = f"{record['operation']}() of {wanted_of(record)} was refused: {record['reason']}"
+    details = {name: record[name] for name in ("operation", "family", "type", "address", "port", "reason", "call")}
+    details |= {"count": int(fields["count"]), "errno": "EPERM", "source": "kernel"}
+    if fields["excess"] == "1":
+        details["limit"] = "network_requests"
+    return SandboxViolation(kind, text, datetime.now(UTC), "warning", details)
+
+
+def activity(fields: dict[str, str]) -> dict[str, Any]:
+    """One network operation as NetworkIsolationManager.get_network_activity() lists it."""
+    from datetime import UTC, datetime
+
+    from sandbox.text import escape_text
+
+    return {
+        "timestamp": datetime.fromtimestamp(float(fields.get("time", "0")), UTC).isoformat(),
+        "operation": fields["operation"],
+        "family": fields["family"],
+        "type": fields["kind"],
+        "address": escape_text(fields["address"], keep="") or None,
+        "port": int(fields["port"]) or None,
+        "allowed": fields["allowed"] == "1",
+        "reason": escape_text(fields["reason"], keep=""),
+        "pid": int(fields["pid"]),
+        "call": int(fields["call"]),
+    }
+
+
+def wanted_of(record: dict[str, Any]) -> str:
+    """Where to, or what kind of socket."""
+    if record["address"] is None:
+        return " ".join(filter(None, (record["family"], record["type"]))) or "a socket"
+    if record["port"] is None:
+        return f"{record['address']} ({record['family']})"
+    return f"[{record['address']}]:{record['port']}" if ":" in record["address"] else f"{record['address']}:{record['port']}"
 
 
 def describe_import(fields: dict[str, str]) -> SandboxViolation:
@@ -204,6 +252,8 @@ def plugin_error(call: Call, violations: list[SandboxViolation]) -> SandboxExcep
         return _limit(
             name, limits[key], None, f"the plugin passed its limit of {name} ({key} {limits[key]:g}): {error.message}"
         )
+    if error.errno == errno.EPERM and violations and violations[-1].details.get("limit") == "network_requests":
+        return _limit("network_requests", call.sandbox.recipe.network["max_requests"], None, violations[-1].message)
     if error.errno in (errno.EPERM, errno.EACCES) and violations:
         return SecurityViolationError(
             f"the plugin ended by a refused operation: {violations[-1].message}", violations=violations

@@ -155,9 +155,9 @@ class Stock:
 class Service:
     """Zygotes by what they are made of, and for each recipe in use sandboxes that stand ready for the next callers.
 
-    Only a sandbox that needs nothing of its caller's folders can stand ready; its fresh workspace is part of it. It is
-    made off the critical path, used once, and let go after IDLE_SECONDS without a use, and its zygote with it. With
-    PSIE_STANDING=0 in the environment none stands ready.
+    Only a sandbox that needs nothing of its caller's folders, and no look at what names stand for now, can stand ready; its
+    fresh workspace is part of it. It is made off the critical path, used once, and let go after IDLE_SECONDS without a use,
+    and its zygote with it. With PSIE_STANDING=0 in the environment none stands ready.
     Every method but `post` and `take` runs in the engine's thread.
     """
 
@@ -172,12 +172,12 @@ class Service:
             raise ResourceError("this sandbox belongs to the process that opened it: after a fork open a new one")
         self.loop.post(callback, *args)
 
-    def open(self, recipe: Recipe, wire: dict[str, Any]) -> Worker:
-        """A worker in a new sandbox of its own.
+    def open(self, recipe: Recipe, wire: dict[str, Any], resolved: dict[str, Any]) -> Worker:
+        """A worker in a new sandbox of its own; `resolved` is of its network access, see sandbox.network.resolve.
 
         Raises ResourceError, SandboxInitializationError or OSError where not even a start can be made.
         """
-        worker = self._new(recipe, wire)
+        worker = self._new(recipe, wire, resolved)
         self.touch(recipe, wire)
         return worker
 
@@ -190,8 +190,8 @@ class Service:
             return None
         return worker
 
-    def _new(self, recipe: Recipe, wire: dict[str, Any]) -> Worker:
-        sandbox = Sandbox(self._zygote(recipe), recipe, wire, os.urandom(8).hex())
+    def _new(self, recipe: Recipe, wire: dict[str, Any], resolved: dict[str, Any]) -> Worker:
+        sandbox = Sandbox(self._zygote(recipe), recipe, wire, os.urandom(8).hex(), resolved)
         try:
             return Worker(sandbox)
         except BaseException:
@@ -219,11 +219,14 @@ class Service:
 
     def _fill(self, stock: Stock) -> None:
         """Make one more sandbox ready, if it is wanted."""
-        wanted = os.environ.get("PSIE_STANDING", "1") != "0" and not (stock.recipe.sandbox_mounts or stock.recipe.granted)
-        if not wanted or stock.missing() <= 0 or self.stocks.get(id(stock.wire)) is not stock:
+        recipe = stock.recipe
+        is_bound = bool(recipe.sandbox_mounts or recipe.granted) or recipe.network["looks"]
+        if os.environ.get("PSIE_STANDING", "1") == "0" or is_bound:
+            return
+        if stock.missing() <= 0 or self.stocks.get(id(stock.wire)) is not stock:
             return
         try:
-            worker = self._new(stock.recipe, stock.wire)
+            worker = self._new(recipe, stock.wire, {})
         except (SandboxException, OSError):
             return  # the next caller makes its own, and is told why if that fails
         worker.sandbox.on_gone = lambda: stock.remove(worker)

@@ -1,9 +1,10 @@
 """The supervisor: answers the seccomp notifications of one sandbox, from outside it.
 
-Every call that reaches it is one that the profile refuses and that is worth a record: it is refused with EPERM and told
-to the caller as a violation; nothing is ever continued. A process of its own, so that a flood of notifications starves
-nothing else. The warden starts it when the first notification waits: a plugin that is refused nothing needs none. When it
-dies, the warden kills the sandbox. Must not import anything heavy.
+Two kinds reach it. What has to do with sockets is answered by sandbox.engine.sockets, which makes and connects those that a
+plugin may have, and is told to the caller operation by operation. All else the profile refuses, and it is worth a record:
+it is refused with EPERM. A refusal is told as a violation; nothing is ever continued. A process of its own, so that a
+flood of notifications starves nothing else. The warden starts it when the first notification waits: a plugin that is
+refused nothing, and has no sockets, needs none. When it dies, the warden kills the sandbox. Must not import anything heavy.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import errno
 import os
 import select
 import sys
+from time import time
 
-from sandbox.engine import channel
+from sandbox.engine import channel, sockets
 from sandbox.ns import privileges
 from sandbox.seccomp import notifier
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 DISTINCT = 256  # different refused calls that are reported per call; the rest is counted under the last of them
+LOGGED = 1000  # network operations that are told one by one per call; of further ones every power of two is
 
 
 class Record:
@@ -33,32 +36,52 @@ class Record:
 
 
 class Supervisor:
-    def __init__(self, warden: _socket.socket, violations: int) -> None:
+    def __init__(self, warden: _socket.socket, violations: int, own: sockets.Sockets) -> None:
         self.warden = warden
+        self.sockets = own
         self.violations = channel.from_fd(violations)
         self.violations.setblocking(False)
         self.listeners: dict[int, int] = {}  # listener fd -> number of the call
-        self.records: dict[tuple[int, int, int], Record] = {}  # (call, nr, first argument)
+        self.records: dict[tuple[int, int, object], Record] = {}  # (call, nr, what tells one refusal from another)
+        self.operations: dict[int, int] = {}  # network operations per call
         self.poll = select.poll()
 
-    def record(self, call: int, notification: notifier.Notification) -> None:
+    def record(
+        self, call: int, notification: notifier.Notification, what: object, more: dict[str, object] | None = None
+    ) -> None:
         """Report the 1st, 2nd, 4th, 8th ... of equal refusals: a flood costs the caller nothing."""
-        first = notification.args[0] & 0xFFFFFFFF
-        key = call, notification.nr, first
+        key = call, notification.nr, what
         if key not in self.records and sum(known[0] == call for known in self.records) >= DISTINCT:
-            key = call, -1, 0
+            key, more = (call, -1, 0), None
         record = self.records.setdefault(key, Record())
         record.count += 1
         if record.count & (record.count - 1) == 0:
-            self.report(key, record, notification)
+            fields: dict[str, object] = {"call": call, "nr": key[1], "pid": notification.pid, "count": record.count}
+            fields.update({f"arg{i}": notification.args[i] for i in range(3)})
+            self.send("violation", {**fields, **(more or {})})
 
-    def report(self, key: tuple[int, int, int], record: Record, notification: notifier.Notification) -> None:
-        fields = {"call": key[0], "nr": key[1], "pid": notification.pid, "count": record.count}
-        fields.update({f"arg{i}": notification.args[i] for i in range(3)})
+    def network(self, call: int, notification: notifier.Notification, wanted: sockets.Wanted) -> None:
+        """Tell what the plugin wants of the network, and a refusal as a violation as well."""
+        count = self.operations[call] = self.operations.get(call, 0) + 1
+        if count <= LOGGED or count & (count - 1) == 0:
+            fields = {"call": call, "pid": notification.pid, "time": time(), "count": count, **wanted.fields()}
+            self.send("network", fields)
+        if not wanted.allowed and not wanted.is_passing:
+            what = wanted.family, wanted.kind, wanted.address, wanted.port
+            self.record(call, notification, what, wanted.fields())
+
+    def send(self, kind: str, fields: dict[str, object]) -> None:
         try:
-            channel.send(self.violations, "violation", fields)
+            channel.send(self.violations, kind, fields)
         except BlockingIOError:
-            pass  # the caller does not read: the next power of two tells the sum
+            pass  # the caller does not read: the next one tells the sum
+
+    def answer(self, listener: int, notification: notifier.Notification) -> None:
+        call = self.listeners[listener]
+        if self.sockets.handle(listener, notification, call, lambda wanted: self.network(call, notification, wanted)):
+            return
+        self.record(call, notification, notification.args[0] & 0xFFFFFFFF)
+        notifier.refuse(listener, notification, errno.EPERM)
 
     def serve(self) -> None:
         self.poll.register(self.warden.fileno(), select.POLLIN)
@@ -73,8 +96,7 @@ class Supervisor:
                 elif event & select.POLLIN:
                     notification = notifier.receive(fd)
                     if notification is not None:
-                        self.record(self.listeners[fd], notification)
-                        notifier.refuse(fd, notification, errno.EPERM)
+                        self.answer(fd, notification)
                 else:
                     self.forget(fd)
 
@@ -83,18 +105,20 @@ class Supervisor:
         call = self.listeners.pop(listener)
         self.poll.unregister(listener)
         os.close(listener)
+        self.sockets.ended(call)
+        self.operations.pop(call, None)
         for key in [key for key in self.records if key[0] == call]:
             del self.records[key]
 
 
-def run(warden: _socket.socket, violations: int, parent: int) -> NoReturn:
-    """The life of a supervisor, in a fork of the warden."""
+def run(warden: _socket.socket, violations: int, parent: int, network: dict[str, Any], resolved: dict[str, Any]) -> NoReturn:
+    """The life of a supervisor, in a fork of the warden. `network` is the recipe's, `resolved` what names in it stand for."""
     try:
         privileges.die_with_parent()
         if os.getppid() != parent:
             os._exit(1)
         channel.keep_only([warden.fileno(), violations])
-        Supervisor(warden, violations).serve()
+        Supervisor(warden, violations, sockets.Sockets(network, resolved)).serve()
     except BaseException:
         sys.excepthook(*sys.exc_info())
         os._exit(1)

@@ -104,6 +104,8 @@ class Warden:
     def set_up(self, host_namespace: int | None) -> None:
         """Attach what the whole sandbox shares: the workspace and the caller's folders."""
         wanted = self.recipe["workspace"]
+        if self.instruction["resolved"] and "mnt" in self.recipe["namespaces"]:
+            mounts.carry_out("", [["cover", self.instruction["resolved"]["files"]]], "sandbox")
         if host_namespace is not None and self.recipe["sandbox_mounts"]:
             mounts.attach_from(host_namespace, self.recipe["sandbox_mounts"])
         folders = []
@@ -206,7 +208,7 @@ class Warden:
         own_pid = os.getpid()
         pid, pidfd = sc.clone3(0)
         if pid == 0:
-            supervisor.run(there, self.fds["violations"], own_pid)
+            supervisor.run(there, self.fds["violations"], own_pid, self.recipe["network"], self.instruction["resolved"])
         there.close()
         self.supervisor = pid, pidfd, here
         self.poll.register(pidfd, select.POLLIN)

@@ -45,7 +45,7 @@ import sys
 from collections import deque
 
 from sandbox.cgroups import leaf
-from sandbox.engine import channel, forkhooks, warden
+from sandbox.engine import channel, forkhooks, sockets, warden
 from sandbox.ns import mounts, network, processes, workspace
 from sandbox.ns import syscalls as sc
 
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 CALLS = (
     *("clone3", "pivot_root", "open_tree", "move_mount", "mount_setattr", "seccomp"),
     *("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"),
+    *("pidfd_getfd", *sockets.OPERATIONS),
 )
 # Seconds that the wardens get to end by themselves when the caller has gone.
 GRACE = 0.5

@@ -158,6 +158,19 @@ def file(root: str, path: str, text: str, mode: int = 0o444) -> None:
     os.chmod(root + path, mode)
 
 
+def cover(root: str, files: dict[str, str]) -> None:
+    """Put read-only files of these contents over those at `files`, in this mount namespace only; absent ones stay absent."""
+    place = root + "/run"
+    sc.mount("tmpfs", place, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC, "mode=755,size=1m,nr_inodes=16")
+    try:
+        for number, (path, text) in enumerate(files.items()):
+            if os.path.isfile(root + path):
+                file(place, f"/{number}", text)
+                sc.move_mount(take(f"{place}/{number}", "ro,nosuid,nodev,noexec", recursive=False), root + path)
+    finally:
+        sc.umount(place)  # what covers a file keeps it
+
+
 def proc(root: str, options: str) -> str | None:
     """A fresh /proc of this PID namespace; where the host's is masked and the kernel refuses it, none at all.
 
@@ -197,6 +210,7 @@ def readonly(root: str, path: str) -> None:
 OPERATIONS = {
     "bind": bind,
     "bind_optional": bind_optional,
+    "cover": cover,
     "directory": directory,
     "file": file,
     "host_root": host_root,

@@ -9,9 +9,11 @@ Must not import pyroute2. Sources: rtnetlink(7), veth(4), network_namespaces(7),
 from __future__ import annotations
 
 import _socket
+import errno
 import fcntl
 import os
 
+from sandbox.engine import channel
 from sandbox.ns import syscalls as sc
 
 AF_NETLINK = 16
@@ -26,12 +28,27 @@ PID_PLACEHOLDER = 0x7EEDF00D
 
 
 def helper_namespace() -> _socket.socket:
-    """Move to a network namespace of one's own and return a netlink socket in it: the place of the outer ends.
+    """A netlink socket in a new network namespace that it alone keeps alive: the place of the outer ends.
 
-    There is no way back: rootless, the host's namespace belongs to a user namespace that is not ours.
+    A child goes there and hands it back: for us there would be no way back, since, rootless, the host's namespace belongs
+    to a user namespace that is not ours, and supervisors connect from the host's.
     """
-    sc.unshare(sc.CLONE_NEWNET)
-    link_socket = _socket.socket(AF_NETLINK, _socket.SOCK_RAW, NETLINK_ROUTE)
+    here, there = channel.pair()
+    pid, pidfd = sc.clone3(sc.CLONE_NEWNET)
+    if pid == 0:
+        try:
+            made = _socket.socket(AF_NETLINK, _socket.SOCK_RAW, NETLINK_ROUTE)
+            channel.send_bytes(there, b"link", [made.fileno()])
+        finally:
+            os._exit(0)
+    there.close()
+    _, fds, _ = channel.receive_bytes(here, 16, 1)
+    here.close()
+    os.close(pidfd)
+    os.waitpid(pid, 0)
+    if not fds:
+        raise OSError(errno.ENOTRECOVERABLE, "its maker has died")
+    link_socket = _socket.socket(AF_NETLINK, _socket.SOCK_RAW, NETLINK_ROUTE, fds[0])
     os.set_inheritable(link_socket.fileno(), False)
     return link_socket
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROFILES = ("denylist", "allowlist", "tight")
-FEATURES = ("allow_subprocess", "allow_threads", "allow_network", "allow_metadata", "allow_memfd")
+FEATURES = ("allow_subprocess", "allow_threads", "sockets", "allow_metadata", "allow_memfd")
 
 SECCOMP_RET_USER_NOTIF = 0x7FC00000
 SECCOMP_RET_ERRNO = 0x00050000
@@ -49,20 +49,21 @@ def compile_profile(
     *,
     allow_subprocess: bool,
     allow_threads: bool,
-    allow_network: bool,
+    sockets: bool,
     allow_metadata: bool = True,
     allow_memfd: bool = True,
     notify: bool = True,
 ) -> bytes:
     """The BPF program of `profile` (one of PROFILES) in the variant for these permissions, for this machine.
 
+    `sockets` says that the supervisor answers for sockets: makes, connects and refuses them.
     With `notify=False` the calls that a supervisor would record answer plain EPERM: for hosts where a sandbox can have
     no listener (the kernel permits one per process, seccomp(2) EBUSY).
 
     Raises ImportError, with the mend, where pyseccomp or libseccomp is missing, ValueError for an unknown profile or a
     mistake in a data file.
     """
-    permitted = _permitted(allow_subprocess, allow_threads, allow_network, allow_metadata, allow_memfd)
+    permitted = _permitted(allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd)
     return _compile(_Profile(profile), permitted, os.uname().machine, notify)
 
 
@@ -71,7 +72,7 @@ def cached_profile(
     *,
     allow_subprocess: bool,
     allow_threads: bool,
-    allow_network: bool,
+    sockets: bool,
     allow_metadata: bool = True,
     allow_memfd: bool = True,
     notify: bool = True,
@@ -82,7 +83,7 @@ def cached_profile(
     """
     if profile not in PROFILES:
         raise ValueError(f"no seccomp profile {profile!r}: there are {', '.join(PROFILES)}")
-    permitted = _permitted(allow_subprocess, allow_threads, allow_network, allow_metadata, allow_memfd)
+    permitted = _permitted(allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd)
     variant = "-".join([profile, *(name.removeprefix("allow_") for name in permitted), *(["notify"] if notify else [])])
     cache = state.Cache("bpf")
     key = f"{variant} {_identity()}".encode()
@@ -182,8 +183,9 @@ class _Profile:
         self._check(rule["action"] in ("pass", *_LISTS), f"unknown action in the rule {rule}")
         self._check({rule.get("when"), rule.get("unless")} <= {None, *FEATURES}, f"unknown feature in the rule {rule}")
         for condition in rule.get("where", []):
-            tests = condition.keys() - {"argument"}
+            tests = condition.keys() - {"argument", "half"}
             self._check(tests in ({"equals"}, {"bits"}, {"equals", "mask"}), f"unknown condition {condition}")
+            self._check(condition.get("half", "high") == "high", f"unknown half in {condition}")
             constants = [*condition.get("equals", []), *condition.get("bits", []), condition.get("mask", 0)]
             unknown = [name for name in constants if isinstance(name, str) and name not in self.constants]
             self._check(not unknown, f"unknown constants {unknown}")
@@ -335,7 +337,8 @@ class _Gate:
 
     def _condition(self, condition: dict[str, Any], profile: _Profile) -> Iterator[_Instruction]:
         """One condition: goes on behind itself if it holds, to the label "next rule" if not."""
-        yield _Instruction(_LD_W_ABS, _OFFSET_ARGS + 8 * condition["argument"])
+        half = 4 if "half" in condition else 0
+        yield _Instruction(_LD_W_ABS, _OFFSET_ARGS + 8 * condition["argument"] + half)
         if "mask" in condition:
             yield _Instruction(_AND_K, profile.value(condition["mask"]))
         if "bits" in condition:

@@ -1,4 +1,4 @@
-"""The supervisor's end of seccomp notifications: receive one, refuse it.
+"""The supervisor's end of seccomp notifications: receive one, refuse it, or answer it for what was done on its behalf.
 
 A supervisor polls the listener: POLLIN means receive(), POLLHUP that no process is under the filter any more. This
 module never lets a notified call continue: its arguments can change between the look and the call, so that would be no
@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import errno as _errno
 import fcntl
+import os
 import struct
 
 _SECCOMP_NOTIF = struct.Struct("=QIIiIQ6Q")  # id, pid, flags; seccomp_data: nr, arch, instruction_pointer, args
 _SECCOMP_NOTIF_RESP = struct.Struct("=QqiI")  # id, val, error, flags
+_SECCOMP_NOTIF_ADDFD = struct.Struct("=QIIII")  # id, flags, srcfd, newfd, newfd_flags
 
-# SECCOMP_IOWR(0, struct seccomp_notif), SECCOMP_IOWR(1, struct seccomp_notif_resp), SECCOMP_IOW(2, __u64)
+# SECCOMP_IOWR(0, struct seccomp_notif), SECCOMP_IOWR(1, struct seccomp_notif_resp), SECCOMP_IOW(2, __u64),
+# SECCOMP_IOW(3, struct seccomp_notif_addfd)
 SECCOMP_IOCTL_NOTIF_RECV = 0xC0502100
 SECCOMP_IOCTL_NOTIF_SEND = 0xC0182101
 SECCOMP_IOCTL_NOTIF_ID_VALID = 0x40082102
+SECCOMP_IOCTL_NOTIF_ADDFD = 0x40182103
+SECCOMP_ADDFD_FLAG_SEND = 1 << 1
 
 
 class Notification:
@@ -74,7 +79,10 @@ def refuse(listener: int, notification: Notification, errno: int = _errno.EPERM)
     """Let the call fail with `errno`; False if its caller is gone."""
     if errno <= 0:
         raise ValueError(f"a refusal needs an errno, not {errno}")  # 0 would be an invented success
-    response = _SECCOMP_NOTIF_RESP.pack(notification.id, 0, -errno, 0)
+    return _send(listener, _SECCOMP_NOTIF_RESP.pack(notification.id, 0, -errno, 0))
+
+
+def _send(listener: int, response: bytes) -> bool:
     while True:
         try:
             fcntl.ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, response)
@@ -85,3 +93,24 @@ def refuse(listener: int, notification: Notification, errno: int = _errno.EPERM)
                 return False
             raise
         return True
+
+
+def answer(listener: int, notification: Notification, value: int = 0) -> bool:
+    """Let the call return `value`, for what was done on its behalf; False if its caller is gone."""
+    return _send(listener, _SECCOMP_NOTIF_RESP.pack(notification.id, value, 0, 0))
+
+
+def hand_in(listener: int, notification: Notification, fd: int, *, close_on_exec: bool) -> bool:
+    """Put a copy of `fd` into the caller's process and let the call return its number; False if the caller is gone.
+
+    Raises OSError, and the call still waits: EMFILE where the process may have no further descriptor.
+    """
+    flags = os.O_CLOEXEC if close_on_exec else 0
+    request = _SECCOMP_NOTIF_ADDFD.pack(notification.id, SECCOMP_ADDFD_FLAG_SEND, fd, 0, flags)
+    try:
+        fcntl.ioctl(listener, SECCOMP_IOCTL_NOTIF_ADDFD, request)
+    except OSError as error:
+        if error.errno in (_errno.ENOENT, _errno.EINPROGRESS):
+            return False
+        raise
+    return True

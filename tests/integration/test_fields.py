@@ -54,6 +54,7 @@ class Change:
 
 
 FORKS: dict[str, Any] = {"permissions": {"allow_subprocess_execution": True}, "limits": {"max_subprocess_count": 1}}
+NETWORK = {"allow_network_access": True}
 STRICT = IsolationLevel.STRICT
 
 LIMITS = {
@@ -65,7 +66,7 @@ LIMITS = {
     "cpu_warning_threshold_percent": Change(10, ("monitoring",)),
     "max_file_operations": Change(7, ("monitoring",)),
     "max_file_size_mb": Change(5, ("rlimits",)),
-    "max_network_requests": Change(7, ("monitoring",)),
+    "max_network_requests": Change(7, ("network",)),
     "max_disk_usage_mb": Change(50, ("workspace",)),
     "max_subprocess_count": Change(5, ("cgroup",), **FORKS),
     "max_thread_count": Change(9, ("cgroup",)),
@@ -83,10 +84,10 @@ PERMISSIONS = {
     "allow_file_creation": Change(False, ("landlock",)),
     "allow_file_deletion": Change(True, ("monitoring",)),
     "max_file_size_mb": Change(5, ("rlimits",)),
-    "allow_network_access": Change(True, ("seccomp", "network"), "allow_network_access"),
-    "allowed_hosts": Change(["localhost"], ("monitoring",)),
-    "blocked_hosts": Change(["localhost"], ("monitoring",)),
-    "allowed_ports": Change([8080], ("monitoring",)),
+    "allow_network_access": Change(True, ("network",)),
+    "allowed_hosts": Change(["localhost"], ("network",), permissions=NETWORK),
+    "blocked_hosts": Change(["localhost"], ("network",), permissions=NETWORK),
+    "allowed_ports": Change([8080], ("network",), permissions=NETWORK),
     "allowed_modules": Change(["json"], ("modules",)),
     "blocked_modules": Change(["json"], ("modules",)),
     "allow_subprocess_execution": Change(True, ("seccomp",), limits={"max_subprocess_count": 1}),

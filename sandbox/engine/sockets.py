@@ -1,0 +1,281 @@
+"""A plugin's sockets: made by the supervisor, connected by the supervisor, and only there where a plugin may go.
+
+The filter lets no process of a sandbox make, bind or connect a socket itself. What it asks for arrives here as a
+notification: socket(2) is answered with a TCP socket of the supervisor's network namespace, handed in by
+SECCOMP_IOCTL_NOTIF_ADDFD, and connect(2) is carried out here on that very socket (pidfd_getfd(2)), with an address that
+was read once, from a copy. So options, flags, duplicates and poll(2) are as they always are. Where the network is not
+permitted that namespace is an empty one of the supervisor's own, and nothing is ever connected. A socket of the host's
+network can do nothing but connect by us: the filter refuses its other ways out (see the profiles, "Sockets").
+
+Everything read from the plugin is hostile: bounded, and looked at once. Must not import anything heavy, and not know who
+is told. Sources: seccomp_unotify(2), pidfd_getfd(2), ip(7), ipv6(7), unix(7), tcp(7).
+"""
+
+from __future__ import annotations
+
+import _socket
+import _thread
+import errno
+import os
+
+from sandbox.engine import access
+from sandbox.ns import syscalls as sc
+from sandbox.seccomp import notifier
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+# The calls that the filter leaves to us, and where each has an address: argument of the pointer, argument of the length.
+SOCKET, CONNECT, BIND, LISTEN = "socket", "connect", "bind", "listen"
+ADDRESSED = {CONNECT: (1, 2), BIND: (1, 2), "sendto": (4, 5)}
+MESSAGES = ("sendmsg", "sendmmsg")  # whose address is in a struct msghdr
+OPERATIONS = (SOCKET, LISTEN, *ADDRESSED, *MESSAGES)
+SOCKADDR_BYTES = 128  # struct sockaddr_storage
+WAITING = 64  # connects under way at once
+
+FAMILIES = {
+    **{0: "AF_UNSPEC", 1: "AF_UNIX", 2: "AF_INET", 10: "AF_INET6", 16: "AF_NETLINK", 17: "AF_PACKET", 29: "AF_CAN"},
+    **{30: "AF_TIPC", 31: "AF_BLUETOOTH", 38: "AF_ALG", 40: "AF_VSOCK", 44: "AF_XDP"},
+}
+KINDS = {1: "SOCK_STREAM", 2: "SOCK_DGRAM", 3: "SOCK_RAW", 4: "SOCK_RDM", 5: "SOCK_SEQPACKET", 6: "SOCK_DCCP"}
+TYPE_MASK = 0xF
+FLAGS = _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK
+IPPROTO_TCP = 6
+
+ONLY_TCP = "only TCP can be had"
+REASONS = {
+    BIND: "a plugin cannot listen, nor choose its own address",
+    LISTEN: "a plugin cannot listen",
+    **dict.fromkeys(("sendto", *MESSAGES), "data goes only over a connection that was made before"),
+}
+
+
+class Wanted:
+    """What a plugin wants of the network: an operation, and where to, as far as that could be read."""
+
+    def __init__(self, operation: str) -> None:
+        self.operation = operation
+        self.family = ""
+        self.kind = ""
+        self.address = ""
+        self.port = 0
+        self.allowed = False
+        self.reason = REASONS.get(operation, "")
+        self.is_passing = False  # what C libraries try without anybody's will: no violation
+        self.is_excess = False  # one more than max_network_requests
+
+    def fields(self) -> dict[str, object]:
+        return {
+            "operation": self.operation,
+            "family": self.family,
+            "kind": self.kind,
+            "address": self.address,
+            "port": self.port,
+            "allowed": int(self.allowed),
+            "reason": self.reason,
+            "passing": int(self.is_passing),
+            "excess": int(self.is_excess),
+        }
+
+
+class Sockets:
+    """The sockets of one sandbox. `network` is the recipe's, `resolved` the addresses of the names in it."""
+
+    def __init__(self, network: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
+        self.access = access.Access(network["access"], resolved)
+        self.most = int(network["max_requests"])
+        self.operations = {sc.number(name): name for name in OPERATIONS} if network["sockets"] else {}
+        self.requests: dict[int, int] = {}  # connections per call
+        self.is_apart = False  # whether we have left the host's network, or never need to
+        self.waiting = 0
+
+    def handle(self, listener: int, notification: notifier.Notification, call: int, tell: Callable[[Wanted], None]) -> bool:
+        """Answer it if it is one of ours, else False. `tell` is called before the answer."""
+        operation = self.operations.get(notification.nr)
+        if operation is None:
+            return False
+        wanted = Wanted(operation)
+        refusal = errno.EPERM
+        sock: _socket.socket | None = None
+        try:
+            if operation == SOCKET:
+                sock = self._make(wanted, notification)
+            else:
+                self._where(wanted, notification)
+                if operation == CONNECT:
+                    sock = self._connectable(wanted, notification, call)
+        except OSError as error:
+            refusal = error.errno or errno.EPERM
+            wanted.allowed = False
+            wanted.reason = wanted.reason or (error.strerror or "it cannot be had")
+        if not notifier.is_valid(listener, notification):
+            return True  # its caller has died, and what was read was perhaps another's
+        tell(wanted)
+        if sock is None:
+            notifier.refuse(listener, notification, refusal)
+        elif operation == SOCKET:
+            self._hand_in(listener, notification, sock)
+        else:
+            self._connect(listener, notification, sock, wanted)
+        return True
+
+    def ended(self, call: int) -> None:
+        self.requests.pop(call, None)
+
+    # -- socket(2) -------------------------------------------------------------------------------------------------
+
+    def _make(self, wanted: Wanted, notification: notifier.Notification) -> _socket.socket | None:
+        """A new one, if it is one for TCP. Raises OSError."""
+        family, kind, protocol = (each & 0xFFFFFFFF for each in notification.args[:3])
+        wanted.family = FAMILIES.get(family, str(family))
+        wanted.kind = KINDS.get(kind & TYPE_MASK, str(kind & TYPE_MASK))
+        is_ip = family in access.BITS
+        if is_ip and kind & ~FLAGS == _socket.SOCK_STREAM and protocol in (0, IPPROTO_TCP):
+            self._stand_apart()
+            sock = _socket.socket(family, kind & ~_socket.SOCK_CLOEXEC, protocol)
+            wanted.allowed, wanted.reason = True, "where it may lead to is decided at connect"
+            return sock
+        wanted.reason = ONLY_TCP
+        # getaddrinfo(3) tries these and does without: name servers and routes, nscd, the addresses of this machine.
+        is_nscd = wanted.family == "AF_UNIX" and bool(kind & _socket.SOCK_NONBLOCK)
+        wanted.is_passing = (is_ip and wanted.kind == "SOCK_DGRAM") or is_nscd or wanted.family == "AF_NETLINK"
+        return None
+
+    def _stand_apart(self) -> None:
+        """Where nothing may be connected, not even a socket of the host's network is handed in."""
+        if not self.is_apart and not self.access.is_open:
+            sc.unshare(sc.CLONE_NEWNET)
+        self.is_apart = True
+
+    def _hand_in(self, listener: int, notification: notifier.Notification, sock: _socket.socket) -> None:
+        try:
+            close_on_exec = bool(notification.args[1] & _socket.SOCK_CLOEXEC)
+            notifier.hand_in(listener, notification, sock.fileno(), close_on_exec=close_on_exec)
+        except OSError as error:
+            notifier.refuse(listener, notification, error.errno or errno.EMFILE)
+        finally:
+            sock.close()
+
+    # -- addresses -------------------------------------------------------------------------------------------------
+
+    def _where(self, wanted: Wanted, notification: notifier.Notification) -> None:
+        """Read the address, once. Raises OSError."""
+        arguments = notification.args
+        if wanted.operation in ADDRESSED:
+            pointer, length = (arguments[index] for index in ADDRESSED[wanted.operation])
+        elif wanted.operation in MESSAGES:
+            header = read_memory(notification.pid, arguments[1], 12)  # struct msghdr: void *msg_name; socklen_t msg_namelen
+            pointer, length = int.from_bytes(header[:8], "little"), int.from_bytes(header[8:12], "little")
+        else:
+            return
+        length &= 0xFFFFFFFF
+        if not pointer or not length:
+            return
+        if length > SOCKADDR_BYTES:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._understand(wanted, read_memory(notification.pid, pointer, length))
+
+    def _understand(self, wanted: Wanted, sockaddr: bytes) -> None:
+        """struct sockaddr_in, sockaddr_in6, sockaddr_un; raises OSError for one that is too short."""
+        family = int.from_bytes(sockaddr[:2], "little")
+        wanted.family = FAMILIES.get(family, str(family))
+        if family in access.BITS:
+            start, end = (4, 8) if family == access.AF_INET else (8, 24)
+            if len(sockaddr) < end:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            wanted.port = int.from_bytes(sockaddr[2:4], "big")
+            wanted.address = access.show((family, int.from_bytes(sockaddr[start:end], "big")))
+        elif wanted.family == "AF_UNIX":
+            wanted.address = sockaddr[2:].rstrip(b"\0").decode("utf-8", "backslashreplace")
+
+    # -- connect(2) ------------------------------------------------------------------------------------------------
+
+    def _connectable(self, wanted: Wanted, notification: notifier.Notification, call: int) -> _socket.socket | None:
+        """The socket that may be connected to what is wanted; None, with the reason, if it may not. Raises OSError."""
+        if wanted.family not in ("AF_INET", "AF_INET6"):
+            wanted.reason = ONLY_TCP
+            return None
+        allowed, wanted.reason = self.access.decide(access.parse(wanted.address), wanted.port)
+        if not allowed:
+            return None
+        self.requests[call] = self.requests.get(call, 0) + 1
+        if self.requests[call] > self.most:
+            wanted.is_excess, wanted.reason = True, f"max_network_requests is {self.most}"
+            return None
+        sock = socket_of(notification.pid, notification.args[0])
+        refusal = 0
+        if sock.family not in access.BITS or sock.type & TYPE_MASK != _socket.SOCK_STREAM:
+            refusal = errno.EISCONN  # one of a pair: there are no others
+        elif FAMILIES[sock.family] != wanted.family:
+            refusal = errno.EAFNOSUPPORT
+        elif self.waiting >= WAITING:
+            refusal = errno.ENOBUFS
+        if refusal:
+            sock.close()
+            raise OSError(refusal, os.strerror(refusal))
+        wanted.allowed = True
+        return sock
+
+    def _connect(self, listener: int, notification: notifier.Notification, sock: _socket.socket, wanted: Wanted) -> None:
+        """connect(2), and its answer, in a thread: it may have to wait, and we must not."""
+        own = os.dup(listener)  # it stays ours also when the call has ended meanwhile
+        self.waiting += 1
+
+        def connect() -> None:
+            code = errno.EPERM
+            try:
+                code = sock.connect_ex((wanted.address, wanted.port))
+            finally:
+                sock.close()
+                if code:
+                    notifier.refuse(own, notification, code)
+                else:
+                    notifier.answer(own, notification)
+                os.close(own)
+                self.waiting -= 1
+
+        try:
+            _thread.start_new_thread(connect, ())
+        except RuntimeError:  # no further thread
+            self.waiting -= 1
+            os.close(own)
+            sock.close()
+            notifier.refuse(listener, notification, errno.ENOBUFS)
+
+
+def read_memory(pid: int, address: int, length: int) -> bytes:
+    """Bytes of the memory of a thread, see proc_pid_mem(5). Raises OSError: EFAULT where there is none."""
+    fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.pread(fd, length, address)
+    except (OverflowError, OSError):
+        data = b""
+    finally:
+        os.close(fd)
+    if len(data) < length:
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+    return data
+
+
+def socket_of(pid: int, fd: int) -> _socket.socket:
+    """The socket that a thread has under the number `fd`. Raises OSError: EBADF, ENOTSOCK."""
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        process = os.pidfd_open(leader_of(pid))  # a thread that is not its process's first
+    try:
+        copy = sc.syscall("pidfd_getfd", process, fd & 0xFFFFFFFF, 0)
+    finally:
+        os.close(process)
+    try:
+        return _socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
+
+
+def leader_of(thread: int) -> int:
+    with open(f"/proc/{thread}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Tgid:"))
