@@ -337,4 +337,4 @@ def many_violations() -> int:
 def unhandled_violation() -> None:
     import socket
 
-    socket.socket()
+    socket.create_connection(("192.0.2.1", 9))
