@@ -442,6 +442,8 @@ class EnhancedPluginSandbox:
             telemetry.peak_cpu_percent = max(telemetry.peak_cpu_percent, watch.peak_cpu)
             if self.config.telemetry_enabled:
                 telemetry.process_hierarchy = list(watch.hierarchy)
+        for name, value in outcome.link_counters(run.call).items():
+            telemetry.link_counters[name] = telemetry.link_counters.get(name, 0) + value
         if run._watched is None:
             for violation in outcome.counted(run.call):
                 self._violated(violation)

@@ -36,6 +36,8 @@ class SandboxTelemetry:
         exit_code: exit status of the plugin's process; None while there is none.
         exit_reason: why it ended, in words.
         cleanup_successful: whether nothing of the sandbox was left behind.
+        link_counters: rx_bytes, rx_packets, tx_bytes and tx_packets of the empty link that a sandbox of level maximum has;
+            empty at other levels. Allowed connections do not go over it.
 
     Raises:
         TypeError: `start_time` or `end_time` is not a datetime.
@@ -55,6 +57,7 @@ class SandboxTelemetry:
     exit_code: int | None = None
     exit_reason: str = ""
     cleanup_successful: bool = False
+    link_counters: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.start_time = to_utc("SandboxTelemetry.start_time", self.start_time)

@@ -464,6 +464,7 @@ def write_result(
         exit_code=outcome.exit_of(call)[0],
         exit_reason=reason,
         cleanup_successful=call.sandbox.is_gone,
+        link_counters=outcome.link_counters(call),
     )
     result = {
         "exit_code": status,

@@ -16,7 +16,8 @@ Two forms, one per direction of trust:
   listener     worker -> warden   (with the notification listener's fd)
   sealed       worker -> warden   probe, notes (with the worker's credentials)
   sealed       warden -> host     call, and what was read back from /proc: see warden.read_back
-  ended        init -> warden     status (a wait status), maxrss_kb, utime, stime
+  ended        init -> warden     status (a wait status), maxrss_kb, utime, stime; of a link rx_bytes, rx_packets, tx_bytes,
+                                  tx_packets
   ended        warden -> host     call, cause (exit, timeout, memory, killed, supervisor, failed, or the host's own word),
                                   used (bytes, where memory is the cause), the fields above, and how often the cgroup
                                   has counted what: "memory.events oom_kill", "pids.events max" and their like

@@ -106,7 +106,7 @@ def run(
             os.close(fd)
         for fd in (0, 1, 2):
             os.close(fd)
-        watch(pid, report)
+        watch(pid, report, has_link=recipe["network"]["mode"] == "veth")
     except BaseException:
         sys.excepthook(*sys.exc_info())
     os._exit(1)
@@ -119,7 +119,7 @@ def fork_worker() -> int:
         raise mounts.LineFailed("call: fork of the worker", error) from None
 
 
-def watch(pid: int, report: _socket.socket) -> NoReturn:
+def watch(pid: int, report: _socket.socket, *, has_link: bool) -> NoReturn:
     """Reap all that ends; the worker's end is the call's end, and is reported.
 
     It sleeps in one system call, because each page that Python writes to here is a page more per sandbox.
@@ -134,5 +134,5 @@ def watch(pid: int, report: _socket.socket) -> NoReturn:
                 "utime": round(children.ru_utime, 6),
                 "stime": round(children.ru_stime, 6),
             }
-            channel.send(report, "ended", fields)
+            channel.send(report, "ended", {**fields, **(network.counters() if has_link else {})})
             os._exit(0)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from sandbox.ns.network import PID_PLACEHOLDER
+from sandbox.ns.network import INNER, PID_PLACEHOLDER
 
-INNER = "eth0"
 OUTER = "psie%d"  # the kernel puts the first free number
 
 

@@ -149,6 +149,12 @@ def counted(call: Call) -> list[SandboxViolation]:
     return violations_of(seen, Thresholds.of_recipe(call.sandbox.recipe))
 
 
+def link_counters(call: Call) -> dict[str, int]:
+    """Of the empty link of level maximum, as its init has read them."""
+    names = ("rx_bytes", "rx_packets", "tx_bytes", "tx_packets")
+    return {name: int(call.outcome[name]) for name in names if call.outcome and name in call.outcome}
+
+
 def exit_of(call: Call) -> tuple[int | None, int | None]:
     """(exit code, signal) of the worker; both None where it did not end by itself."""
     if call.outcome is None or "status" not in call.outcome:
