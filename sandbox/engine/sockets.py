@@ -104,6 +104,8 @@ class Sockets:
                 sock = self._make(wanted, notification)
             else:
                 self._where(wanted, notification)
+                # How libraries find out whether this machine has IPv6, and do without.
+                wanted.is_passing = operation == BIND and not wanted.port
                 if operation == CONNECT:
                     sock = self._connectable(wanted, notification, call)
         except OSError as error:
