@@ -1,7 +1,8 @@
 """The exceptions a caller of psie can meet.
 
-Each carries its facts as attributes and says them in one sentence as its `str`, which is safe for a terminal. All of
-them can be pickled and copied. This module must not know how a sandbox works: it only gives failures their names.
+Each carries its facts as attributes and says them in one sentence as its `str`, which is safe for a terminal; where a
+setting would have allowed it, a second line says so. All of them can be pickled and copied. This module must not know how
+a sandbox works: it only gives failures their names.
 (A wrong setting is no sandbox error: see `sandbox.config.ConfigError`, `ValueError` and `TypeError`.)
 """
 
@@ -16,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sandbox.violations import SandboxViolation
+    from sandbox.violations import Explanation, SandboxViolation
 
 
 class SandboxException(Exception):
@@ -124,17 +125,21 @@ class SecurityViolationError(SandboxException):
 
     Attributes:
         violations: the records of what the plugin ran into, oldest first.
+        explanation: of the violation that the message is about, if it is about one.
     """
 
-    def __init__(self, message: str = "", *, violations: Iterable[SandboxViolation] = ()) -> None:
+    def __init__(
+        self, message: str = "", *, violations: Iterable[SandboxViolation] = (), explanation: Explanation | None = None
+    ) -> None:
         super().__init__(message)
         self.violations: list[SandboxViolation] = list(violations)
+        self.explanation = explanation
 
     def __str__(self) -> str:
         message = str(self.args[0]) if self.args else ""
         if not message:
             message = "; ".join(violation.message for violation in self.violations) or "the plugin broke a protection"
-        return escape_text(message, keep="")
+        return escape_text(message, keep="") + _mend(self.explanation)
 
 
 class CommitError(SandboxException):
@@ -159,13 +164,23 @@ class ResourceLimitExceededError(SandboxException):
         limit: name of the limit, e.g. "max_memory_mb".
         allowed: what the limit allowed, in the limit's own unit.
         used: what was used when it struck, in the same unit; None where the kernel does not say.
+        explanation: which setting raises it, and how.
     """
 
-    def __init__(self, message: str = "", *, limit: str = "", allowed: float | None = None, used: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        limit: str = "",
+        allowed: float | None = None,
+        used: float | None = None,
+        explanation: Explanation | None = None,
+    ) -> None:
         super().__init__(message)
         self.limit = limit
         self.allowed = allowed
         self.used = used
+        self.explanation = explanation
 
     def __str__(self) -> str:
         message = (str(self.args[0]) if self.args else "") or "the plugin exceeded a resource limit"
@@ -173,7 +188,12 @@ class ResourceLimitExceededError(SandboxException):
             f"{value:,.12g} {word}" for value, word in ((self.used, "used"), (self.allowed, "allowed")) if value is not None
         ]
         facts = ": ".join(part for part in (self.limit, ", ".join(numbers)) if part)
-        return escape_text(f"{message} ({facts})" if facts else message, keep="")
+        return escape_text(f"{message} ({facts})" if facts else message, keep="") + _mend(self.explanation)
+
+
+def _mend(explanation: Explanation | None) -> str:
+    """The second line: what would have allowed it, where anything does."""
+    return f"\n{explanation.text()}" if explanation is not None and explanation.setting is not None else ""
 
 
 def _errno_text(number: int) -> str:

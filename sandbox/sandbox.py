@@ -359,6 +359,7 @@ class EnhancedPluginSandbox:
         try:
             await run.execute(instruction, payload, self.limits.max_execution_time_seconds)
         finally:
+            outcome.locate(run.call, run.violations)
             self._record(run)
         error = outcome.judge(run.call, run.violations)
         is_violation = isinstance(error, SecurityViolationError)
@@ -816,7 +817,7 @@ class _Run:
                 self._done.set_result(None)
 
     def _on_violation(self, fields: dict[str, str]) -> None:
-        violation = outcome.describe_violation(fields)
+        violation = outcome.describe_violation(fields, self.call.sandbox.recipe)
         self._raw[fields["nr"], fields["arg0"]] = violation
         self.violations.append(violation)
         if len(self.violations) > self.owner.config.violation_threshold:

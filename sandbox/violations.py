@@ -1,6 +1,7 @@
-"""The record that a plugin ran into a protection.
+"""The record that a plugin ran into a protection, and why that protection was there.
 
-Only the record: who detects, counts or acts on a violation is not known here.
+Only the records: who detects, counts or acts on a violation is not known here, nor what allows what (that is
+sandbox.explanations).
 """
 
 from __future__ import annotations
@@ -29,6 +30,64 @@ class SandboxViolationType(Enum):
     SECURITY_BREACH = "security_breach"
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """Why something was refused, and what would have allowed it.
+
+    Attributes:
+        protection: what refused it, such as "seccomp" or "memory limit".
+        reason: that in a clause, such as "seccomp refuses new processes".
+        setting: the field that allows it, such as "PluginLimitsV2.max_memory_mb"; None: no setting does.
+        flag: the option of `psie run` or `psie call` that does, with its value; None: there is none.
+        toml: the lines of a file for `load_config` or --config that do; None: they cannot be given.
+        file: where in the plugin it was, if the interpreter knew: that is the plugin's word. Escaped.
+        line: of that file.
+        python: how to say the setting in Python; None: it cannot be given.
+        note: what else is to be known; without a setting, why there is none.
+        refused: False for a warning: then nothing was refused, and nothing ended by it.
+    """
+
+    protection: str
+    reason: str
+    setting: str | None = None
+    flag: str | None = None
+    toml: str | None = None
+    file: str | None = None
+    line: int | None = None
+    python: str | None = None
+    note: str = ""
+    refused: bool = True
+
+    def text(self) -> str:
+        """The explanation in one sentence on one line, safe for a terminal."""
+        from sandbox.text import escape_text
+
+        sentence = self.reason if self.refused else f"only a warning, nothing was refused: {self.reason}"
+        sentence += f": {self._mend()}"
+        if self.note:
+            sentence += f"; {self.note}"
+        if self.file:
+            sentence += f" ({self.file}, line {self.line})" if self.line is not None else f" ({self.file})"
+        return escape_text(sentence, keep="")
+
+    def _mend(self) -> str:
+        if self.setting is None:
+            return "no setting and no level allows it"
+        ways = [way for way in (self.flag, self.python or self.setting) if way]
+        if self.toml is not None:
+            lines = self.toml.replace("\n[", ", [").replace("\n", " ")
+            ways.append(f"in a --config file {lines}")
+        listed = ", or ".join(filter(None, [", ".join(ways[:-1]), ways[-1]]))
+        return f"allow {'more' if '.max_' in self.setting else 'it'} with {listed}"
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The explanation as plain data that `json.dumps` takes: the fields, and the sentence as "text"."""
+        return {**vars(self), "text": self.text()}
+
+
 @dataclass
 class SandboxViolation:
     """One violation.
@@ -41,6 +100,7 @@ class SandboxViolation:
         details: further facts.
         resolved: whether a recovery settled it.
         auto_recovery_attempted: whether one was tried.
+        explanation: which protection it was and what would allow it; None where the detector does not say.
 
     Raises:
         TypeError: `type` is not a SandboxViolationType, or `timestamp` is not a datetime.
@@ -53,6 +113,7 @@ class SandboxViolation:
     details: dict[str, Any] = field(default_factory=dict)
     resolved: bool = False
     auto_recovery_attempted: bool = False
+    explanation: Explanation | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.type, SandboxViolationType):
@@ -69,6 +130,7 @@ class SandboxViolation:
             "details": to_plain(self.details),
             "resolved": self.resolved,
             "auto_recovery_attempted": self.auto_recovery_attempted,
+            "explanation": None if self.explanation is None else self.explanation.to_dict(),
         }
 
 

@@ -133,6 +133,7 @@ def test_violation_to_dict() -> None:
         "details": {},
         "resolved": False,
         "auto_recovery_attempted": False,
+        "explanation": None,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def test_errors_that_misbehave() -> None:
 
 
 def forged(**changes: object) -> bytes:
-    return channel.pack("failure", {"type": "E", "message": "m", "traceback": "t", "errno": 2} | changes)
+    fields = {"type": "E", "message": "m", "traceback": "t", "errno": 2, "file": "f", "line": 3, "done": "d"}
+    return channel.pack("failure", fields | changes)
 
 
 def test_forged_failures() -> None:
@@ -110,6 +112,24 @@ def test_forged_failures() -> None:
     )
     for number in ("-1", "1" * 5000, "\u0661", "", "x", "2.5"):
         assert failure.decode(forged(errno=number)).errno == 0
+        assert failure.decode(forged(line=number)).line == 0
+    long = failure.decode(forged(file="f" * 50_000, done="d" * 50_000))
+    assert (len(long.file), len(long.done)) == (failure.MAX_PLACE, failure.MAX_PLACE)
+
+
+def refuse() -> None:
+    raise PermissionError(errno.EPERM, "no")
+
+
+def test_the_place_of_a_refused_operation() -> None:
+    record = failure.decode(failure.encode(raised(refuse)))
+    assert (record.file, record.line) == (__file__, refuse.__code__.co_firstlineno + 1)
+    assert record.done == 'raise PermissionError(errno.EPERM, "no")'
+    record = failure.decode(failure.encode(raised(lambda: Path("/proc/version").chmod(0))))
+    assert record.file == __file__
+    assert " chmod os.chmod(self" in record.done
+    record = failure.decode(failure.encode(raised(divide)))
+    assert (record.file, record.line, record.done) == ("", 0, "")
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "details": {},
         "resolved": False,
         "auto_recovery_attempted": False,
+        "explanation": None,  # beyond the reference, like all that follows its own
     },
 }
 
@@ -118,8 +119,8 @@ EXCEPTIONS = {
     "SandboxInitializationError": {"protection", "line", "errno", "path", "mend"},
     "ResourceError": set(),
     "PluginExecutionError": {"exception_type", "exception_message", "traceback_text", "exit_code", "signal"},
-    "SecurityViolationError": {"violations"},
-    "ResourceLimitExceededError": {"limit", "allowed", "used"},
+    "SecurityViolationError": {"violations", "explanation"},
+    "ResourceLimitExceededError": {"limit", "allowed", "used", "explanation"},
 }
 
 NOT_YET: dict[str, dict[str, object]] = {

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sandbox.engine.client import Call
-    from sandbox.violations import SandboxViolation
+    from sandbox.recipe_data import Recipe
+    from sandbox.violations import Explanation, SandboxViolation
 
 # Errors of a plugin that a limit of ours causes: errno -> (limit, name in Recipe.limits).
 LIMIT_ERRNO = {
@@ -33,46 +34,56 @@ LIMIT_ERRNO = {
     errno.EDQUOT: ("disk", "disk_bytes"),
     errno.EMFILE: ("open_files", "open_files"),
 }
+BYTES = {"memory", "output", "result", "file_size", "disk"}  # limits whose settings are in MB
 MB = 1 << 20
 NETWORK = {"socket", "socketpair", "accept", "accept4"}
 COUNTED = ("memory.events", "pids.events")  # files of a cgroup whose counts come with the end of a call
 PERMISSION = {"fork", "vfork", "clone", "execve", "execveat"}
+# linux/sched.h: CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET
+CLONE_NEW = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
+# What a line of Python that makes a socket, or a process, calls; elsewhere it is the name of the system call itself.
+SOCKET_NAMES = {"socket", "socketpair"}
+PROCESS_NAMES = {"fork", "vfork", "forkpty", "fork_exec", "posix_spawn", "posix_spawnp", "execv", "execve", "exec_func"}
 
 
-def describe_violation(fields: dict[str, str]) -> SandboxViolation:
+def describe_violation(fields: dict[str, str], recipe: Recipe) -> SandboxViolation:
     """A refused system call, as the supervisor tells it, or a refused import, as the interpreter does, in words."""
     from datetime import UTC, datetime
 
+    from sandbox import explanations
     from sandbox.seccomp.filter import syscall_name
     from sandbox.violations import SandboxViolation, SandboxViolationType
 
     if fields["nr"].endswith("_modules"):
-        return describe_import(fields)
+        return describe_import(fields, recipe)
     if "operation" in fields:
         return describe_network(fields)
     number = int(fields["nr"])
     name = syscall_name(number) if number >= 0 else "further system calls"
+    arguments = [int(fields[f"arg{i}"]) for i in range(3)]
     if name in NETWORK:
         kind, severity, hint = SandboxViolationType.NETWORK_VIOLATION, "warning", "sockets are not permitted"
-    elif name in PERMISSION:
+        explanation = explanations.socket(name, arguments)
+    elif name in PERMISSION and not (name == "clone" and arguments[0] & CLONE_NEW):
         kind, severity, hint = (
             SandboxViolationType.PERMISSION_DENIED,
             "warning",
             "new processes are not permitted: allow_subprocess_execution (--allow-subprocess)",
         )
+        explanation = explanations.processes(recipe)
     else:
         kind, severity, hint = SandboxViolationType.SECURITY_BREACH, "critical", "no plugin has a reason for it"
+        explanation = explanations.kernel(name)
     details = {
         "syscall": name,
-        "arguments": [int(fields[f"arg{i}"]) for i in range(3)],
+        "arguments": arguments,
         "count": int(fields["count"]),
         "errno": "EPERM",
         "source": "kernel",
         "call": int(fields["call"]),
     }
-    return SandboxViolation(
-        type=kind, message=f"{name}() was refused: {hint}", timestamp=datetime.now(UTC), severity=severity, details=details
-    )
+    text = f"{name}() was refused: {hint}"
+    return SandboxViolation(kind, text, datetime.now(UTC), severity, details, explanation=explanation)
 
 
 def describe_network(fields: dict[str, str]) -> SandboxViolation:
@@ -119,24 +130,66 @@ def wanted_of(record: dict[str, Any]) -> str:
     return f"[{record['address']}]:{record['port']}" if ":" in record["address"] else f"{record['address']}:{record['port']}"
 
 
-def describe_import(fields: dict[str, str]) -> SandboxViolation:
+def describe_import(fields: dict[str, str], recipe: Recipe) -> SandboxViolation:
     from datetime import UTC, datetime
 
+    from sandbox import explanations
     from sandbox.text import escape_text
     from sandbox.violations import SandboxViolation, SandboxViolationType
 
     module, file, line = (escape_text(fields[name], keep="") for name in ("arg0", "file", "line"))
+    number = int(line) if line.isascii() and line.isdecimal() and len(line) < 9 else None
     which = "is blocked by" if fields["nr"] == "blocked_modules" else "is not in"
     text = f"the import of {module} was refused ({file}, line {line}): it {which} PluginPermissionsV2.{fields['nr']}"
     details = {
         "module": module,
         "file": file,
-        "line": int(line) if line.isascii() and line.isdecimal() and len(line) < 9 else None,
+        "line": number,
         "count": int(fields["count"]),
         "source": "interpreter",
         "call": int(fields["call"]),
     }
-    return SandboxViolation(SandboxViolationType.PERMISSION_DENIED, text, datetime.now(UTC), "warning", details)
+    explanation = explanations.imported(fields["nr"], fields["arg0"], recipe, fields["file"], number)
+    kind = SandboxViolationType.PERMISSION_DENIED
+    return SandboxViolation(kind, text, datetime.now(UTC), "warning", details, explanation=explanation)
+
+
+def locate(call: Call, violations: list[SandboxViolation]) -> None:
+    """Tell the violation that ended the plugin where that was, if its exception was of a refused operation of that kind.
+
+    The kernel does not know it: file and line are the interpreter's word, so the plugin's, and marked as such.
+    """
+    if not violations or call.reply_kind != channel.REPLY_ERROR or not call.reply_complete:
+        return
+    try:
+        error = failure.decode(call.reply)
+    except channel.Malformed:
+        return
+    if error.errno != errno.EPERM or not error.file:
+        return
+    import linecache
+    import re
+    from dataclasses import replace
+
+    from sandbox.text import escape_text
+
+    # The sandbox could not read the caller's own file, which is the only one that is read here.
+    done = error.done or (linecache.getline(call.source_file, error.line) if error.file == call.source_file else "")
+    names = {name.lstrip("_") for name in re.findall(r"\w+", done)}
+    for violation in reversed(violations):
+        syscall = violation.details.get("syscall")
+        if syscall and names & operations(syscall) and violation.explanation is not None:
+            file = escape_text(error.file, keep="")
+            violation.explanation = replace(violation.explanation, file=file, line=error.line or None)
+            violation.details |= {"file": file, "line": error.line or None, "position": "interpreter"}
+            return
+
+
+def operations(syscall: str) -> set[str]:
+    """The names that code has for a system call."""
+    if syscall in NETWORK:
+        return SOCKET_NAMES
+    return PROCESS_NAMES if syscall in PERMISSION else {syscall}
 
 
 def counted(call: Call) -> list[SandboxViolation]:
@@ -199,14 +252,22 @@ def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | 
     return None
 
 
-def _limit(name: str, allowed: float, used: float | None, text: str) -> ResourceLimitExceededError:
-    return ResourceLimitExceededError(text, limit=name, allowed=allowed, used=used)
+def _limit(
+    name: str, allowed: float, used: float | None, text: str, explanation: Explanation | None = None
+) -> ResourceLimitExceededError:
+    if explanation is None:
+        from sandbox import explanations
+
+        explanation = explanations.limited(name, allowed / MB if name in BYTES else allowed)
+    return ResourceLimitExceededError(text, limit=name, allowed=allowed, used=used, explanation=explanation)
 
 
 def _killed(number: int, limits: dict[str, float], violations: list[SandboxViolation]) -> SandboxException:
     if number == signal.SIGXCPU:
-        seconds = limits["cpu_seconds"]
-        return _limit("cpu", seconds, seconds, f"the plugin used more than {seconds:g} s of CPU")
+        from sandbox import explanations
+
+        seconds, explanation = limits["cpu_seconds"], explanations.limited("cpu time", limits["seconds"])
+        return _limit("cpu", seconds, seconds, f"the plugin used more than {seconds:g} s of CPU", explanation)
     if number == signal.SIGSYS:
         return SecurityViolationError(
             "the plugin was killed by seccomp: it used a foreign system call ABI", violations=violations
@@ -252,18 +313,22 @@ def plugin_error(call: Call, violations: list[SandboxViolation]) -> SandboxExcep
         )
     if error.errno == errno.EAGAIN or (error.type, error.message) == ("RuntimeError", "can't start new thread"):
         allowed = limits["threads"] + limits["subprocesses"]  # the kernel says no more than that (fork(2), pthread_create(3))
-        return _limit("pids", allowed, None, f"the plugin wanted more processes or threads than it may have: {error.message}")
-    if error.errno in LIMIT_ERRNO:
-        name, key = LIMIT_ERRNO[error.errno]
+        from sandbox import explanations
+
+        explanation = explanations.tasks(int(limits["threads"]), int(limits["subprocesses"]))
+        text = f"the plugin wanted more processes or threads than it may have: {error.message}"
+        return _limit("pids", allowed, None, text, explanation)
+    name, key = LIMIT_ERRNO.get(error.errno, ("", ""))
+    if name and not (name == "disk" and call.sandbox.recipe.workspace["kind"] == "folder"):  # that has no limit of ours
         return _limit(
             name, limits[key], None, f"the plugin passed its limit of {name} ({key} {limits[key]:g}): {error.message}"
         )
     if error.errno == errno.EPERM and violations and violations[-1].details.get("limit") == "network_requests":
         return _limit("network_requests", call.sandbox.recipe.network["max_requests"], None, violations[-1].message)
     if error.errno in (errno.EPERM, errno.EACCES) and violations:
-        return SecurityViolationError(
-            f"the plugin ended by a refused operation: {violations[-1].message}", violations=violations
-        )
+        last = violations[-1]
+        text = f"the plugin ended by a refused operation: {last.message}"
+        return SecurityViolationError(text, violations=violations, explanation=last.explanation)
     return PluginExecutionError(
         f"{error.type}: {error.message}",
         exception_type=error.type,

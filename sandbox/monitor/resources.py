@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+from dataclasses import replace
 
 from sandbox.cgroups import place
 from sandbox.config import IsolationConfig, PluginLimitsV2
@@ -74,7 +75,7 @@ class EnhancedResourceMonitor:
             self._watch = Watch(loop, source, Thresholds.of_limits(self.limits), self.config.resource_check_interval_seconds)
             self._watch.counted = source.events()
             self._watch.on_sample = self._stats.update
-            self._watch.on_violation = self._violations.append
+            self._watch.on_violation = self._record
             self._stop = os.pipe2(os.O_CLOEXEC)
             stopped = threading.Event()
             loop.add_reader(self._stop[0], stopped.set)
@@ -84,6 +85,11 @@ class EnhancedResourceMonitor:
                 target=loop.run_until, args=(stopped.is_set,), name="psie monitor", daemon=True
             )  # fmt: skip
             self._thread.start()
+
+    def _record(self, violation: SandboxViolation) -> None:
+        if violation.explanation is not None:  # nothing is enforced here, and no command started it
+            violation.explanation = replace(violation.explanation, flag=None, refused=False)
+        self._violations.append(violation)
 
     def stop_monitoring(self) -> None:
         """End the watch; the last numbers and violations stay. Does nothing where none runs."""

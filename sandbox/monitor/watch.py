@@ -12,6 +12,7 @@ import select
 from datetime import UTC, datetime
 from time import monotonic
 
+from sandbox import explanations
 from sandbox.monitor.sources import MB, STALL_USEC, STALL_WINDOW_USEC, Reading, describe
 from sandbox.violations import SandboxViolation, SandboxViolationType
 
@@ -42,12 +43,13 @@ class Thresholds:
         cpu_warning: float,
         seconds: float,
         seconds_warning: float,
-        tasks: int,
+        threads: int,
+        subprocesses: int,
     ) -> None:
         self.memory, self.memory_warning = memory, memory_warning
         self.cpu, self.cpu_warning = cpu, cpu_warning
         self.seconds, self.seconds_warning = seconds, seconds_warning
-        self.tasks = tasks
+        self.threads, self.subprocesses = threads, subprocesses
 
     @classmethod
     def of_limits(cls, limits: PluginLimitsV2) -> Thresholds:
@@ -58,7 +60,8 @@ class Thresholds:
             cpu_warning=limits.cpu_warning_threshold_percent,
             seconds=limits.max_execution_time_seconds,
             seconds_warning=limits.execution_warning_threshold_seconds,
-            tasks=limits.max_subprocess_count + limits.max_thread_count,
+            threads=limits.max_thread_count,
+            subprocesses=limits.max_subprocess_count,
         )
 
     @classmethod
@@ -71,7 +74,8 @@ class Thresholds:
             cpu_warning=monitoring["cpu_warning_percent"],
             seconds=limits["seconds"],
             seconds_warning=monitoring["execution_warning_seconds"],
-            tasks=int(limits["subprocesses"] + limits["threads"]),
+            threads=int(limits["threads"]),
+            subprocesses=int(limits["subprocesses"]),
         )
 
 
@@ -203,7 +207,7 @@ class Watch:
         if any(event & select.EPOLLERR for _, event in self.stalls.poll(0)):
             self.loop.remove_reader(self.stalls.fileno())  # the cgroup has gone
         else:
-            self._tell(stalled_violation())
+            self._tell(stalled_violation(self.limits.memory))
 
     def _tick(self) -> None:
         self.sample()
@@ -300,7 +304,7 @@ class Watch:
             if self.on_violation is not None:
                 self.on_violation(violation)
         elif violation.details.get("source") == "pids.events":
-            counted = pids_violation(earlier.details["count"] + violation.details["count"], self.limits.tasks)
+            counted = pids_violation(earlier.details["count"] + violation.details["count"], self.limits)
             earlier.message, earlier.details = counted.message, counted.details
 
 
@@ -311,27 +315,34 @@ def violations_of(counted: Mapping[str, int | str], limits: Thresholds) -> list[
         found.append(_exceeded("memory", None, limits.memory_warning, "MB", of=limits.memory))
     refused = int(counted.get("pids.events max", 0))
     if refused > 0:
-        found.append(pids_violation(refused, limits.tasks))
+        found.append(pids_violation(refused, limits))
     return found
 
 
-def pids_violation(refused: int, allowed: int) -> SandboxViolation:
+def pids_violation(refused: int, limits: Thresholds) -> SandboxViolation:
+    allowed = limits.threads + limits.subprocesses
     text = f"the kernel refused {refused} new processes or threads: {allowed} are allowed"
     details = {"limit": "pids", "allowed": allowed, "count": refused, "source": "pids.events"}
-    return SandboxViolation(SandboxViolationType.RESOURCE_EXCEEDED, text, datetime.now(UTC), "warning", details)
+    explanation = explanations.tasks(limits.threads, limits.subprocesses)
+    kind = SandboxViolationType.RESOURCE_EXCEEDED
+    return SandboxViolation(kind, text, datetime.now(UTC), "warning", details, explanation=explanation)
 
 
 def throttled_violation(periods: int, percent: float) -> SandboxViolation:
     text = f"cpu: the kernel held the plugin back in {periods} periods of 0.1 s: the limit is {percent:g} % of a CPU"
     details = {"limit": "cpu", "allowed": percent, "count": periods, "source": "cpu.stat"}
-    return SandboxViolation(SandboxViolationType.RESOURCE_EXCEEDED, text, datetime.now(UTC), "info", details)
+    explanation = explanations.limited("cpu", percent, refused=False)
+    kind = SandboxViolationType.RESOURCE_EXCEEDED
+    return SandboxViolation(kind, text, datetime.now(UTC), "info", details, explanation=explanation)
 
 
-def stalled_violation() -> SandboxViolation:
+def stalled_violation(allowed: float) -> SandboxViolation:
     stalled, window = STALL_USEC / 1e6, STALL_WINDOW_USEC / 1e6
     text = f"memory: the plugin waited for memory for more than {stalled:g} of {window:g} s: more would make it faster"
     details = {"limit": "memory pressure", "threshold": stalled, "window": window, "source": "memory.pressure"}
-    return SandboxViolation(SandboxViolationType.RESOURCE_EXCEEDED, text, datetime.now(UTC), "info", details)
+    explanation = explanations.limited("memory", allowed, refused=False)
+    kind = SandboxViolationType.RESOURCE_EXCEEDED
+    return SandboxViolation(kind, text, datetime.now(UTC), "info", details, explanation=explanation)
 
 
 def _exceeded(
@@ -348,8 +359,10 @@ def _exceeded(
     text = f"{limit}: {seen} is above {'the warning threshold of ' if of is not None else ''}{threshold:g} {unit}"
     if of is not None:
         text += f" (the limit is {of:g})"
-    details = {"limit": limit, "threshold": threshold, "used": used, "allowed": of if of is not None else threshold}
-    return SandboxViolation(kind, text, datetime.now(UTC), severity, details)
+    allowed = of if of is not None else threshold
+    details = {"limit": limit, "threshold": threshold, "used": used, "allowed": allowed}
+    explanation = explanations.limited(limit, allowed, refused=of is None)
+    return SandboxViolation(kind, text, datetime.now(UTC), severity, details, explanation=explanation)
 
 
 def _mb(number: int | None) -> float | None:

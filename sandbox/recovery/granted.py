@@ -10,6 +10,7 @@ import os
 import stat
 from datetime import UTC, datetime
 
+from sandbox import explanations
 from sandbox.errors import CommitError
 from sandbox.ns import syscalls as sc
 from sandbox.recovery import changes, commit
@@ -153,4 +154,5 @@ def refuse_direct() -> None:
 def deletion_violation(path: str) -> SandboxViolation:
     text = f"{escape_text(path, keep='')} was deleted in a granted folder: deleting is not permitted (allow_file_deletion)"
     details = {"operation": "delete", "path": path, "source": "overlay"}
-    return SandboxViolation(SandboxViolationType.FILESYSTEM_VIOLATION, text, datetime.now(UTC), "warning", details)
+    kind, explanation = SandboxViolationType.FILESYSTEM_VIOLATION, explanations.explain("deletion")
+    return SandboxViolation(kind, text, datetime.now(UTC), "warning", details, explanation=explanation)
