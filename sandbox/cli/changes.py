@@ -9,7 +9,7 @@ import os
 
 from sandbox.errors import CommitError
 from sandbox.recovery.changes import ADDED, DELETED, METADATA
-from sandbox.recovery.granted import GrantedChanges
+from sandbox.recovery.granted import GrantedChanges, deletion_violation
 from sandbox.text import escape_text
 
 TYPE_CHECKING = False
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from sandbox.engine.client import Sandbox
     from sandbox.recovery.changes import FileChange
+    from sandbox.violations import SandboxViolation
 
 MARKS = {ADDED: ("+", "green"), DELETED: ("-", "red"), METADATA: ("m", "cyan")}
 MODIFIED_MARK = ("~", "yellow")
@@ -28,17 +29,23 @@ MODIFIED_MARK = ("~", "yellow")
 class Settled:
     """How it went: the changes, whether they are in the folders now, what to say about it, and what went wrong."""
 
-    def __init__(self, found: list[FileChange]) -> None:
+    def __init__(self, found: list[FileChange], *, allow_deletion: bool) -> None:
         self.found = found
         self.is_committed = False
         self.said = ""
         self.error: CommitError | None = None
+        self.allow_deletion = allow_deletion
+
+    def violations(self) -> list[SandboxViolation]:
+        """What was deleted without permission."""
+        deleted = [change.path for change in self.found if change.kind == DELETED and not self.allow_deletion]
+        return [deletion_violation(path) for path in deleted]
 
 
 def settle(sandbox: Sandbox, failure: str, *, dry_run: bool, ask: bool) -> Settled:
     """Commit the changes of a run that has ended well; `failure` is why another has not."""
     with GrantedChanges(sandbox) as granted:
-        settled = Settled(granted.found())
+        settled = Settled(granted.found(), allow_deletion=bool(sandbox.recipe.monitoring["allow_file_deletion"]))
         count = f"{len(settled.found)} change{'' if len(settled.found) == 1 else 's'}"
         if (dry_run or ask) and settled.found:
             show(granted, settled.found)

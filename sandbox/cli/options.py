@@ -29,7 +29,7 @@ SHARED: tuple[tuple[str, str, str, str], ...] = (
     ("--require-limits", FLAG, "", "Refuse to run where the kernel cannot enforce a resource limit."),
     ("--config", VALUE, "FILE.toml", "Settings: tables [isolation], [limits], [permissions]."),
     ("--result-file", VALUE, "OUT.json", "Write status, protections, violations and telemetry there."),
-    ("--quiet", FLAG, "", "No warning about protections that are substituted here."),
+    ("--quiet", FLAG, "", "No warning about protections that are substituted here, no word about what was refused."),
 )
 RUN = (
     *SHARED,

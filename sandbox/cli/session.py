@@ -350,7 +350,8 @@ class Session:
         from sandbox.engine import outcome
 
         assert self.call is not None
-        violations = [outcome.describe_violation(fields) for fields in self.call.violations.values()]
+        violations = [outcome.describe_violation(fields, self.recipe) for fields in self.call.violations.values()]
+        outcome.locate(self.call, violations)
         error = outcome.judge(self.call, violations)
         status = self._exit_code(error)
         unasked = self.call.reply_kind == channel.REPLY_UNFIT and not self._is_unfit()
@@ -364,11 +365,23 @@ class Session:
                 status = run_command.FAILED
             elif self.settled.said:
                 say(self.settled.said)
+            violations += self.settled.violations()
+        violations += self.watched if self.watch is not None else outcome.counted(self.call)
+        if not self.given["quiet"]:
+            self._explain(violations, error)
         if self.result_file is not None:
             write_result(self, self.result_file, status, error, violations)
         if self.given.get("summary"):
             print_summary(self, status)
         return status
+
+    def _explain(self, violations: list[SandboxViolation], error: SandboxException | None) -> None:
+        if not violations and getattr(error, "explanation", None) is None:
+            return
+        from sandbox.cli import refusals
+
+        for line in refusals.lines(violations, error):
+            say(line)
 
     def _is_unfit(self) -> bool:
         """A reply was wanted, and what the function returned cannot travel."""
@@ -447,7 +460,6 @@ def write_result(
 
     call, watch = session.call, session.watch
     assert call is not None
-    violations = [*violations, *(session.watched if watch else outcome.counted(call))]
     reason = str(error).splitlines()[0] if error is not None else "exited"
     start = datetime.fromtimestamp(session.start, UTC)
     telemetry = SandboxTelemetry(
