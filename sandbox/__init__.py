@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sandbox.telemetry import SandboxTelemetry
     from sandbox.text import TerminalEscaper, escape_text
     from sandbox.version import __version__ as __version__
-    from sandbox.violations import SandboxViolation, SandboxViolationType
+    from sandbox.violations import Explanation, SandboxViolation, SandboxViolationType
 
 __all__ = [
     "CommitError",
@@ -46,6 +46,7 @@ __all__ = [
     "EnhancedPluginFramework",
     "EnhancedPluginSandbox",
     "EnhancedResourceMonitor",
+    "Explanation",
     "FileChange",
     "FileEntry",
     "FilesystemWatchdog",
@@ -78,6 +79,7 @@ _MODULES = {
     "EnhancedPluginFramework": "sandbox.plugins",
     "EnhancedPluginSandbox": "sandbox.sandbox",
     "EnhancedResourceMonitor": "sandbox.monitor.resources",
+    "Explanation": "sandbox.violations",
     "FileChange": "sandbox.recovery.changes",
     "FileEntry": "sandbox.files",
     "FilesystemWatchdog": "sandbox.monitor.files",

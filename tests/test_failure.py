@@ -125,7 +125,7 @@ def test_the_place_of_a_refused_operation() -> None:
     record = failure.decode(failure.encode(raised(refuse)))
     assert (record.file, record.line) == (__file__, refuse.__code__.co_firstlineno + 1)
     assert record.done == 'raise PermissionError(errno.EPERM, "no")'
-    record = failure.decode(failure.encode(raised(lambda: Path("/proc/version").chmod(0))))
+    record = failure.decode(failure.encode(raised(lambda: Path("/proc/self/status").chmod(0o777))))
     assert record.file == __file__
     assert " chmod os.chmod(self" in record.done
     record = failure.decode(failure.encode(raised(divide)))

@@ -36,6 +36,7 @@ LIMIT_ERRNO = {
 }
 BYTES = {"memory", "output", "result", "file_size", "disk"}  # limits whose settings are in MB
 MB = 1 << 20
+PLACE = 200  # characters of a file's name, of which the end tells most
 NETWORK = {"socket", "socketpair", "accept", "accept4"}
 COUNTED = ("memory.events", "pids.events")  # files of a cgroup whose counts come with the end of a call
 PERMISSION = {"fork", "vfork", "clone", "execve", "execveat"}
@@ -179,7 +180,7 @@ def locate(call: Call, violations: list[SandboxViolation]) -> None:
     for violation in reversed(violations):
         syscall = violation.details.get("syscall")
         if syscall and names & operations(syscall) and violation.explanation is not None:
-            file = escape_text(error.file, keep="")
+            file = escape_text(error.file[-PLACE:], keep="")
             violation.explanation = replace(violation.explanation, file=file, line=error.line or None)
             violation.details |= {"file": file, "line": error.line or None, "position": "interpreter"}
             return
