@@ -11,13 +11,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from sandbox.engine.access import BITS, Access, parse, plain, show
+from sandbox.network import join
 from sandbox.text import escape_text
 from sandbox.violations import Explanation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
+    from sandbox.engine.access import Address
+    from sandbox.engine.client import Sandbox
     from sandbox.recipe_data import Recipe
 
     Setting = tuple[str, str, object]  # table of the TOML file, field, value
@@ -52,9 +57,16 @@ RULES: dict[str, Rule] = {
         (("permissions", "allow_subprocess_execution", True), ("limits", "max_subprocess_count", SUBPROCESSES)),
         "--allow-subprocess",
     ),
-    "sockets": Rule("seccomp", "seccomp refuses sockets", note="network access is not part of this version"),
-    "other sockets": Rule(
-        "seccomp", "seccomp refuses sockets other than TCP and UDP", note="many of them do not respect namespaces"
+    "sockets": Rule(
+        "seccomp",
+        "seccomp refuses sockets",
+        (("permissions", "allow_network_access", True),),
+        "--allow-host HOST",
+        "where to is said by allowed_hosts; without root that takes user namespaces",
+    ),
+    "other sockets": Rule("seccomp", "seccomp refuses sockets other than for TCP", note="only TCP can be had"),
+    "addresses": Rule(
+        "seccomp", "seccomp refuses to send without a connection ({})", note="it could go anywhere, and only TCP can be had"
     ),
     "mounts": Rule("seccomp", "seccomp refuses changes of the mount tree ({})", note="the mount tree is the sandbox"),
     "namespaces": Rule("seccomp", "seccomp refuses new namespaces ({})", note="a plugin in its own has capabilities there"),
@@ -72,6 +84,33 @@ RULES: dict[str, Rule] = {
     "ports": Rule("seccomp", "seccomp refuses hardware ports ({})", note="no plugin has a reason for it"),
     "terminals": Rule("seccomp", "seccomp refuses to type into a terminal ({})", note="the terminal is its caller's"),
     "other calls": Rule("seccomp", "seccomp refuses {}", note="no plugin has a reason for it"),
+    # The network, as sandbox.engine.sockets decides on it.
+    "connection": Rule(
+        "network",
+        "a connection to {} is not permitted",
+        (("permissions", "allow_network_access", True), ("permissions", "allowed_hosts", GIVEN)),
+        "--allow-host {}",
+    ),
+    "host": Rule(
+        "allowed_hosts",
+        "{} is not among the allowed hosts and ports",
+        (("permissions", "allowed_hosts", GIVEN), ("permissions", "allow_network_access", True)),
+        "--allow-host {}",
+    ),
+    "blocked host": Rule(
+        "blocked_hosts",
+        "{} is a blocked host",
+        (
+            ("permissions", "blocked_hosts", GIVEN),
+            ("permissions", "allowed_hosts", GIVEN),
+            ("permissions", "allow_network_access", True),
+        ),
+    ),
+    "impossible connection": Rule("network", "{} was wanted in a way in which it is no connection"),
+    "network": Rule("network", "psie refuses {}"),
+    "network_requests": Rule(
+        "network_requests", "a call may make {} connections", (("limits", "max_network_requests", GIVEN),)
+    ),
     # Modules and files.
     "allowed_modules": Rule(
         "allowed_modules", "the import of {} is not among the allowed ones", (("permissions", "allowed_modules", GIVEN),)
@@ -130,42 +169,56 @@ CALLS = {
     "handles": ("open_by_handle_at",),
     "ports": ("iopl", "ioperm"),
     "terminals": ("ioctl",),
+    "addresses": ("sendto", "sendmsg", "sendmmsg"),
 }  # fmt: skip
 
 
 def explain(
-    key: str, what: object = "", value: object = None, *, file: str = "", line: int | None = None, note: str = ""
+    key: str,
+    what: object = "",
+    values: Mapping[str, object] | None = None,
+    *,
+    word: str = "",
+    file: str = "",
+    line: int | None = None,
+    note: str = "",
 ) -> Explanation:
-    """The explanation by RULES[key]. `what` goes into its reason, `value` into its settings and its flag.
+    """The explanation by RULES[key]: `what` goes into its reason, `values` into its settings by their fields, `word` into
+    its flag.
 
-    Without the value that a rule wants, its setting is named, but not how to say it. Everything may come from the plugin
-    except `value`, which is written into code.
+    Without the values that a rule wants, its setting is named, but not how to say it. `values` and `word` are written into
+    code, so they are checked by the caller; all the rest may come from the plugin.
     """
     rule = RULES[key]
-    settings = [(table, name, value if given is GIVEN else given) for table, name, given in rule.settings]
-    known = bool(settings) and all(each is not None for _, _, each in settings)
+    given = values or {}
+    settings = [(table, name, given.get(name) if value is GIVEN else value) for table, name, value in rule.settings]
+    known = bool(settings) and all(value is not None for _, _, value in settings)
+    tables = {table: [(name, value) for each, name, value in settings if each == table] for table, _, _ in settings}
     return Explanation(
         protection=rule.protection,
-        reason=rule.reason.replace("{}", escape_text(_number(what) if isinstance(what, float) else str(what), keep="")),
+        reason=rule.reason.replace("{}", escape_text(_short(_shown(what)), keep="")),
         setting=f"{CLASSES[settings[0][0]]}.{settings[0][1]}" if settings else None,
-        flag=rule.flag.replace("{}", _toml(value)) if rule.flag is not None and known else None,
-        toml="\n".join(f"[{table}]\n{name} = {_toml(each)}" for table, name, each in settings) if known else None,
+        flag=rule.flag.replace("{}", word) if rule.flag is not None and (word or "{}" not in rule.flag) else None,
+        toml="\n".join(_toml_table(table, pairs) for table, pairs in tables.items()) if known else None,
         file=escape_text(_short(file), keep="") or None,
         line=line,
-        python=" and ".join(f"{CLASSES[table]}({name}={_python(each)})" for table, name, each in settings) if known else None,
-        note="; ".join(filter(None, (rule.note, note))),
+        python=" and ".join(_python_call(table, pairs) for table, pairs in tables.items()) if known else None,
+        note="; ".join(filter(None, (rule.note, escape_text(_short(note), keep="")))),
     )
 
 
 def limited(name: str, allowed: float, *, refused: bool = True) -> Explanation:
     """Of a limit: `allowed` is what it allows now, in the unit of its field; it proposes twice as much."""
-    return replace(explain(name, float(allowed), more(allowed)), refused=refused)
+    field, value = RULES[name].settings[0][1], more(allowed)
+    return replace(explain(name, float(allowed), {field: value}, word=_shown(value)), refused=refused)
 
 
 def tasks(threads: int, subprocesses: int) -> Explanation:
     """Of the limit of processes and threads, which count together."""
     value = more(max(threads, subprocesses))
-    return explain("tasks", threads + subprocesses, value) if subprocesses else explain("threads", threads, value)
+    if subprocesses:
+        return explain("tasks", threads + subprocesses, {"max_subprocess_count": value}, word=str(value))
+    return explain("threads", threads, {"max_thread_count": value}, word=str(value))
 
 
 def processes(recipe: Recipe) -> Explanation:
@@ -176,20 +229,49 @@ def processes(recipe: Recipe) -> Explanation:
     return explain("processes", note=note)
 
 
-AF_INET, AF_INET6 = 2, 10
-SOCK_STREAM, SOCK_DGRAM, SOCK_TYPE_MASK = 1, 2, 0xF
-IPPROTO_TCP, IPPROTO_UDP = 6, 17
+SOCK_STREAM, SOCK_TYPE_MASK = 1, 0xF
+IPPROTO_TCP = 6
 
 
 def socket(name: str, arguments: Sequence[int]) -> Explanation:
-    """Of a system call of the network, by its first three arguments."""
+    """Of a socket that the filter refuses, by the system call's first three arguments."""
     family, kind, protocol = (argument & 0xFFFFFFFF for argument in arguments)
-    ordinary = (
-        family in (AF_INET, AF_INET6)
-        and kind & SOCK_TYPE_MASK in (SOCK_STREAM, SOCK_DGRAM)
-        and protocol in (0, IPPROTO_TCP, IPPROTO_UDP)
-    )
-    return explain("sockets" if ordinary or name not in ("socket", "socketpair") else "other sockets")
+    is_tcp = family in BITS and kind & SOCK_TYPE_MASK == SOCK_STREAM and protocol in (0, IPPROTO_TCP)
+    return explain("sockets" if name == "socket" and is_tcp else "other sockets")
+
+
+def network(record: Mapping[str, Any], what: str, sandbox: Sandbox, *, is_excess: bool) -> Explanation:
+    """Of a refused network operation; `record` as sandbox.engine.outcome.activity describes it, `what` in words."""
+    rules = sandbox.recipe.network
+    if is_excess:
+        return limited("network_requests", rules["max_requests"])
+    if record["operation"] != "connect" or record["family"] not in ("AF_INET", "AF_INET6"):
+        return explain("network", what, note=record["reason"])
+    address, port = plain(parse(record["address"])), record["port"] or 0
+    if not port or Access(rules["access"], sandbox.resolved).decide(address, port)[0]:
+        return explain("impossible connection", what)
+    return connection(address, port, rules["access"], sandbox.resolved)
+
+
+def connection(address: Address, port: int, access: Mapping[str, Any] | None, resolved: Mapping[str, Any]) -> Explanation:
+    """Of a connection that the lists of hosts do not allow. `access` and `resolved` as in sandbox.engine.access."""
+    own = join(show(address), port)
+    if access is None:
+        return explain("connection", own, {"allowed_hosts": [own]}, word=own)
+    rest = [entry for entry in access["blocked"] if not _is_blocked(address, port, entry, resolved)]
+    allowed, blocked = [[join(host, only) for host, only in entries] for entries in (access["allowed"], rest)]
+    if not Access({**access, "blocked": rest}, resolved).decide(address, port)[0]:
+        allowed.append(own)
+    values = {"allowed_hosts": _listed(allowed), "blocked_hosts": _listed(blocked)}
+    if len(rest) < len(access["blocked"]):
+        return explain("blocked host", own, values)
+    return explain("host", own, values, word=own)
+
+
+def _is_blocked(address: Address, port: int, entry: Sequence[Any], resolved: Mapping[str, Any]) -> bool:
+    """Whether this one entry of blocked_hosts is about it."""
+    ((_, networks, only),) = Access({"allowed": [], "blocked": [entry], "ports": []}, resolved).blocked
+    return (networks is None or any(address in each for each in networks)) and only in (0, port)
 
 
 def kernel(name: str) -> Explanation:
@@ -205,9 +287,7 @@ def imported(which: str, module: str, recipe: Recipe, file: str, line: int | Non
     listed = list(recipe.modules[which.removesuffix("_modules")])
     wanted = [*listed, module] if which == "allowed_modules" else [each for each in listed if each not in above]
     is_module = all(part.isidentifier() for part in parts) and len(module) <= PLACE
-    return explain(
-        which, _short(module), wanted if is_module and len(wanted) <= LISTED else None, file=file, line=line
-    )  # fmt: skip
+    return explain(which, module, {which: _listed(wanted) if is_module else None}, file=file, line=line)
 
 
 def more(value: float) -> float:
@@ -220,21 +300,30 @@ def _short(text: str) -> str:
     return text if len(text) <= PLACE else f"...{text[3 - PLACE :]}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.12g}"
+def _listed(entries: list[str]) -> list[str] | None:
+    return entries if len(entries) <= LISTED else None
 
 
-def _python(value: object) -> str:
-    return _number(value) if isinstance(value, float) else repr(value)
+def _shown(value: object) -> str:
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def _python_call(table: str, pairs: list[tuple[str, object]]) -> str:
+    arguments = (f"{name}={_shown(value) if isinstance(value, float) else repr(value)}" for name, value in pairs)
+    return f"{CLASSES[table]}({', '.join(arguments)})"
+
+
+def _toml_table(table: str, pairs: list[tuple[str, object]]) -> str:
+    return "\n".join((f"[{table}]", *(f"{name} = {_toml(value)}" for name, value in pairs)))
 
 
 def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return f"[{', '.join(_toml(each) for each in value)}]"
     if isinstance(value, str):
         import json
 
         return json.dumps(value, ensure_ascii=False)
-    return _number(value) if isinstance(value, float) else str(value)
+    return _shown(value)

@@ -817,7 +817,7 @@ class _Run:
                 self._done.set_result(None)
 
     def _on_violation(self, fields: dict[str, str]) -> None:
-        violation = outcome.describe_violation(fields, self.call.sandbox.recipe)
+        violation = outcome.describe_violation(fields, self.call.sandbox)
         self._raw[fields["nr"], fields["arg0"]] = violation
         self.violations.append(violation)
         if len(self.violations) > self.owner.config.violation_threshold:

@@ -75,8 +75,7 @@ class Explanation:
             return "no setting and no level allows it"
         ways = [way for way in (self.flag, self.python or self.setting) if way]
         if self.toml is not None:
-            lines = self.toml.replace("\n[", ", [").replace("\n", " ")
-            ways.append(f"in a --config file {lines}")
+            ways.append(f"in a --config file {_one_line(self.toml)}")
         listed = ", or ".join(filter(None, [", ".join(ways[:-1]), ways[-1]]))
         return f"allow {'more' if '.max_' in self.setting else 'it'} with {listed}"
 
@@ -86,6 +85,17 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """The explanation as plain data that `json.dumps` takes: the fields, and the sentence as "text"."""
         return {**vars(self), "text": self.text()}
+
+
+def _one_line(toml: str) -> str:
+    parts, table = [], ""
+    for line in toml.splitlines():
+        if line.startswith("["):
+            table = f"{line} "
+        else:
+            parts.append(table + line)
+            table = ""
+    return ", ".join(parts)
 
 
 @dataclass

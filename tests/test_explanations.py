@@ -16,9 +16,10 @@ import pytest
 
 from sandbox import Explanation, IsolationConfig, PluginLimitsV2, PluginPermissionsV2, host, load_config, recipe
 from sandbox.cli import options, refusals, settings
-from sandbox.engine import channel, outcome
+from sandbox.engine import access, channel, outcome
+from sandbox.engine.access import Access
 from sandbox.errors import ResourceLimitExceededError, SecurityViolationError
-from sandbox.explanations import CALLS, CLASSES, GIVEN, RULES, explain, imported, kernel, limited, more, socket, tasks
+from sandbox.explanations import CALLS, CLASSES, GIVEN, RULES, explain, imported, kernel, limited, more, network, socket, tasks
 from sandbox.violations import SandboxViolation, SandboxViolationType
 
 SOURCES = Path(recipe.__file__).parent
@@ -37,11 +38,12 @@ def standard(key: str) -> Explanation:
     if key in LIMITS:
         table, name, _ = rule.settings[0]
         return limited(key, getattr(TABLES[table](), name))
-    return explain(key, "what", ["json", "a.b"] if rule.settings and rule.settings[0][2] is GIVEN else None)
+    given = {name: ["json"] for _, name, value in rule.settings if value is GIVEN}
+    return explain(key, "what", given, word="json" if rule.flag and "{}" in rule.flag else "")
 
 
 def from_toml(explanation: Explanation, folder: Path) -> dict[str, Any]:
-    """The fields that its lines set, as load_config reads them."""
+    """The fields that its lines set, as load_config reads them, in their order."""
     assert explanation.toml is not None
     (folder / "psie.toml").write_text(explanation.toml)
     loaded = dict(zip(("isolation", "limits", "permissions"), load_config(folder / "psie.toml"), strict=True))
@@ -105,7 +107,8 @@ def test_the_flag_says_the_same_as_toml(key: str, tmp_path: Path) -> None:
 def test_what_allows_more_reaches_the_recipe(key: str, tmp_path: Path) -> None:
     def numbers(limits: PluginLimitsV2, permissions: PluginPermissionsV2) -> dict[str, Any]:
         made = recipe.compile(IsolationConfig(), limits, permissions, host.facts(), strict=False)
-        return {**made.limits, "subprocess": made.seccomp["allow_subprocess"]}
+        requests = made.network["max_requests"]
+        return {**made.limits, "subprocess": made.seccomp["allow_subprocess"], "requests": requests}
 
     explanation = standard(key)
     from_toml(explanation, tmp_path)
@@ -120,23 +123,14 @@ def test_what_allows_more_reaches_the_recipe(key: str, tmp_path: Path) -> None:
     assert all(after[name] >= before[name] for name in after)
 
 
-def test_the_network_is_as_the_recipe_has_it() -> None:
-    """Whoever gives plugins a network says so in the table too."""
-    permissions = PluginPermissionsV2(allow_network_access=True)
-    if RULES["sockets"].settings:
-        recipe.compile(IsolationConfig(), PluginLimitsV2(), permissions, host.facts(), strict=False)
-    else:
-        with pytest.raises(ValueError, match="not part of this version"):
-            recipe.compile(IsolationConfig(), PluginLimitsV2(), permissions, host.facts(), strict=False)
-
-
 def test_every_call_that_is_told_has_a_reason() -> None:
     profile = tomllib.loads((SOURCES / "seccomp" / "denylist.toml").read_text())
     told = {name for names in profile["notify"].values() for name in names}
     ruled = {name for rule in profile["rule"] if rule["action"] == "notify" for name in rule["syscalls"]}
     known = {name for names in CALLS.values() for name in names}
     assert told <= known
-    assert ruled - known - outcome.PERMISSION <= outcome.NETWORK
+    by_the_supervisor = {"connect", "bind", "listen"}  # or refused without a word
+    assert ruled - known - outcome.PERMISSION - by_the_supervisor <= outcome.NETWORK
     assert set(CALLS) < set(NOTHING)
 
 
@@ -197,16 +191,87 @@ def test_an_error_says_it_in_its_second_line() -> None:
     ("name", "arguments", "key"),
     [
         ("socket", (2, 1, 0), "sockets"),
-        ("socket", (10, 0x80002, 17), "sockets"),
+        ("socket", (10, 0x80801, 6), "sockets"),
+        ("socket", (10, 2, 17), "other sockets"),
         ("socket", (2, 3, 255), "other sockets"),
         ("socket", (2, 1, 262), "other sockets"),
         ("socket", (40, 1, 0), "other sockets"),
         ("socketpair", (16, 3, 0), "other sockets"),
-        ("connect", (3, 0, 16), "sockets"),
     ],
 )
 def test_kinds_of_sockets(name: str, arguments: tuple[int, ...], key: str) -> None:
     assert socket(name, arguments) == explain(key)
+
+
+# -- the network ---------------------------------------------------------------------------------------------------------
+
+OPEN = {"allow_network_access": True}
+RESOLVED = {"names": {"known.example": ["93.184.216.34"]}}
+
+
+@pytest.mark.parametrize(
+    ("permissions", "setting"),
+    [
+        ({}, "allow_network_access"),
+        (OPEN, "allowed_hosts"),
+        ({**OPEN, "allowed_hosts": ["10.0.0.0/8", "known.example"]}, "allowed_hosts"),
+        ({**OPEN, "allowed_hosts": ["*:1"], "allowed_ports": []}, "allowed_hosts"),
+        ({**OPEN, "blocked_hosts": ["*"]}, "blocked_hosts"),
+        ({**OPEN, "allowed_hosts": ["*"], "blocked_hosts": ["known.example:80", "8.8.8.8"]}, "blocked_hosts"),
+        ({**OPEN, "blocked_hosts": ["93.184.0.0/16", "known.example", "known.example:81", "::/0"]}, "blocked_hosts"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("address", "port"),
+    [("93.184.216.34", 80), ("93.184.216.34", 8080), ("::ffff:93.184.216.34", 81), ("0.0.0.0", 80), ("2001:db8::1", 80)],
+)
+def test_what_would_allow_a_connection_does(
+    permissions: dict[str, Any], setting: str, address: str, port: int, tmp_path: Path
+) -> None:
+    def access_of(given: PluginPermissionsV2) -> Access:
+        made = recipe.compile(IsolationConfig(), PluginLimitsV2(), given, host.facts(), strict=False)
+        sandbox.recipe = made
+        return Access(made.network["access"], RESOLVED)
+
+    sandbox: Any = types.SimpleNamespace(resolved=RESOLVED)
+    wanted = access.plain(access.parse(address))
+    is_allowed, reason = access_of(PluginPermissionsV2(**permissions)).decide(wanted, port)
+    told = {"operation": "connect", "family": "AF_INET", "address": address, "port": port, "reason": reason}
+    explanation = network(told, "connect()", sandbox, is_excess=False)
+    if is_allowed:
+        assert explanation == explain("impossible connection", "connect()")
+        return
+    settings_said = {"allow_network_access", "allowed_hosts", "blocked_hosts"}
+    assert explanation.setting is not None
+    assert explanation.setting.partition(".")[2] in settings_said & {setting, "allowed_hosts"}
+    fields = {name.partition(".")[2]: value for name, value in from_toml(explanation, tmp_path).items()}
+    assert access_of(PluginPermissionsV2(**{**permissions, **fields})).decide(wanted, port)[0]
+    if explanation.flag is not None:
+        hosts = explanation.flag.removeprefix("--allow-host ")
+        by_flag = {**permissions, **OPEN, "allowed_hosts": [*permissions.get("allowed_hosts", []), hosts]}
+        assert access_of(PluginPermissionsV2(**by_flag)).decide(wanted, port)[0]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"operation": "socket", "family": "AF_VSOCK", "address": None, "port": None, "reason": "only TCP can be had"},
+        {"operation": "connect", "family": "AF_UNIX", "address": "/run/x", "port": None, "reason": "only TCP can be had"},
+        {"operation": "listen", "family": "", "address": None, "port": None, "reason": "a plugin cannot listen"},
+        {"operation": "connect", "family": "AF_INET", "address": "1.2.3.4", "port": None, "reason": "whatever"},
+    ],
+)
+def test_what_no_list_of_hosts_allows(told: dict[str, Any]) -> None:
+    sandbox: Any = types.SimpleNamespace(recipe=types.SimpleNamespace(network={"access": None}), resolved={})
+    explanation = network(told, "that", sandbox, is_excess=False)
+    assert explanation.setting is None
+    assert "no setting and no level allows it" in explanation.text()
+
+
+def test_too_many_connections() -> None:
+    sandbox: Any = types.SimpleNamespace(recipe=types.SimpleNamespace(network={"access": {}, "max_requests": 10}), resolved={})
+    told = {"operation": "connect", "family": "AF_INET", "address": "1.2.3.4", "port": 80, "reason": "too many"}
+    assert network(told, "that", sandbox, is_excess=True).toml == "[limits]\nmax_network_requests = 20"
 
 
 # -- what the plugin says ------------------------------------------------------------------------------------------------
@@ -255,6 +320,7 @@ def refused(syscall: str) -> SandboxViolation:
         ("vfork", "if os.fork() == 0:"),
         ("execve", 'os.execv("/bin/sh", [])'),
         ("chroot", 'os.chroot("/")'),
+        ("connect", "socket create_connection sock.connect(sa)"),
     ],
 )
 def test_an_exception_tells_where_it_was(syscall: str, done: str) -> None:

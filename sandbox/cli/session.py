@@ -350,7 +350,7 @@ class Session:
         from sandbox.engine import outcome
 
         assert self.call is not None
-        violations = [outcome.describe_violation(fields, self.recipe) for fields in self.call.violations.values()]
+        violations = [outcome.describe_violation(fields, self.call.sandbox) for fields in self.call.violations.values()]
         outcome.locate(self.call, violations)
         error = outcome.judge(self.call, violations)
         status = self._exit_code(error)

@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from sandbox.engine.client import Call
+    from sandbox.engine.client import Call, Sandbox
     from sandbox.recipe_data import Recipe
     from sandbox.violations import Explanation, SandboxViolation
 
@@ -47,7 +47,7 @@ SOCKET_NAMES = {"socket", "socketpair"}
 PROCESS_NAMES = {"fork", "vfork", "forkpty", "fork_exec", "posix_spawn", "posix_spawnp", "execv", "execve", "exec_func"}
 
 
-def describe_violation(fields: dict[str, str], recipe: Recipe) -> SandboxViolation:
+def describe_violation(fields: dict[str, str], sandbox: Sandbox) -> SandboxViolation:
     """A refused system call, as the supervisor tells it, or a refused import, as the interpreter does, in words."""
     from datetime import UTC, datetime
 
@@ -56,9 +56,9 @@ def describe_violation(fields: dict[str, str], recipe: Recipe) -> SandboxViolati
     from sandbox.violations import SandboxViolation, SandboxViolationType
 
     if fields["nr"].endswith("_modules"):
-        return describe_import(fields, recipe)
+        return describe_import(fields, sandbox.recipe)
     if "operation" in fields:
-        return describe_network(fields)
+        return describe_network(fields, sandbox)
     number = int(fields["nr"])
     name = syscall_name(number) if number >= 0 else "further system calls"
     arguments = [int(fields[f"arg{i}"]) for i in range(3)]
@@ -71,7 +71,7 @@ def describe_violation(fields: dict[str, str], recipe: Recipe) -> SandboxViolati
             "warning",
             "new processes are not permitted: allow_subprocess_execution (--allow-subprocess)",
         )
-        explanation = explanations.processes(recipe)
+        explanation = explanations.processes(sandbox.recipe)
     else:
         kind, severity, hint = SandboxViolationType.SECURITY_BREACH, "critical", "no plugin has a reason for it"
         explanation = explanations.kernel(name)
@@ -87,19 +87,22 @@ def describe_violation(fields: dict[str, str], recipe: Recipe) -> SandboxViolati
     return SandboxViolation(kind, text, datetime.now(UTC), severity, details, explanation=explanation)
 
 
-def describe_network(fields: dict[str, str]) -> SandboxViolation:
+def describe_network(fields: dict[str, str], sandbox: Sandbox) -> SandboxViolation:
     from datetime import UTC, datetime
 
+    from sandbox import explanations
     from sandbox.violations import SandboxViolation, SandboxViolationType
 
-    record = activity(fields)
-    kind = SandboxViolationType.RESOURCE_EXCEEDED if fields["excess"] == "1" else SandboxViolationType.NETWORK_VIOLATION
-    text = f"{record['operation']}() of {wanted_of(record)} was refused: {record['reason']}"
+    record, is_excess = activity(fields), fields["excess"] == "1"
+    kind = SandboxViolationType.RESOURCE_EXCEEDED if is_excess else SandboxViolationType.NETWORK_VIOLATION
+    what = f"{record['operation']}() of {wanted_of(record)}"
+    text = f"{what} was refused: {record['reason']}"
     details = {name: record[name] for name in ("operation", "family", "type", "address", "port", "reason", "call")}
     details |= {"count": int(fields["count"]), "errno": "EPERM", "source": "kernel"}
-    if fields["excess"] == "1":
+    if is_excess:
         details["limit"] = "network_requests"
-    return SandboxViolation(kind, text, datetime.now(UTC), "warning", details)
+    explanation = explanations.network(record, what, sandbox, is_excess=is_excess)
+    return SandboxViolation(kind, text, datetime.now(UTC), "warning", details, explanation=explanation)
 
 
 def activity(fields: dict[str, str]) -> dict[str, Any]:
@@ -178,19 +181,19 @@ def locate(call: Call, violations: list[SandboxViolation]) -> None:
     done = error.done or (linecache.getline(call.source_file, error.line) if error.file == call.source_file else "")
     names = {name.lstrip("_") for name in re.findall(r"\w+", done)}
     for violation in reversed(violations):
-        syscall = violation.details.get("syscall")
-        if syscall and names & operations(syscall) and violation.explanation is not None:
+        operation = violation.details.get("syscall") or violation.details.get("operation")
+        if operation and names & operations(operation) and violation.explanation is not None:
             file = escape_text(error.file[-PLACE:], keep="")
             violation.explanation = replace(violation.explanation, file=file, line=error.line or None)
             violation.details |= {"file": file, "line": error.line or None, "position": "interpreter"}
             return
 
 
-def operations(syscall: str) -> set[str]:
+def operations(name: str) -> set[str]:
     """The names that code has for a system call."""
-    if syscall in NETWORK:
+    if name in NETWORK:
         return SOCKET_NAMES
-    return PROCESS_NAMES if syscall in PERMISSION else {syscall}
+    return PROCESS_NAMES if name in PERMISSION else {name}
 
 
 def counted(call: Call) -> list[SandboxViolation]:
