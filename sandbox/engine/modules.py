@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 TEXT = 1000  # characters of a name that are reported
+OWN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")  # psie need not be installed as a library
 
 
 class Finder:
@@ -25,10 +26,13 @@ class Finder:
     def __init__(
         self, allowed: Sequence[str], blocked: Sequence[str], report: Callable[[dict[str, object]], None] = lambda fields: None
     ) -> None:
-        """`report` is told of each refusal: module, the list that refuses it, file and line of the import."""
+        """`report` is told of each refusal: module, the list that refuses it, file and line of the import.
+
+        To be made before the plugin's own folder is on sys.path: what is there then are libraries.
+        """
         self.allowed = frozenset(allowed)
         self.blocked = frozenset(blocked)
-        self.libraries = (*(os.path.join(path, "") for path in sys.path[1:]), "<frozen")
+        self.libraries = (*(os.path.join(path, "") for path in sys.path), OWN, "<frozen")
         self.report = report
         self.original = builtins.__import__
 
