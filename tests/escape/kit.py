@@ -329,7 +329,9 @@ def run_inside(
                 value, error = await one.execute_plugin_safe(function, *arguments, **keywords), None
             except SandboxException as raised:
                 value, error = None, raised
-            return Outcome(value, error, one.get_violations())
+            violations = one.get_violations()
+            assert all(violation.explanation for violation in violations), "each says what would allow it, or that nothing does"
+            return Outcome(value, error, violations)
 
     return bounded(go())
 
