@@ -102,6 +102,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "exit_code": None,
         "exit_reason": "",
         "cleanup_successful": False,
+        "link_counters": {},
     },
     "SandboxViolation": {
         "type": REQUIRED,

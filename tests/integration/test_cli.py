@@ -414,7 +414,7 @@ def test_allow_subprocess(everywhere: Caller) -> None:
 
 def test_the_result_file_tells_everything(everywhere: Caller) -> None:
     result = result_of(everywhere, "import sys; sys.exit(7)", status=7)
-    assert sorted(result) == ["exit_code", "level", "protections", "reason", "telemetry", "violations"]
+    assert sorted(result) == ["exit_code", "level", "network", "protections", "reason", "telemetry", "violations"]
     assert (result["level"], result["reason"], result["violations"]) == (everywhere.level, "exited", [])
     assert result["telemetry"]["plugin_id"] == "plugin.py"
     assert result["telemetry"]["exit_code"] == 7
@@ -677,17 +677,25 @@ def test_a_memory_bomb(twice: Caller, bomb: str) -> None:
     assert done.output == b""
 
 
-def test_a_refused_socket_that_ends_it_is_a_violation(everywhere: Caller) -> None:
-    result = result_of(everywhere, "import socket\nsocket.socket()", status=126)
-    assert [item["details"]["syscall"] for item in result["violations"]] == ["socket"]
+CONNECT = "import socket\nsocket.create_connection(('192.0.2.1', 9))"  # 192.0.2.0/24 is nobody's (RFC 5737)
+
+
+def test_a_refused_connection_that_ends_it_is_a_violation(everywhere: Caller) -> None:
+    result = result_of(everywhere, CONNECT, status=126)
+    assert [item["details"]["address"] for item in result["violations"]] == ["192.0.2.1"]
     assert result["violations"][0]["type"] == "network_violation"
-    assert "socket() was refused" in result["reason"]
+    assert "connect() of 192.0.2.1:9 was refused" in result["reason"]
+    assert [(each["operation"], each["port"], each["allowed"]) for each in result["network"]] == [
+        ("socket", None, True),
+        ("connect", 9, False),
+    ]
+    assert result["telemetry"]["network_operations_count"] == 2
 
 
-def test_a_refused_socket_that_is_caught_is_told_but_not_the_end(twice: Caller) -> None:
-    source = "import socket\ntry: socket.socket()\nexcept OSError: print('caught')"
+def test_a_refused_connection_that_is_caught_is_told_but_not_the_end(twice: Caller) -> None:
+    source = CONNECT.replace("socket.create", "try: socket.create") + "\nexcept OSError: print('caught')"
     result = result_of(twice, source, status=0)
-    assert [item["details"]["syscall"] for item in result["violations"]] == ["socket"]
+    assert [item["details"]["address"] for item in result["violations"]] == ["192.0.2.1"]
 
 
 DAEMON = """
@@ -1208,7 +1216,7 @@ def test_a_call_that_exits(caller: Caller) -> None:
 def test_limits_hold_for_a_call(caller: Caller) -> None:
     assert caller.call("def main():\n while True: pass", options=["--timeout", "1"]).status == 124
     assert caller.call("def main(): return len(bytearray(1 << 34))").status == 137
-    assert caller.call("import socket\ndef main(): socket.socket()").status == 126
+    assert caller.call("import socket\ndef main(): socket.create_connection(('192.0.2.1', 9))").status == 126
 
 
 def test_a_call_whose_reader_has_left(caller: Caller) -> None:
