@@ -28,8 +28,8 @@ if TYPE_CHECKING:
         SecurityViolationError,
     )
     from sandbox.files import FileEntry
-    from sandbox.monitor import NetworkIsolationManager
     from sandbox.monitor.files import FilesystemWatchdog
+    from sandbox.monitor.network import NetworkIsolationManager
     from sandbox.monitor.resources import EnhancedResourceMonitor
     from sandbox.plugins import EnhancedPluginFramework
     from sandbox.recovery import SandboxRecoveryManager
@@ -85,7 +85,7 @@ _MODULES = {
     "FilesystemWatchdog": "sandbox.monitor.files",
     "IsolationConfig": "sandbox.config",
     "IsolationLevel": "sandbox.config",
-    "NetworkIsolationManager": "sandbox.monitor",
+    "NetworkIsolationManager": "sandbox.monitor.network",
     "PluginExecutionError": "sandbox.errors",
     "PluginLimitsV2": "sandbox.config",
     "PluginPermissionsV2": "sandbox.config",

@@ -153,5 +153,8 @@ def confirm(protections: tuple[Protection, ...], seen: Mapping[str, str]) -> tup
         elif protection.name == "granted folders" and "copy" in seen.get("granted", "") and protection.state == ENFORCED:
             reason = f"{detail}; the file system of a folder cannot be a layer of an overlay"
             protection = protection.replace(state=SUBSTITUTED, mechanism="a copy within the disk limit", detail=reason)
+        elif protection.name == "network" and seen.get("shares_network"):
+            reason = f"{detail}; shared with the other sandboxes of its NetworkIsolationManager"
+            protection = protection.replace(mechanism="a network namespace that is not the host's", detail=reason)
         confirmed.append(protection)
     return tuple(confirmed)

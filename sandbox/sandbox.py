@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
     from sandbox.engine.loop import Timer
     from sandbox.engine.watching import SandboxWatch
+    from sandbox.monitor.network import Holder, NetworkIsolationManager
     from sandbox.monitor.watch import Watched
     from sandbox.recipe_data import Protection, Recipe
 
@@ -71,6 +72,7 @@ class EnhancedPluginSandbox:
         monitoring_handler: an object with any of on_resource_sample(sample), on_violation_detected(violation) and
             on_sandbox_cleanup(telemetry), called on the caller's event loop. A sample is as in sandbox.monitor.watch.Watch.
         environment: further environment variables of the plugin; the caller's own are never passed on by themselves.
+        network: a NetworkIsolationManager whose network, enabled before, it shares; None for one of its own.
 
     Each call has a fresh process in fresh namespaces; the workspace is kept between the calls of one `async with`.
     Calls may run at the same time. What the plugin prints goes to sys.stdout and sys.stderr, escaped on a terminal.
@@ -85,6 +87,7 @@ class EnhancedPluginSandbox:
         *,
         monitoring_handler: object = None,
         environment: Mapping[str, str] | None = None,
+        network: NetworkIsolationManager | None = None,
     ) -> None:
         for name, value, kind in (
             ("limits", limits, PluginLimitsV2),
@@ -101,6 +104,7 @@ class EnhancedPluginSandbox:
         self.sandbox_id = sandbox_id if sandbox_id is not None else f"sandbox-{uuid.uuid4().hex[:12]}"
         self.environment = dict(environment or {})
         self.monitoring_handler = monitoring_handler
+        self.network = network
         self.recipe: Recipe | None = None
         self._read_back: dict[str, str] = {}
         self._telemetry = SandboxTelemetry(sandbox_id=self.sandbox_id, plugin_id="", start_time=datetime.now(UTC))
@@ -132,11 +136,19 @@ class EnhancedPluginSandbox:
             SandboxInitializationError: the level cannot be had here, or a line of the set-up failed.
             ResourceError: a bound on sandboxes or their memory would be passed, or a resource of the host is missing.
             ValueError: settings contradict each other.
+            RuntimeError: it has been opened before, or `network` is not enabled.
         """
         if self._sandbox is not None:
             raise RuntimeError(f"sandbox {self.sandbox_id} has been opened before: use a new EnhancedPluginSandbox")
         self._loop = asyncio.get_running_loop()
+        holder = self.network.holder if self.network is not None else None
         self.recipe, wire = compiled(self.config, self.limits, self.permissions)
+        if holder is not None and holder.in_user_namespace and not self.recipe.outer_user_namespace:
+            raise SandboxInitializationError(
+                "without root a sandbox of level minimal has no user namespace from which it could join a network",
+                protection="network namespace",
+                mend="use level standard, or leave out network",
+            )
         if self.recipe.granted:
             await asyncio.to_thread(recover)
         if self.recipe.network["looks"]:
@@ -146,8 +158,8 @@ class EnhancedPluginSandbox:
         self._gone = promise()
         self._standby = _Run(self)
         try:
-            if not self._take(wire, self._standby):
-                self._service.post(self._open, wire, self._standby)
+            if holder is not None or not self._take(wire, self._standby):
+                self._service.post(self._open, wire, self._standby, holder)
             await self._standby.stands()
         except BaseException:
             await self._close()
@@ -183,14 +195,14 @@ class EnhancedPluginSandbox:
             self._finished()
         return True
 
-    def _open(self, wire: dict[str, Any], standby: _Run, *, again: bool = True) -> None:
+    def _open(self, wire: dict[str, Any], standby: _Run, holder: Holder | None, *, again: bool = True) -> None:
         """In the engine's thread: open the sandbox and start its first worker."""
         assert self._service is not None
         assert self.recipe is not None
         try:
-            worker = self._service.open(self.recipe, wire, self._resolved)
+            worker = self._service.open(self.recipe, wire, self._resolved, holder)
         except ResourceError as error:
-            if again and self._service.give_way(lambda: self._open(wire, standby, again=False)):
+            if again and self._service.give_way(lambda: self._open(wire, standby, holder, again=False)):
                 return  # what stood ready for others has gone to make room
             self._refuse(standby, error)
             return
@@ -272,8 +284,11 @@ class EnhancedPluginSandbox:
     def _network_operation(self, fields: dict[str, str]) -> None:
         self._operations[fields["call"]] = int(fields["count"])
         self._telemetry.network_operations_count = sum(self._operations.values())
+        record = outcome.activity(fields)
         if len(self._activity) < ACTIVITIES:
-            self._activity.append(outcome.activity(fields))
+            self._activity.append(record)
+        if self.network is not None:
+            self.network.record(self.sandbox_id, record)
 
     async def _close(self) -> bool:
         if self._lifetime is not None:
@@ -672,7 +687,7 @@ class EnhancedPluginSandbox:
         """The protections with their states, as read back from the running sandbox; none before it was opened."""
         if self.recipe is None or not self._read_back:
             return ()
-        return confirm(self.recipe.protections, self._read_back)
+        return confirm(self.recipe.protections, {**self._read_back, "shares_network": "yes" if self.network else ""})
 
     @property
     def temp_directory(self) -> Path:

@@ -92,8 +92,11 @@ def from_fd(fd: int) -> _socket.socket:
 def pack(kind: str, fields: Mapping[str, object]) -> bytes:
     parts = [kind]
     for name, value in fields.items():
-        parts += name, str(value).replace("\0", "\\0")
-    return "\0".join(parts).encode("utf-8", "backslashreplace")
+        parts += name, str(value)
+    text = "\0".join(parts)
+    if text.count("\0") != 2 * len(fields):  # one is in a value
+        text = "\0".join(part.replace("\0", "\\0") for part in parts)
+    return text.encode("utf-8", "backslashreplace")
 
 
 def unpack(data: bytes) -> tuple[str, dict[str, str]]:

@@ -282,10 +282,18 @@ class Sandbox:
     """One open sandbox: its place in the ledger, its leaf, its hub to the warden."""
 
     def __init__(
-        self, zygote: Zygote, recipe: Recipe, wire: dict[str, Any], name: str, resolved: dict[str, Any] | None = None
+        self,
+        zygote: Zygote,
+        recipe: Recipe,
+        wire: dict[str, Any],
+        name: str,
+        resolved: dict[str, Any] | None = None,
+        network: int | None = None,
     ) -> None:
-        """`resolved` is what sandbox.network.resolve says about the recipe's network access."""
+        """`resolved` is what sandbox.network.resolve says about the recipe's network access; `network` the namespace of
+        others that it is to be in."""
         self.zygote = zygote
+        self.network = network
         self.resolved = resolved or {}
         self.loop = zygote.loop
         self.recipe = recipe
@@ -329,6 +337,8 @@ class Sandbox:
                 self.leaf_fd = own
                 fds.update(cgroup_parent=parent, cgroup=own)
                 instruction["cgroup"] = self.slot.name
+            if self.network is not None:
+                fds["network"] = self.network
             if self.recipe.workspace["kind"] == "folder":
                 parent = self._make_folder(ids["owner"])
                 opened.append(parent)

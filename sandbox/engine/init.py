@@ -45,10 +45,10 @@ def set_up(recipe: dict[str, Any], ids: dict[str, Any], report: _socket.socket) 
         step("call: ids of the set-up", privileges.become, *ids["setup"])
     if "mnt" in namespaces:
         notes = mounts.carry_out("", recipe["call_mounts"], "call")
-    if "net" in namespaces:
+    if "net" in namespaces and not ids["shares_network"]:
         step("call: loopback up", network.set_up, "lo")
-    if recipe["network"]["mode"] == "veth":
-        expect(report, "linked")
+        if recipe["network"]["mode"] == "veth":
+            expect(report, "linked")
     if "uts" in namespaces:
         step("call: hostname", _socket.sethostname, recipe["hostname"])
     step("call: change of ids", privileges.become, *ids["plugin"])
@@ -106,7 +106,7 @@ def run(
             os.close(fd)
         for fd in (0, 1, 2):
             os.close(fd)
-        watch(pid, report, has_link=recipe["network"]["mode"] == "veth")
+        watch(pid, report, has_link=recipe["network"]["mode"] == "veth" and not ids["shares_network"])
     except BaseException:
         sys.excepthook(*sys.exc_info())
     os._exit(1)

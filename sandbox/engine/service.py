@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from sandbox.monitor.network import Holder
     from sandbox.recipe_data import Recipe
 
 IDLE_SECONDS = 30.0  # a recipe that was not used for so long has nothing standing ready any more
@@ -172,13 +173,15 @@ class Service:
             raise ResourceError("this sandbox belongs to the process that opened it: after a fork open a new one")
         self.loop.post(callback, *args)
 
-    def open(self, recipe: Recipe, wire: dict[str, Any], resolved: dict[str, Any]) -> Worker:
-        """A worker in a new sandbox of its own; `resolved` is of its network access, see sandbox.network.resolve.
+    def open(self, recipe: Recipe, wire: dict[str, Any], resolved: dict[str, Any], holder: Holder | None = None) -> Worker:
+        """A worker in a new sandbox of its own; `resolved` is of its network access, see sandbox.network.resolve, `holder`
+        the network that it shares.
 
         Raises ResourceError, SandboxInitializationError or OSError where not even a start can be made.
         """
-        worker = self._new(recipe, wire, resolved)
-        self.touch(recipe, wire)
+        worker = self._new(recipe, wire, resolved, holder)
+        if holder is None:
+            self.touch(recipe, wire)
         return worker
 
     def take(self, wire: dict[str, Any]) -> Worker | None:
@@ -190,8 +193,10 @@ class Service:
             return None
         return worker
 
-    def _new(self, recipe: Recipe, wire: dict[str, Any], resolved: dict[str, Any]) -> Worker:
-        sandbox = Sandbox(self._zygote(recipe), recipe, wire, os.urandom(8).hex(), resolved)
+    def _new(self, recipe: Recipe, wire: dict[str, Any], resolved: dict[str, Any], holder: Holder | None = None) -> Worker:
+        network = holder.namespace if holder is not None else None
+        zygote = self._zygote(recipe, holder.pid if holder is not None and holder.in_user_namespace else 0)
+        sandbox = Sandbox(zygote, recipe, wire, os.urandom(8).hex(), resolved, network)
         try:
             return Worker(sandbox)
         except BaseException:
@@ -259,10 +264,10 @@ class Service:
         for zygote in list(self.zygotes.values()):
             self._let_idle_go(zygote)
 
-    def _zygote(self, recipe: Recipe) -> Zygote:
-        """A living zygote for this recipe's interpreter, preloads and template."""
+    def _zygote(self, recipe: Recipe, beside: int = 0) -> Zygote:
+        """A living zygote for this recipe's interpreter, preloads and template, in the user namespace of `beside`."""
         made_of = (recipe.template, recipe.interpreter, recipe.preload, recipe.outer_user_namespace, recipe.network["mode"])
-        key = repr((*made_of, recipe.environment, any(recipe.modules.values())))
+        key = repr((*made_of, recipe.environment, any(recipe.modules.values()), beside))
         zygote = self.zygotes.get(key)
         if zygote is None or zygote.closed or zygote.opened >= SANDBOXES_PER_ZYGOTE:
             if zygote is not None:
@@ -270,7 +275,7 @@ class Service:
                 self._let_idle_go(zygote)
             try:
                 pid, control = spawn_zygote(
-                    str(recipe.interpreter["executable"]), outer_user_namespace=recipe.outer_user_namespace
+                    str(recipe.interpreter["executable"]), outer_user_namespace=recipe.outer_user_namespace, beside=beside
                 )
             except FileNotFoundError as error:
                 raise ResourceError(f"{error.filename} is missing: install util-linux") from None

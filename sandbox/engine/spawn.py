@@ -1,4 +1,4 @@
-"""Starting a zygote: the one thing that can begin before anybody knows a recipe.
+"""Starting a zygote: the one thing that can begin before anybody knows a recipe. And a holder, in the same way.
 
 The command line starts one as its first act and imports the rest while the new interpreter comes up. Must be light.
 """
@@ -16,21 +16,41 @@ if TYPE_CHECKING:
     import _socket
     from typing import Any
 
-UNSHARE = "/usr/bin/unshare"  # util-linux; a C program, because an interpreter more would cost 10 ms
+# util-linux; C programs, because an interpreter more would cost 10 ms
+UNSHARE, NSENTER = "/usr/bin/unshare", "/usr/bin/nsenter"
 FIRST_FREE = 10  # fds of ours that posix_spawn shall copy lie above those it copies to
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def spawn_zygote(executable: str, *, outer_user_namespace: bool) -> tuple[int, _socket.socket]:
-    """(pid, control socket) of a new zygote, executed with nothing but its two fds and /dev/null.
+def spawn_zygote(executable: str, *, outer_user_namespace: bool, beside: int = 0) -> tuple[int, _socket.socket]:
+    """(pid, control socket) of a new zygote. An outer user namespace is a new one, or that of the process `beside`.
 
-    With PSIE_DEBUG in the environment its errors go to our stderr. Raises FileNotFoundError if util-linux is missing.
+    Raises FileNotFoundError if util-linux is missing.
+    """
+    wrapper: list[str] = []
+    if outer_user_namespace and beside:
+        wrapper = [NSENTER, f"--user=/proc/{beside}/ns/user", "--preserve-credentials"]
+    elif outer_user_namespace:
+        wrapper = [UNSHARE, "--user", "--map-root-user"]
+    return _spawn([*wrapper, executable], "zygote")
+
+
+def spawn_holder(executable: str, *, user_namespace: bool) -> tuple[int, _socket.socket]:
+    """(pid, control socket) of a new holder (sandbox.engine.holder). Raises FileNotFoundError if util-linux is missing."""
+    wrapper = [UNSHARE, "--net", *(["--user", "--map-root-user"] if user_namespace else [])]
+    return _spawn([*wrapper, executable], "holder")
+
+
+def _spawn(command: list[str], module: str) -> tuple[int, _socket.socket]:
+    """(pid, control socket) of a Python that runs a module of the engine, with nothing but its two fds and /dev/null.
+
+    With PSIE_DEBUG in the environment its errors go to our stderr.
     """
     control, inside = channel.pair()
-    code = f"import gc, sys; gc.disable(); sys.path[:0] = {[ROOT, *sys.path]!r}; from sandbox.engine.zygote import main; main()"
-    arguments = [executable, "-I", "-S", "-c", code]
-    if outer_user_namespace:
-        arguments = [UNSHARE, "--user", "--map-root-user", *arguments]
+    code = (
+        f"import gc, sys; gc.disable(); sys.path[:0] = {[ROOT, *sys.path]!r}; from sandbox.engine.{module} import main; main()"
+    )
+    arguments = [*command, "-I", "-S", "-c", code]
     environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
     environment.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     caller = os.pidfd_open(os.getpid())

@@ -95,6 +95,7 @@ class Warden:
             is_root=bool(recipe["ids_allocated"]),
             is_shared="mnt" not in recipe["namespaces"],
         )
+        self.shares_network = "network" in fds
         self.own_namespaces = {name: os.readlink("/proc/self/ns/" + name) for name in recipe["namespaces"]}
 
     def report_failure(self, failure: mounts.LineFailed, call: int = 0) -> None:
@@ -129,6 +130,17 @@ class Warden:
         for fd in fds:
             os.close(fd)
 
+    def join_network(self) -> None:
+        """Go to the network namespace that this sandbox shares with others; the supervisor stays in the host's.
+
+        There is no way back, so this warden's first sandbox there is its last.
+        """
+        try:
+            self.start_supervisor()
+            sc.setns(self.fds["network"], sc.CLONE_NEWNET)
+        except OSError as error:
+            raise mounts.LineFailed("sandbox: network of others", error) from None
+
     def renew(self, *, keep: bool) -> None:
         """The granted folders have changed, or what was changed in them is to be forgotten. A call that stands by goes."""
         for call in self.calls.values():
@@ -142,7 +154,8 @@ class Warden:
 
     def call(self, instruction: dict[str, Any], fds: list[int]) -> None:
         number = int(instruction["call"])
-        flags = sum(NAMESPACES[name] for name in self.recipe["namespaces"])
+        shares = self.shares_network
+        flags = sum(NAMESPACES[name] for name in self.recipe["namespaces"] if not (shares and name == "net"))
         report, inside = channel.pair()
         cgroup = self.fds.get("cgroup")
         own = cgroup
@@ -162,7 +175,7 @@ class Warden:
         if pid == 0:
             init.run(
                 self.recipe,
-                {**self.instruction["ids"], "calls": len(self.calls) + 1},
+                {**self.instruction["ids"], "calls": len(self.calls) + 1, "shares_network": shares},
                 inside,
                 self.fds["lock"],
                 fds,
@@ -199,7 +212,7 @@ class Warden:
                 with open(f"/proc/{call.pid}/{name}", "wb", 0) as file:
                     file.write(self.instruction[name].encode())
         channel.instruct(call.report, {"go": True})
-        if self.link_socket is not None:
+        if self.link_socket is not None and not self.shares_network:
             network.add_link(self.link_socket, self.recipe["network"]["request"], call.pid)
             channel.instruct(call.report, {"linked": True})
 
@@ -554,6 +567,8 @@ def serve_sandbox(
             if unprepared is not None:
                 raise unprepared
             warden.set_up(host_namespace)
+            if warden.shares_network:
+                warden.join_network()
             warden.serve()
         except mounts.LineFailed as failure:
             warden.report_failure(failure)
@@ -613,6 +628,8 @@ def run(
             given = dict(zip(instruction["fds"], fds, strict=True))
             recipe = recipes[instruction["recipe_number"]]
             serve_sandbox(recipe, instruction, given, host_namespace, link_socket, kept, unprepared)
+            if "network" in given:
+                os._exit(0)
             if template is not None:
                 kept.append(mounts.current_namespace())
             channel.send(tasks, "free", {})

