@@ -9,9 +9,13 @@ Sources: RFC 4291, RFC 6890 and the IANA registries of special-purpose addresses
 from __future__ import annotations
 
 import _socket
+import struct
+import sys
 
 AF_INET, AF_INET6 = _socket.AF_INET, _socket.AF_INET6
 BITS = {AF_INET: 32, AF_INET6: 128}
+AF_NETLINK, NETLINK_ROUTE = 16, 0
+RTM_NEWROUTE, RTM_GETROUTE, NLM_F_REQUEST, RTA_DST, RTN_LOCAL = 24, 26, 1, 1, 2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -99,14 +103,19 @@ def is_public(address: Address) -> bool:
 
 
 def is_own(address: Address) -> bool:
-    """Whether it is one of this machine's: then the way there begins at itself. No packet is sent. Raises OSError."""
-    sock = _socket.socket(address[0], _socket.SOCK_DGRAM)
+    """Whether it is one of this machine's: what its routes say, see rtnetlink(7). Raises OSError."""
+    family, number = address
+    raw = number.to_bytes(BITS[family] // 8, "big")
+    attribute = struct.pack("=HH", 4 + len(raw), RTA_DST) + raw
+    route = struct.pack("=8BI", family, BITS[family], *bytes(6), 0)  # struct rtmsg
+    head = struct.pack("=IHHII", 16 + len(route) + len(attribute), RTM_GETROUTE, NLM_F_REQUEST, 0, 0)  # struct nlmsghdr
+    sock = _socket.socket(AF_NETLINK, _socket.SOCK_RAW, NETLINK_ROUTE)
     try:
-        if sock.connect_ex((show(address), 9)):
-            return False  # no way there
-        return parse(sock.getsockname()[0]) == address
+        sock.send(head + route + attribute)
+        answer = sock.recv(4096)
     finally:
         sock.close()
+    return int.from_bytes(answer[4:6], sys.byteorder) == RTM_NEWROUTE and answer[16 + 7] == RTN_LOCAL
 
 
 class Access:

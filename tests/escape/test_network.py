@@ -483,7 +483,7 @@ def no_descriptors(good: int) -> str:
 
 
 @pytest.mark.parametrize("function", [nameless_thread, swapped_descriptor, nonsense, no_descriptors])
-@pytest.mark.parametrize("level", (MINIMAL, STRICT))
+@pytest.mark.parametrize("level", [MINIMAL, STRICT])
 def test_the_supervisor_goes_on(function: Callable[[int], str], level: IsolationLevel) -> None:
     with ExitStack() as stack:
         good = serve(stack)
