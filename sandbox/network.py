@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 
-from sandbox.engine.access import Network, is_special, parse
+from sandbox.engine.access import Network, is_special, parse, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 NAME_CHARACTERS = 253  # RFC 1035, 2.3.4, without the last dot
 LABEL_CHARACTERS = 63
-MOST_ADDRESSES = 1000  # of all names together
+MOST_CHARACTERS = 40_000  # of all that a sandbox is told: it travels in one message
 RESOLV_CONF = "/etc/resolv.conf"
 HOSTS_FILE = "127.0.0.1 localhost\n::1 localhost\n"
+HOST_CONF = "multi on\n"  # host.conf(5): every address that a name has in /etc/hosts, not only the first
 FILES_ONLY = "passwd: files\ngroup: files\nhosts: files\n"
 FILES_AND_DNS = "passwd: files\ngroup: files\nhosts: files dns\n"
 
@@ -63,15 +64,15 @@ def _host(host: str) -> str:
         return _network(host)
     if ":" in host:
         return _address(host)
+    if not host.isascii():
+        try:
+            host = host.encode("idna").decode("ascii")
+        except UnicodeError:
+            raise ValueError("give a host name that IDNA knows") from None
     name = host.removesuffix(".").lower()
     last = name.rpartition(".")[2]
     if last.isdecimal() or last.startswith("0x"):  # what inet_aton(3) takes for an address, in whatever notation
         return _address(name)
-    if not name.isascii():
-        try:
-            name = name.encode("idna").decode("ascii")
-        except UnicodeError:
-            raise ValueError("give a host name that IDNA knows") from None
     labels = name.split(".")
     plain = all(label.replace("-", "").replace("_", "").isalnum() for label in labels)
     if not plain or len(name) > NAME_CHARACTERS or any(len(each) > LABEL_CHARACTERS or each[0] == "-" for each in labels):
@@ -90,7 +91,7 @@ def _address(text: str) -> str:
 def _network(text: str) -> str:
     try:
         network = Network(text)
-        if parse(text.partition("/")[0])[1] != network.prefix << network.shift:
+        if parse(text.partition("/")[0])[1] & ((1 << network.shift) - 1):
             raise ValueError("give a network by its first address, as in 10.0.0.0/8")
     except OSError:
         raise ValueError("give a network in CIDR notation, as in 10.0.0.0/8, or a host without a path") from None
@@ -132,7 +133,8 @@ def resolve(access: Mapping[str, Any] | None) -> dict[str, Any]:
     name leads to an address that is private, or this machine's, and is not listed itself; `unknown`: names without any;
     `nameservers`; `files`: what lies in the plugin's /etc.
 
-    Raises ValueError where names stand for too many addresses.
+    Raises ValueError where names stand for too many addresses, or where one that is to be blocked has none: it may have some
+    later, and then `allowed` could lead there.
     """
     if not needs_look(access):
         return {}
@@ -145,21 +147,29 @@ def resolve(access: Mapping[str, Any] | None) -> dict[str, Any]:
         found[name] = addresses = []
         for text in _addresses(name):
             address = parse(text)
-            if name in allowed and is_special(address) and not any(address in network for network in listed):
+            if name in allowed and is_special(address) and not any(plain(address) in network for network in listed):
                 refused.append([name, text])
             else:
                 addresses.append(text)
-    if sum(map(len, found.values())) > MOST_ADDRESSES:
-        raise ValueError(f"the names in allowed_hosts and blocked_hosts stand for more than {MOST_ADDRESSES} addresses")
+    for host, _ in access["blocked"]:
+        if host in found and not found[host] and host not in dict(refused) and allowed:
+            raise ValueError(f"{host} in blocked_hosts has no address here, so it cannot be blocked: give its addresses")
     dns = wants_dns(access)
     known = "".join(f"{text} {name}\n" for name in sorted(allowed & found.keys()) for text in found[name])
-    return {
+    told = {
         "names": found,
         "refused": refused,
         "unknown": [name for name, addresses in found.items() if not addresses and name not in dict(refused)],
         "nameservers": _nameservers() if dns else [],
-        "files": {"/etc/hosts": HOSTS_FILE + known, "/etc/nsswitch.conf": FILES_AND_DNS if dns else FILES_ONLY},
+        "files": {
+            "/etc/hosts": HOSTS_FILE + known,
+            "/etc/host.conf": HOST_CONF,
+            "/etc/nsswitch.conf": FILES_AND_DNS if dns else FILES_ONLY,
+        },
     }
+    if len(repr(told)) > MOST_CHARACTERS:
+        raise ValueError("the names in allowed_hosts and blocked_hosts stand for too many addresses: allow networks instead")
+    return told
 
 
 def for_python(recipe: Recipe, resolved: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -864,6 +864,7 @@ ETC = {
     "/etc/passwd": f"root:x:0:0:root:/:/usr/sbin/nologin\nplugin:x:{PLUGIN_ID}:{PLUGIN_ID}:plugin:{WORKSPACE}:/bin/sh\n",
     "/etc/group": f"root:x:0:\nplugin:x:{PLUGIN_ID}:\n",
     "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
+    "/etc/host.conf": "multi on\n",
     "/etc/hostname": "psie\n",
     "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
 }

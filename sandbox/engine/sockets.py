@@ -33,7 +33,7 @@ ADDRESSED = {CONNECT: (1, 2), BIND: (1, 2), "sendto": (4, 5)}
 MESSAGES = ("sendmsg", "sendmmsg")  # whose address is in a struct msghdr
 OPERATIONS = (SOCKET, LISTEN, *ADDRESSED, *MESSAGES)
 SOCKADDR_BYTES = 128  # struct sockaddr_storage
-WAITING = 64  # connects under way at once
+WAITING = 64  # connects of one call that are under way at once
 
 FAMILIES = {
     **{0: "AF_UNSPEC", 1: "AF_UNIX", 2: "AF_INET", 10: "AF_INET6", 16: "AF_NETLINK", 17: "AF_PACKET", 29: "AF_CAN"},
@@ -89,7 +89,7 @@ class Sockets:
         self.operations = {sc.number(name): name for name in OPERATIONS} if network["sockets"] else {}
         self.requests: dict[int, int] = {}  # connections per call
         self.is_apart = False  # whether we have left the host's network, or never need to
-        self.waiting = 0
+        self.waiting: dict[int, set[_socket.socket]] = {}  # those under way, by call
 
     def handle(self, listener: int, notification: notifier.Notification, call: int, tell: Callable[[Wanted], None]) -> bool:
         """Answer it if it is one of ours, else False. `tell` is called before the answer."""
@@ -120,11 +120,17 @@ class Sockets:
         elif operation == SOCKET:
             self._hand_in(listener, notification, sock)
         else:
-            self._connect(listener, notification, sock, wanted)
+            self._connect(listener, notification, sock, wanted, call)
         return True
 
     def ended(self, call: int) -> None:
+        """Nobody waits for its connects any more: they end as well, instead of when the network has given them up."""
         self.requests.pop(call, None)
+        for sock in list(self.waiting.pop(call, ())):
+            try:
+                sock.shutdown(_socket.SHUT_RDWR)
+            except OSError:
+                pass  # it was not under way any more
 
     # -- socket(2) -------------------------------------------------------------------------------------------------
 
@@ -184,8 +190,8 @@ class Sockets:
         family = int.from_bytes(sockaddr[:2], "little")
         wanted.family = FAMILIES.get(family, str(family))
         if family in access.BITS:
-            start, end = (4, 8) if family == access.AF_INET else (8, 24)
-            if len(sockaddr) < end:
+            start, end, least = (4, 8, 16) if family == access.AF_INET else (8, 24, 24)
+            if len(sockaddr) < least:
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
             wanted.port = int.from_bytes(sockaddr[2:4], "big")
             wanted.address = access.show((family, int.from_bytes(sockaddr[start:end], "big")))
@@ -212,7 +218,7 @@ class Sockets:
             refusal = errno.EISCONN  # one of a pair: there are no others
         elif FAMILIES[sock.family] != wanted.family:
             refusal = errno.EAFNOSUPPORT
-        elif self.waiting >= WAITING:
+        elif len(self.waiting.get(call, ())) >= WAITING:
             refusal = errno.ENOBUFS
         if refusal:
             sock.close()
@@ -220,30 +226,35 @@ class Sockets:
         wanted.allowed = True
         return sock
 
-    def _connect(self, listener: int, notification: notifier.Notification, sock: _socket.socket, wanted: Wanted) -> None:
+    def _connect(
+        self, listener: int, notification: notifier.Notification, sock: _socket.socket, wanted: Wanted, call: int
+    ) -> None:
         """connect(2), and its answer, in a thread: it may have to wait, and we must not."""
-        own = os.dup(listener)  # it stays ours also when the call has ended meanwhile
-        self.waiting += 1
+        under_way = self.waiting.setdefault(call, set())
+        own = -1
 
         def connect() -> None:
             code = errno.EPERM
             try:
                 code = sock.connect_ex((wanted.address, wanted.port))
             finally:
+                under_way.discard(sock)
                 sock.close()
                 if code:
                     notifier.refuse(own, notification, code)
                 else:
                     notifier.answer(own, notification)
                 os.close(own)
-                self.waiting -= 1
 
+        under_way.add(sock)
         try:
+            own = os.dup(listener)  # it stays ours also when the call has ended meanwhile
             _thread.start_new_thread(connect, ())
-        except RuntimeError:  # no further thread
-            self.waiting -= 1
-            os.close(own)
+        except (OSError, RuntimeError):  # no further descriptor, no further thread
+            under_way.discard(sock)
             sock.close()
+            if own >= 0:
+                os.close(own)
             notifier.refuse(listener, notification, errno.ENOBUFS)
 
 
@@ -279,5 +290,5 @@ def socket_of(pid: int, fd: int) -> _socket.socket:
 
 
 def leader_of(thread: int) -> int:
-    with open(f"/proc/{thread}/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("Tgid:"))
+    with open(f"/proc/{thread}/status", "rb") as file:  # a thread's name may be no text
+        return next(int(line.split()[1]) for line in file if line.startswith(b"Tgid:"))
