@@ -526,7 +526,7 @@ def test_a_refusal_is_an_error_of_its_own(level: IsolationLevel, echo: int) -> N
 @rootless
 def test_without_permission(level: IsolationLevel, echo: int) -> None:
     """There is a socket, but of no network; where nobody could read what it is wanted for, there is none."""
-    can_be_read = harness.ROOT or level is not MINIMAL
+    can_be_read = harness.ROOT or level is not IsolationLevel.MINIMAL
     reason = f"127.0.0.1:{echo} was refused: the network is not permitted" if can_be_read else "sockets are not permitted"
     with pytest.raises(SecurityViolationError, match=reason):
         harness.call(level, connect_often, echo, 1)
