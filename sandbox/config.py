@@ -332,7 +332,7 @@ class PluginPermissionsV2:
         allowed_hosts: where to: names, IP addresses and networks (10.0.0.0/8), each with ":port" behind it or for all of
             allowed_ports (IPv6 in brackets then); empty means nowhere, "*" every public host. A name counts for the
             addresses that it has when a sandbox opens, but not for private ones or this machine's: list those themselves.
-        blocked_hosts: where it may not even so, likewise.
+        blocked_hosts: where it may not even so, likewise; a name without any address then opens no sandbox.
         allowed_ports: ports of the allowed hosts that come without one, each 1 to 65535.
         allowed_modules: the only modules the plugin may import itself; empty means all. A convenience, no protection.
         blocked_modules: modules the plugin may not import itself. A convenience, no protection.

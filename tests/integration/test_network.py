@@ -8,6 +8,7 @@ import errno
 import importlib.util
 import json
 import os
+import signal
 import socket
 import socketserver
 import threading
@@ -22,6 +23,7 @@ from sandbox import (
     EnhancedPluginSandbox,
     IsolationLevel,
     ResourceLimitExceededError,
+    SandboxException,
     SecurityViolationError,
     network,
 )
@@ -590,6 +592,29 @@ def test_connects_end_with_their_call(level: IsolationLevel, hole: int, echo: in
             (supervisor,) = harness.roles(os.getpid())["supervisor"]
             await harness.wait_for(lambda: len(os.listdir(f"/proc/{supervisor}/task")) == 1)
             assert await sandbox.execute_plugin_safe(connect_often, echo, 2) == "2 times"
+
+    asyncio.run(main())
+
+
+@rootless
+@TWO
+def test_the_supervisor_dies_while_it_connects(level: IsolationLevel, hole: int) -> None:
+    """Its sandbox dies with it, and the connect."""
+
+    def wait(port: int) -> None:
+        import socket
+
+        socket.create_connection(("127.0.0.1", port))
+
+    async def main() -> None:
+        async with reaching(level, f"127.0.0.1:{hole}") as sandbox:
+            call = asyncio.create_task(sandbox.execute_plugin_safe(wait, hole))
+            await harness.wait_for(lambda: harness.roles(os.getpid())["supervisor"])
+            (supervisor,) = harness.roles(os.getpid())["supervisor"]
+            await harness.wait_for(lambda: len(os.listdir(f"/proc/{supervisor}/task")) == 2)
+            os.kill(supervisor, signal.SIGKILL)
+            with pytest.raises(SandboxException, match="supervisor has died"):
+                await call
 
     asyncio.run(main())
 
