@@ -181,6 +181,7 @@ def test_asyncio(level: IsolationLevel, echo: int) -> None:
     assert local(level, talk, echo) == [b"A\n", b"B\n", b"C\n"]
 
 
+@TWO
 def test_requests(level: IsolationLevel, web: int) -> None:
     pytest.importorskip("requests")
 
@@ -192,6 +193,7 @@ def test_requests(level: IsolationLevel, web: int) -> None:
     assert local(level, fetch, web) == "page /three"
 
 
+@TWO
 def test_redis(level: IsolationLevel, store: int) -> None:
     """With its client where there is one, else by hand: pipelined commands, as a client sends them."""
 
@@ -279,6 +281,7 @@ def test_without_blocking(level: IsolationLevel, echo: int, closed: int) -> None
     assert local(level, talk, echo, closed) == going + refused
 
 
+@TWO
 def test_epoll_and_copies_from_before(level: IsolationLevel, echo: int) -> None:
     """What was made of a socket before it is connected is of the connected one."""
 
@@ -302,6 +305,7 @@ def test_epoll_and_copies_from_before(level: IsolationLevel, echo: int) -> None:
     assert local(level, talk, echo) == talk(echo) == (1, 1, b"WORD\n")
 
 
+@TWO
 def test_errors(level: IsolationLevel, echo: int, closed: int) -> None:
     def attempts(port: int, closed: int) -> list[int]:
         import socket
@@ -326,6 +330,7 @@ def test_errors(level: IsolationLevel, echo: int, closed: int) -> None:
     assert local(level, attempts, echo, closed, hosts=hosts) == outside
 
 
+@TWO
 def test_addresses_of_a_wrong_size(level: IsolationLevel, echo: int) -> None:
     def attempts(port: int) -> list[str]:
         import ctypes
@@ -348,6 +353,7 @@ def test_addresses_of_a_wrong_size(level: IsolationLevel, echo: int) -> None:
     assert local(level, attempts, echo) == outside == expected
 
 
+@TWO
 def test_timeouts(level: IsolationLevel, hole: int) -> None:
     """Python's, and the kernel's own for a connect that blocks."""
 
@@ -369,6 +375,7 @@ def test_timeouts(level: IsolationLevel, hole: int) -> None:
     assert local(level, wait, hole) == wait(hole) == ["timed out", "EINPROGRESS"]
 
 
+@TWO
 def test_options_and_flags(level: IsolationLevel, echo: int) -> None:
     def options(port: int) -> list[object]:
         import fcntl
@@ -555,6 +562,7 @@ def test_the_limit_of_requests(level: IsolationLevel, echo: int) -> None:
     asyncio.run(main())
 
 
+@TWO
 def test_a_refusal_is_an_error_of_its_own(level: IsolationLevel, echo: int) -> None:
     with pytest.raises(SecurityViolationError, match=f"127.0.0.1:{echo} was refused: it is not in allowed_hosts"):
         local(level, connect_often, echo, 1, hosts=("192.0.2.1",))
@@ -622,6 +630,7 @@ def test_the_supervisor_dies_while_it_connects(level: IsolationLevel, hole: int)
 # -- the command -------------------------------------------------------------------------------------------------------------
 
 
+@TWO
 def test_the_command(level: IsolationLevel, echo: int, closed: int, tmp_path: Path) -> None:
     caller = cli_harness.privileged(level.value, tmp_path)
     result = tmp_path / "result.json"
