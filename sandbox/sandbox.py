@@ -34,7 +34,7 @@ from sandbox.errors import (
     SecurityViolationError,
 )
 from sandbox.recipe_data import confirm
-from sandbox.recovery.commit import recover
+from sandbox.recovery.commit import journals, recover
 from sandbox.recovery.granted import GrantedChanges, deletion_violation, refuse_direct
 from sandbox.telemetry import SandboxTelemetry
 from sandbox.text import TerminalEscaper
@@ -149,7 +149,7 @@ class EnhancedPluginSandbox:
                 protection="network namespace",
                 mend="use level standard, or leave out network",
             )
-        if self.recipe.granted:
+        if self.recipe.granted and journals():
             await asyncio.to_thread(recover)
         if self.recipe.network["looks"]:
             self._resolved = await asyncio.to_thread(network.resolve, self.recipe.network["access"])

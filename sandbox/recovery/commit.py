@@ -536,12 +536,17 @@ def sync(fd: int) -> None:
 # -- after a crash ---------------------------------------------------------------------------------------------------------
 
 
+def journals() -> list[str]:
+    """The journals that there are, of commits under way and of those that have not come to their end."""
+    folder = os.path.join(state.folder("lib"), "commits")
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))] if os.path.isdir(folder) else []
+
+
 def recover() -> list[str]:
     """Finish or undo the commits of this user whose authors have died; returns a line for each."""
-    folder = os.path.join(state.folder("lib"), "commits")
     told = []
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-        line = _recover(os.path.join(folder, name))
+    for path in journals():
+        line = _recover(path)
         if line:
             told.append(line)
     return told
