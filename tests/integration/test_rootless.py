@@ -9,7 +9,7 @@ import pytest
 from . import harness
 from .unprivileged import User
 
-FILES = ["test_calls.py", "test_bad_input.py", "test_life.py", "test_granted.py"]
+FILES = ["test_calls.py", "test_bad_input.py", "test_life.py", "test_granted.py", "test_file_records.py"]
 
 
 @pytest.mark.timeout(120 * harness.PATIENCE)
