@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 ROUNDS = 5
 READY_SECONDS = 2.0  # until all stand and begin at once
 LIMITS = PluginLimitsV2(
-    max_memory_mb=512.0, max_cpu_percent=400.0, max_execution_time_seconds=120.0, max_disk_usage_mb=256.0, max_inodes=100_000
+    max_memory_mb=512.0,
+    max_cpu_percent=400.0,
+    max_execution_time_seconds=120.0,
+    max_disk_usage_mb=256.0,
+    max_inodes=100_000,
+    max_file_operations=10_000_000,
 )
 
 

@@ -111,6 +111,9 @@ RULES: dict[str, Rule] = {
     "network_requests": Rule(
         "network_requests", "a call may make {} connections", (("limits", "max_network_requests", GIVEN),)
     ),
+    "file_operations": Rule(
+        "limit of file operations", "a call may do {} file operations", (("limits", "max_file_operations", GIVEN),)
+    ),
     # Modules and files.
     "allowed_modules": Rule(
         "allowed_modules", "the import of {} is not among the allowed ones", (("permissions", "allowed_modules", GIVEN),)

@@ -374,7 +374,7 @@ class _Compiler:
             self.report(
                 "no signals or abstract sockets out", f"seccomp refuses sockets; {signals}", reason, "Linux 6.12 or later"
             )
-        probe = PROBE if own_mounts else "{folder}/probe"
+        probe = (PROBE if own_mounts else "{folder}/probe") if self.config.enable_filesystem_isolation else None
         return {"abi": abi, "rules": rules, "deny_network": True, "scopes": True, "probe": probe}
 
     def readable(self) -> list[list[str]]:
@@ -746,10 +746,37 @@ class _Compiler:
         self.add("file size", "RLIMIT_FSIZE", f"{self.file_size / MB:g} MB", {"limit/Max file size": str(self.file_size)})
         self.add("output", "counted by the caller's side", f"{limits.max_output_mb:g} MB")
         self.add("result", "counted by the caller's side", f"{limits.max_result_mb:g} MB")
-        detail = f"{limits.max_file_operations}: counting them is not part of this version"
-        self.protections.append(Protection("file operations", MISSING, "none", detail, by_host=False))
+        self.describe_file_operations()
         if self.permissions.allow_network_access:
             self.add("network requests", "counted by the supervisor", f"{limits.max_network_requests} connections a call")
+
+    def describe_file_operations(self) -> None:
+        most, recording = self.limits.max_file_operations, self.recording()
+        if recording == "none":
+            detail = f"{most}: enable_filesystem_isolation is False, so they are not counted"
+            self.protections.append(Protection("file operations", MISSING, "none", detail, by_host=False))
+        elif recording == "looks":
+            detail = f"{most} in a call: enable_real_time_monitoring is False, so only what has changed is counted"
+            self.protections.append(
+                Protection("file operations", SUBSTITUTED, "a look at the end of each call", detail, by_host=False)
+            )
+        else:
+            places = "the workspace"
+            if any(folder["kind"] in ("overlay", "copy") for folder in self.granted):
+                places += " and granted folders"
+            elif any(folder["kind"] == "direct" for folder in self.granted):
+                places += ", not granted folders, where others work as well"
+            detail = (
+                f"{most} in a call, in {places}; of its first 50 ms what they have changed; "
+                "reading is not counted, nor what is done in /tmp and the like"
+            )
+            self.add("file operations", "inotify, and a look at the end", detail)
+
+    def recording(self) -> str:
+        """How file operations are seen."""
+        if not self.config.enable_filesystem_isolation:
+            return "none"
+        return "events" if self.config.enable_real_time_monitoring else "looks"
 
     def lacking_limit(self, name: str, reason: str, mend: str, substitute: str) -> None:
         if self.config.require_limits and self.strict:
@@ -846,6 +873,7 @@ class _Compiler:
             "memory_warning_mb": limits.memory_warning_threshold_mb,
             "execution_warning_seconds": limits.execution_warning_threshold_seconds,
             "cpu_warning_percent": limits.cpu_warning_threshold_percent,
+            "recording": self.recording(),
             "max_file_operations": limits.max_file_operations,
             "allow_file_deletion": self.permissions.allow_file_deletion,
         }

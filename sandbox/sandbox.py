@@ -23,6 +23,7 @@ from time import monotonic
 from sandbox import files, host, network, recipe, state, transport
 from sandbox.config import IsolationConfig, PluginLimitsV2, PluginPermissionsV2
 from sandbox.engine import channel, client, codec, outcome
+from sandbox.engine.recording import Recorder
 from sandbox.engine.service import Service, Worker, service
 from sandbox.errors import (
     CommitError,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
     from sandbox.engine.loop import Timer
+    from sandbox.engine.recording import Recorded
     from sandbox.engine.watching import SandboxWatch
     from sandbox.monitor.network import Holder, NetworkIsolationManager
     from sandbox.monitor.watch import Watched
@@ -119,6 +121,7 @@ class EnhancedPluginSandbox:
         self._expired = False
         self._watch: SandboxWatch | None = None  # the engine thread's
         self._counted: dict[str, int] = {}  # before there was one
+        self._recorder: Recorder | None = None  # likewise
         self._running = 0  # calls
         self._busy = ""  # what goes on with granted folders meanwhile
         self._tainted = ""  # the violation for which changes of granted folders are not kept
@@ -234,15 +237,33 @@ class EnhancedPluginSandbox:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
+        if self._recorder is not None:
+            self._recorder.close(look=False)
         if not self._gone.done():
             self._gone.set_result(None)
         if self._sandbox is not None and self._service is not None:
             self._service.loop.call_later(0, self._service.refill, self._wire)
 
+    def _recording_begins(self, call: client.Call) -> Recorded | None:
+        """In the engine's thread: a call is about to be sent its job."""
+        if self._sandbox is None or self._sandbox.closing or self._sandbox.recipe.monitoring["recording"] == "none":
+            return None
+        if self._recorder is None:
+            self._recorder = Recorder(self._sandbox)
+            self._recorder.on_violation = lambda violation: self._tell(self._violated, violation)
+        return self._recorder.begin(call)
+
+    def _recording_ends(self, run: Recorded) -> None:
+        """In the engine's thread: the call has ended."""
+        if self._recorder is not None:
+            self._recorder.end(run)
+
     def _watch_begins(self) -> Watched | None:
         """In the engine's thread: a call has run for a while."""
         if self._sandbox is None or self._sandbox.closing:
             return None
+        if self._recorder is not None:
+            self._recorder.watch()
         if self._watch is None:
             from sandbox.engine.watching import SandboxWatch
 
@@ -298,6 +319,8 @@ class EnhancedPluginSandbox:
 
         def close() -> None:
             if self._sandbox is not None:
+                if self._recorder is not None:
+                    self._recorder.close(look=not self._sandbox.closing)
                 self._sandbox.close()
 
         self._service.post(close)
@@ -306,6 +329,7 @@ class EnhancedPluginSandbox:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._gone)), client.GRACE)
         except TimeoutError:
             clean = False
+        self._count_operations()
         if not self._telemetry.cleanup_successful:
             self._telemetry.cleanup_successful = clean
             self._notify("on_sandbox_cleanup", self._telemetry)
@@ -460,11 +484,16 @@ class EnhancedPluginSandbox:
                 telemetry.process_hierarchy = list(watch.hierarchy)
         for name, value in outcome.link_counters(run.call).items():
             telemetry.link_counters[name] = telemetry.link_counters.get(name, 0) + value
+        self._count_operations()
         if run._watched is None:
             for violation in outcome.counted(run.call):
                 self._violated(violation)
         telemetry.peak_memory_mb = max(telemetry.peak_memory_mb, *peaks)
         self._see_violations(run)
+
+    def _count_operations(self) -> None:
+        if self._recorder is not None:
+            self._telemetry.file_operations_count = self._recorder.count
 
     def _see_violations(self, run: _Run) -> None:
         known = {id(violation) for violation in self._telemetry.violations}
@@ -567,7 +596,7 @@ class EnhancedPluginSandbox:
         content = data.encode() if isinstance(data, str) else bytes(data)
         if len(content) > self._limit("file_bytes"):
             raise OSError(errno.EFBIG, f"larger than {self._limit('file_bytes'):g} bytes (max_file_size_mb)", path)
-        with self._workspace() as root:
+        with self._workspace() as root, self._unrecorded(files.checked(path)):
             assert self._sandbox is not None
             uid, gid = self._sandbox.owner
             files.write(root, path, content, (uid, gid) if os.getuid() == 0 else None)
@@ -613,6 +642,19 @@ class EnhancedPluginSandbox:
         finally:
             os.close(root)
 
+    @contextmanager
+    def _unrecorded(self, path: str) -> Iterator[None]:
+        """What is done at `path` in the workspace is no operation of a plugin's."""
+        recorder = self._recorder
+        if recorder is None:
+            yield
+            return
+        self._in_engine(lambda: recorder.host_writes(path))
+        try:
+            yield
+        finally:
+            self._in_engine(lambda: recorder.host_has_written(path))
+
     def _opened_sandbox(self) -> client.Sandbox:
         if self._sandbox is None or self._sandbox.closing:
             raise RuntimeError(f"sandbox {self.sandbox_id} is not open: use it inside `async with`")
@@ -646,6 +688,8 @@ class EnhancedPluginSandbox:
             if sandbox is None or sandbox.closing:
                 renewed.set_result(None)
                 return
+            if self._recorder is not None:
+                self._recorder.close(look=True)
             sandbox.on_renewed = lambda: None if renewed.done() else renewed.set_result(None)
             sandbox.renew(keep=keep)
 
@@ -666,7 +710,19 @@ class EnhancedPluginSandbox:
 
     def get_telemetry(self) -> SandboxTelemetry:
         """What was measured so far. Works before, between and after calls."""
+        self._count_operations()
         return self._telemetry
+
+    def get_file_operations(self) -> list[dict[str, Any]]:
+        """What calls have done so far to the files of the workspace and of allowed directories, oldest first.
+
+        At most 10,000 records, as those of FilesystemWatchdog; `path` (and `from`) is absolute, as the plugin has it, and
+        escaped. Of the first 0.05 seconds of a call, and of all of it with enable_real_time_monitoring=False, only what they
+        have changed is recorded; a file that is made and written then is one operation. Not recorded: reading, /tmp and the
+        other scratch folders, what `write_file` has written, and at level minimal the allowed directories, where others work
+        as well. Empty with enable_filesystem_isolation=False or telemetry_enabled=False.
+        """
+        return list(self._recorder.records) if self._recorder is not None else []
 
     def get_violations(self) -> list[SandboxViolation]:
         """The violations so far, oldest first."""
@@ -729,6 +785,7 @@ class _Run:
         self._sealed = promise()
         self._done = promise()
         self._watched: Watched | None = None
+        self._recorded: Recorded | None = None
         self._watch_timer: Timer | None = None
         self._raw: dict[tuple[str, str], SandboxViolation] = {}
         self._escapers = {1: TerminalEscaper(), 2: TerminalEscaper()}
@@ -768,6 +825,8 @@ class _Run:
     # In the engine's thread:
 
     def _send(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
+        if not self.call.done:
+            self._recorded = self.owner._recording_begins(self.call)
         self.call.send_job(instruction, payload, seconds)
         recipe = self.call.sandbox.recipe
         if not self.call.done and recipe.monitoring["real_time"]:
@@ -827,6 +886,8 @@ class _Run:
                 self.owner._watch_ends(self._watched)
             else:
                 self.owner._count(self.call.outcome or {})
+            if self._recorded is not None:
+                self.owner._recording_ends(self._recorded)
         finally:
             if not self._done.done():
                 self._done.set_result(None)

@@ -107,8 +107,8 @@ def test_the_flag_says_the_same_as_toml(key: str, tmp_path: Path) -> None:
 def test_what_allows_more_reaches_the_recipe(key: str, tmp_path: Path) -> None:
     def numbers(limits: PluginLimitsV2, permissions: PluginPermissionsV2) -> dict[str, Any]:
         made = recipe.compile(IsolationConfig(), limits, permissions, host.facts(), strict=False)
-        requests = made.network["max_requests"]
-        return {**made.limits, "subprocess": made.seccomp["allow_subprocess"], "requests": requests}
+        more = {"requests": made.network["max_requests"], "operations": made.monitoring["max_file_operations"]}
+        return {**made.limits, "subprocess": made.seccomp["allow_subprocess"], **more}
 
     explanation = standard(key)
     from_toml(explanation, tmp_path)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from sandbox.cli.changes import Settled
     from sandbox.cli.terminal import Terminal
+    from sandbox.engine.recording import Recorder
     from sandbox.engine.streams import Streams
     from sandbox.engine.watching import SandboxWatch
     from sandbox.violations import SandboxViolation
@@ -94,7 +95,8 @@ class Session:
         self.violations: dict[tuple[str, str], dict[str, str]] = {}
         self.flushes: list[Callable[[], None]] = []  # what the escapers hold back
         self.watch: SandboxWatch | None = None
-        self.watched: list[SandboxViolation] = []  # by the watch
+        self.recorder: Recorder | None = None  # of file operations
+        self.watched: list[SandboxViolation] = []  # by both
         self.samples: list[dict[str, Any]] = []
         self.activity: list[dict[str, str]] = []  # what it wanted of the network, as the supervisor says
         self.network_operations = 0
@@ -123,7 +125,7 @@ class Session:
         self.warn()
         try:
             self._start(sandbox, job, payload)
-            from sandbox.engine import outcome  # noqa: F401  (needed at the end; now there is time)
+            from sandbox.engine import outcome, recording  # noqa: F401  (needed soon; now there is time)
 
             self.loop.run_until(lambda: bool(self.call and self.call.done))
         finally:
@@ -137,6 +139,8 @@ class Session:
                 if sandbox.layers is not None and self.call is not None and self.call.done:
                     self._settle(sandbox)
             finally:
+                if self.recorder is not None:
+                    self.recorder.close(look=False)
                 sandbox.close()
             self.loop.run_until(lambda: sandbox.is_gone)
             self.zygote.close()
@@ -246,6 +250,7 @@ class Session:
 
         def send(sealed: client.Call) -> None:
             self.job_sent = monotonic()
+            self._begin_recording(sealed)
             sealed.send_job(instruction, payload, self.recipe.limits["seconds"])
             if self.recipe.monitoring["real_time"]:
                 self.loop.call_later(client.WATCH_AFTER, self._begin_watch)
@@ -253,20 +258,35 @@ class Session:
         call.on_sealed = send
         call.on_violation = self._violation
 
+    def _begin_recording(self, call: client.Call) -> None:
+        """Of what it does to files."""
+        if self.recipe.monitoring["recording"] == "none":
+            return
+        from sandbox.engine.recording import Recorder
+
+        recorder = self.recorder = Recorder(call.sandbox)
+        recorder.on_violation = self.watched.append
+        run = recorder.begin(call)
+        call.on_done = lambda _: recorder.end(run)
+
     def _begin_watch(self) -> None:
         """Of a plugin that runs for a while: what it uses, and what the kernel counts."""
         if self.call is None or self.call.done or self.call.sandbox.closing:
             return
         from sandbox.engine.watching import SandboxWatch
 
+        if self.recorder is not None:
+            self.recorder.watch()
         watch = self.watch = SandboxWatch(self.call.sandbox)
         watch.on_violation = self.watched.append
         watch.on_sample = self.samples.append
-        run = watch.begin()
+        run, recorded = watch.begin(), self.call.on_done
 
         def end(call: client.Call) -> None:
             watch.end(run)
             watch.close()
+            if recorded is not None:
+                recorded(call)
 
         self.call.on_done = end
 
@@ -366,7 +386,7 @@ class Session:
             elif self.settled.said:
                 say(self.settled.said)
             violations += self.settled.violations()
-        violations += self.watched if self.watch is not None else outcome.counted(self.call)
+        violations += [*self.watched, *([] if self.watch is not None else outcome.counted(self.call))]
         if not self.given["quiet"]:
             self._explain(violations, error)
         if self.result_file is not None:
@@ -470,6 +490,7 @@ def write_result(
         peak_memory_mb=max(int((call.outcome or {}).get("maxrss_kb", 0)) / 1024, watch.peak_memory / MB if watch else 0.0),
         peak_cpu_percent=watch.peak_cpu if watch else 0.0,
         network_operations_count=session.network_operations,
+        file_operations_count=session.recorder.count if session.recorder else 0,
         resource_samples=session.samples,
         process_hierarchy=watch.hierarchy if watch else [],
         violations=violations,

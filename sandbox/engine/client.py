@@ -615,7 +615,8 @@ class Call:
         self.read_back: dict[str, str] | None = None
         self.error: SandboxException | None = None
         self.outcome: dict[str, str] | None = None
-        self.cause = ""  # why the host itself ended it: output, result, violations, cancelled
+        self.cause = ""  # why the host itself ended it: output, result, violations, file_operations, cancelled
+        self.file_operations = 0  # where that is the cause
         self.reply_kind = b""
         self.reply = bytearray()
         self.reply_complete = False

@@ -242,6 +242,9 @@ def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | 
         return _limit(
             "result", limits["result_bytes"], call.reply_size, f"the reply is larger than {limits['result_bytes']} bytes"
         )
+    if call.cause == "file_operations":
+        allowed, used = call.sandbox.recipe.monitoring["max_file_operations"], call.file_operations
+        return _limit("file_operations", allowed, used, f"the plugin did {used} file operations of {allowed} that it may do")
     if call.cause == "violations":
         return SecurityViolationError("the plugin passed the violation threshold and was killed", violations=violations)
     if cause == "supervisor":

@@ -120,9 +120,9 @@ def own_rlimits(recipe: dict[str, Any], ids: dict[str, Any]) -> list[list[Any]]:
 
 def self_probe(recipe: dict[str, Any]) -> str:
     """A write that everything but Landlock allows: init has just done it. Raises OSError if it is possible still."""
-    if recipe["landlock"] is None:
+    path = recipe["landlock"]["probe"] if recipe["landlock"] is not None else None
+    if path is None:
         return "none"
-    path = recipe["landlock"]["probe"]
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
     except PermissionError as error:

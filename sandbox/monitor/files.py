@@ -1,24 +1,21 @@
 """FilesystemWatchdog: what is done to the files below a folder, as inotify(7) tells it, and at least where it ended.
 
 inotify watches single folders and loses what happens in a new one before it is watched; its queue can overflow. So what is
-known of every file is kept: a new folder is watched and then looked through, and at an overflow and at the end the whole
-tree is compared with what is known. What one misses, the other finds. The files may be a plugin's: no link is followed, a
-folder is watched by its descriptor, and names are escaped. Must not know sandboxes.
+known of every file is kept (sandbox.monitor.tree): a new folder is watched and then looked through, and at an overflow and
+at the end the whole tree is compared with what is known. What one misses, the other finds. The files may be a plugin's: no
+link is followed, a folder is watched by its descriptor. Must not know sandboxes.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 import threading
-from datetime import UTC, datetime
 
-from inotify_simple import INotify, flags
+from inotify_simple import INotify, flags, parse_events
 
 from sandbox.config import IsolationConfig
 from sandbox.engine.loop import PollLoop
-from sandbox.ns import syscalls as sc
-from sandbox.text import escape_text
+from sandbox.monitor.tree import ATTRIBUTES, CREATE, MODIFY, MOVE, OVERFLOW, FileTree, Known
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,76 +27,88 @@ if TYPE_CHECKING:
 CHANGES = flags.CREATE | flags.DELETE | flags.CLOSE_WRITE | flags.MOVED_FROM | flags.MOVED_TO | flags.ATTRIB
 MASK = CHANGES | flags.ONLYDIR | flags.EXCL_UNLINK
 RECORDS = 10_000  # kept; further ones are only counted
-DEPTH = 256
 SECOND_HALF = 0.1  # seconds that the second half of a move may come after the first
-
-CREATE, MODIFY, DELETE, MOVE, ATTRIBUTES, OVERFLOW = "create", "modify", "delete", "move", "attributes", "overflow"
-
-
-class Known:
-    """What was last seen of one file."""
-
-    is_folder = False
-    inode = mode = 0
-    size: int | None = None
-    content: tuple[int, int] | None = None  # None for what nobody has had a look at, and for folders
-
-    def __init__(self, found: os.stat_result | None) -> None:
-        """None for what an event has named and nobody found: it has gone on."""
-        if found is None:
-            return
-        self.is_folder = stat.S_ISDIR(found.st_mode)
-        self.inode = found.st_ino
-        self.mode = found.st_mode
-        self.size = found.st_size
-        # A folder's size and times change with what is in it, which is told by itself.
-        self.content = None if self.is_folder else (found.st_mtime_ns, found.st_size)
+AT_ONCE = 1 << 13  # bytes of events that are read before others on the loop have their turn: some 250
 
 
-class FileWatch:
-    """The files below one open folder. `on_operation(record)` for each operation; see FilesystemWatchdog for the fields."""
+class FileWatch(FileTree):
+    """A tree whose operations are told as they happen, between `listen` and `quiet`."""
 
-    def __init__(self, loop: Loop, root: int, on_operation: Callable[[dict[str, Any]], None]) -> None:
-        """Takes over `root`, an open folder. Raises OSError where the host has no inotify instance left."""
+    def __init__(self, loop: Loop, root: int, on_operation: Callable[[dict[str, Any]], None], lower: int | None = None) -> None:
+        super().__init__(root, on_operation, lower)
         self.loop = loop
-        self.root = root
-        self.on_operation = on_operation
-        self.known: dict[str, Known] = {}
         self.watched: dict[int, str] = {}  # paths by watch descriptor
-        self.complete = True  # False where a folder could not be watched: what happens in it is seen by comparing only
+        self.descriptors: dict[str, int] = {}  # the other way round
         self.moved: tuple[int, str] | None = None  # cookie and path of the first half of a move
+        self.notify: INotify | None = None
+
+    def listen(self, *, report: bool = False) -> None:
+        """From now on; with `report` tell as well what is different from what is known.
+
+        Raises OSError where the host has no inotify instance left for this user.
+        """
         self.notify = INotify(nonblocking=True)
-        self._look_through("", report=False)
+        self.is_listening = True
+        self.look(report=report)
         self.loop.add_reader(self.notify.fileno(), self.read)
 
-    def close(self) -> None:
-        """The last events, a last look, and quiet."""
-        self.read()
-        self._flush_move()
-        self.compare()
-        self.loop.remove_reader(self.notify.fileno())
-        self.notify.close()
-        os.close(self.root)
+    def catch_up(self) -> None:
+        while self.read():
+            pass
+
+    def quiet(self, *, report: bool = True) -> None:
+        """The last events and a last look; without `report` what is still to be told is not."""
+        if self.notify is None:
+            return
+        if report:
+            self.catch_up()
+            self._flush_move()
+        self._stop()
+        self.look(report=report)
+
+    def _stop(self) -> None:
+        if self.notify is not None:
+            self.loop.remove_reader(self.notify.fileno())
+            self.notify.close()
+        self.notify, self.is_listening = None, False
+        self.watched.clear()
+        self.descriptors.clear()
+        self.moved = None
+
+    def close(self, *, look: bool = True) -> None:
+        if look:
+            self.quiet()
+        self._stop()
+        super().close(look=False)
 
     # -- events ----------------------------------------------------------------------------------------------------
 
-    def read(self) -> None:
-        """Everything that the kernel has told so far."""
-        for event in self.notify.read(timeout=0):
+    def read(self) -> bool:
+        """Some of what the kernel has told; False when that was nothing."""
+        if self.notify is None:
+            return False
+        try:
+            data = os.read(self.notify.fileno(), AT_ONCE)
+        except BlockingIOError:
+            return False
+        for event in parse_events(data):
             self._event(event.wd, event.mask, event.cookie, event.name)
         if self.moved is not None:  # its second half may be a moment behind
             self.loop.call_later(SECOND_HALF, self._flush_move, self.moved)
+        return True
 
     def _event(self, watch: int, mask: int, cookie: int, name: str) -> None:
         if self.moved is not None and not (mask & flags.MOVED_TO and cookie == self.moved[0]):
             self._flush_move()
         if mask & flags.Q_OVERFLOW:
             self._tell(OVERFLOW, "", None)
-            self.compare()
+            self.look()
             return
         above = self.watched.get(watch)
-        if mask & flags.IGNORED:
-            self.watched.pop(watch, None)
+        if mask & flags.IGNORED and above is not None:
+            del self.watched[watch]
+            if self.descriptors.get(above) == watch:
+                del self.descriptors[above]
         if above is None or not name:
             return  # a folder's own attributes are told by the one above it
         path = f"{above}/{name}" if above else name
@@ -109,7 +118,7 @@ class FileWatch:
             (_, old), self.moved = self.moved, None
             self._move(old, path)
         elif mask & flags.DELETE:
-            self._gone(path)
+            self._left(path)
         elif mask & (flags.CREATE | flags.MOVED_TO):
             self._seen(path, CREATE)
         else:
@@ -119,148 +128,62 @@ class FileWatch:
         """It has left the folder: for us it is gone. With `moved` only if no other move has come meanwhile."""
         if self.moved is not None and moved in (None, self.moved):
             (_, path), self.moved = self.moved, None
-            self._gone(path)
+            self._left(path)
 
     def _move(self, old: str, new: str) -> None:
         """With all below it. What it replaces goes without a word of its own."""
-        for path in [path for path in self.known if is_below(path, new)]:
-            del self.known[path]
-        for path in [path for path in self.known if is_below(path, old)]:
-            self.known[new + path[len(old) :]] = self.known.pop(path)
-        for watch, path in self.watched.items():
-            if is_below(path, old):
-                self.watched[watch] = new + path[len(old) :]
-        self._tell(MOVE, new, self.known.get(new), old)
+        self._forget(new)
+        entry = self.known.get(old)
+        for path, inner in self._forget(old):
+            moved = new + path[len(old) :]
+            self.known[moved] = inner
+            if path in self.descriptors:
+                watch = self.descriptors.pop(path)
+                self.watched[watch], self.descriptors[moved] = moved, watch
+        if entry is not None:
+            self._learn(new, entry)
+        self._tell(MOVE, new, entry, old)
+        if self.lower is not None:
+            found = self._lstat(self.root, old)
+            if found is not None:
+                self._learn(old, Known(found))  # the whiteout that it leaves behind
 
-    def _gone(self, path: str) -> None:
-        """A folder that was moved away or removed takes with it what is known of it."""
-        before = self.known.get(path)
-        if before is None:
-            return  # it came and went before anybody looked, or was told already
-        for inner in sorted((inner for inner in self.known if is_below(inner, path)), reverse=True):
-            entry = self.known.pop(inner)
-            self._tell(DELETE, inner, entry)
+    def _left(self, path: str) -> None:
+        """What is not known came and went before anybody looked, or was told already."""
+        if path not in self.known:
+            return
+        if self.lower is not None and self._lstat(self.root, path) is not None:
+            self._seen(path, CREATE)  # it has changed places with a whiteout, or the other way round
+        else:
+            self._gone(path)
 
     def _seen(self, path: str, operation: str) -> None:
-        found = self._lstat(path)
+        found = self._lstat(self.root, path)
         before, now = self.known.get(path), Known(found)
         if found is None and operation != CREATE:  # its end is an event to come
             self._tell(operation, path, before)
             return
         if operation == CREATE and before is not None and before.inode == now.inode:
             return  # a look through its folder was faster
-        if before is None and operation != CREATE:
-            operation = CREATE
-        self.known[path] = now
-        self._tell(operation, path, now)
+        if before is None or self.lower is not None:
+            self._compare(path, now, report=True)  # in an upper layer the kernel does much that the plugin did not
+        else:
+            self._learn(path, now)
+            self._tell(operation, path, now)
         if now.is_folder and operation == CREATE:
-            self._look_through(path, report=True)
+            self.look(path)
 
-    # -- looks -----------------------------------------------------------------------------------------------------
-
-    def _look_through(self, path: str, *, report: bool) -> None:
-        """Watch a folder, then everything in it, and know of it; with `report` tell what was not known before."""
-        todo = [path]
-        while todo:
-            above = todo.pop()
-            fd = self._watch(above)
-            if fd < 0:
-                continue
+    def _enter(self, path: str) -> int:
+        """Watches it as well."""
+        fd = super()._enter(path)
+        if fd >= 0 and self.notify is not None:
             try:
-                for name in os.listdir(fd):
-                    inner = f"{above}/{name}" if above else name
-                    try:
-                        now = Known(os.stat(name, dir_fd=fd, follow_symlinks=False))
-                    except FileNotFoundError:
-                        continue
-                    before = self.known.get(inner)
-                    if before is None or before.inode != now.inode:
-                        self.known[inner] = now
-                        if report:
-                            self._tell(CREATE, inner, now)
-                    if now.is_folder:
-                        todo.append(inner)
-            finally:
-                os.close(fd)
-
-    def _watch(self, path: str) -> int:
-        """A watched folder, open; -1 where it is none (any more), or cannot be looked into."""
-        if path.count("/") > DEPTH:
-            self.complete = False
-            return -1
-        try:
-            fd = sc.open_beneath(self.root, path, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            return -1
-        try:
-            self.watched[self.notify.add_watch(f"/proc/self/fd/{fd}", MASK)] = path
-        except OSError:
-            self.complete = False  # fs.inotify.max_user_watches
+                watch = self.notify.add_watch(f"/proc/self/fd/{fd}", MASK)
+            except OSError:
+                self.complete = False  # fs.inotify.max_user_watches
+            else:
+                self.watched[watch], self.descriptors[path] = path, watch
         return fd
-
-    def compare(self) -> None:
-        """Tell what is different from what is known: what no event has told."""
-        present: set[str] = set()
-        todo = [""]
-        while todo:
-            above = todo.pop()
-            fd = self._watch(above)
-            if fd < 0:
-                continue
-            try:
-                for name in os.listdir(fd):
-                    inner = f"{above}/{name}" if above else name
-                    try:
-                        found = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue
-                    present.add(inner)
-                    self._compare_one(inner, Known(found))
-                    if stat.S_ISDIR(found.st_mode):
-                        todo.append(inner)
-            finally:
-                os.close(fd)
-        for path in sorted(set(self.known) - present, reverse=True):
-            self._tell(DELETE, path, self.known.pop(path))
-
-    def _compare_one(self, path: str, now: Known) -> None:
-        before = self.known.get(path)
-        self.known[path] = now
-        if before is None or (before.inode, before.is_folder) != (now.inode, now.is_folder):
-            self._tell(CREATE, path, now)
-        elif before.content != now.content:
-            self._tell(MODIFY, path, now)
-        elif before.mode != now.mode:
-            self._tell(ATTRIBUTES, path, now)
-
-    def _lstat(self, path: str) -> os.stat_result | None:
-        above, _, name = path.rpartition("/")
-        try:
-            fd = sc.open_beneath(self.root, above, os.O_PATH | os.O_DIRECTORY)
-        except OSError:
-            return None
-        try:
-            return os.stat(name, dir_fd=fd, follow_symlinks=False)
-        except OSError:
-            return None
-        finally:
-            os.close(fd)
-
-    def _tell(self, operation: str, path: str, entry: Known | None, old: str | None = None) -> None:
-        record = {
-            "timestamp": datetime.now(UTC).isoformat(),
-            "operation": operation,
-            "path": escape_text(path, keep=""),
-            "is_directory": entry is not None and entry.is_folder,
-            "size": entry.size if entry is not None else None,
-        }
-        if old is not None:
-            record["from"] = escape_text(old, keep="")
-        self.on_operation(record)
-
-
-def is_below(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder + "/")
 
 
 class FilesystemWatchdog:
@@ -311,14 +234,16 @@ class FilesystemWatchdog:
             loop = PollLoop()
             try:
                 root = os.open(self.sandbox_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                watch = FileWatch(loop, root, self._record)
                 try:
-                    self._watch = FileWatch(loop, root, self._record)
+                    watch.listen()
                 except OSError:
-                    os.close(root)
+                    watch.close()
                     raise
             except (OSError, ValueError) as error:
                 self.reason = f"{self.sandbox_directory!r} cannot be watched: {getattr(error, 'strerror', None) or error}"
                 return False
+            self._watch = watch
             self._stop = os.pipe2(os.O_CLOEXEC)
             stopped = threading.Event()
             loop.add_reader(self._stop[0], stopped.set)

@@ -15,6 +15,7 @@ FILES = [
     "test_life.py",
     "test_granted.py",
     "test_explanations.py",
+    "test_file_records.py",
     "test_network.py",
     "test_shared_network.py",
 ]

@@ -121,6 +121,7 @@ def test_folders_that_are_made_faster_than_they_can_be_watched(tmp_path: Path) -
 def test_an_overflow_is_told_and_nothing_of_the_state_is_missed(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = []
     watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append)
+    watch.listen()
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     if most > 100_000:
         pytest.skip(f"a queue of {most} events is not to be filled")
@@ -145,6 +146,7 @@ def test_what_cannot_be_watched_is_compared(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("inotify_simple.INotify.add_watch", refuse)
     records: list[dict[str, Any]] = []
     watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append)
+    watch.listen()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("x")
     assert not watch.complete

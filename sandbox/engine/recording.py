@@ -1,0 +1,206 @@
+"""What the calls of an open sandbox do to its files: in the workspace, and in the upper layers of granted folders.
+
+For the library and for the command, on the loop that the sandbox is on. A call that has run for client.WATCH_AFTER seconds
+is watched by inotify(7); what a shorter one has done is found by a look at its end, which finds no more than the difference.
+Light: what only a watch needs is imported by it. Must not know who shows the records.
+"""
+
+from __future__ import annotations
+
+import os
+
+from sandbox.monitor.tree import FileTree
+from sandbox.ns import syscalls as sc
+from sandbox.text import escape_text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from sandbox.engine.client import Call, Sandbox
+    from sandbox.violations import SandboxViolation
+
+RECORDS = 10_000  # kept, where telemetry is; further ones are only counted
+FEW = 100  # files that are looked at after every call; among more only where something shows that there is something new
+LAYERS = ("overlay", "copy")
+
+
+class Recorded:
+    """One call. What is done while several run is put to the account of all of them alike: nobody can tell whose it was."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.operations = 0.0
+        self.is_over = False  # it has passed the limit
+
+
+class Recorder:
+    """Counts and keeps the file operations of one sandbox, and ends the calls that pass max_file_operations.
+
+    `records` are as FilesystemWatchdog's, with paths as the plugin has them; `on_violation` is told of each call that is over
+    the limit. What happens while no call runs belongs to the records, but to no call.
+    """
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.limit = int(sandbox.recipe.monitoring["max_file_operations"])
+        self.most = RECORDS if sandbox.recipe.monitoring["telemetry"] else 0
+        self.count = 0
+        self.records: list[dict[str, Any]] = []
+        self.on_violation: Callable[[SandboxViolation], None] | None = None
+        self.running: list[Recorded] = []
+        self.trees: list[FileTree] = []  # the workspace first
+        self.seen: object = None  # what showed at the last look
+
+    def begin(self, call: Call) -> Recorded:
+        """Of a call that is about to be sent its job."""
+        if not self.trees:
+            self._open()
+        run = Recorded(call)
+        self.running.append(run)
+        return run
+
+    def watch(self) -> None:
+        """A call has run for a while. Where the host has no inotify instance left, a look at its end has to do."""
+        if not self.running or self._is_listening():
+            return
+        from sandbox.monitor.files import FileWatch
+
+        for number, tree in enumerate(self.trees):
+            if not isinstance(tree, FileWatch):
+                watch = FileWatch(self.sandbox.loop, tree.root, tree.on_operation, tree.lower)
+                watch.known, watch.own = tree.known, tree.own
+                self.trees[number] = tree = watch
+            try:
+                tree.listen(report=True)
+            except OSError:
+                continue
+
+    def end(self, run: Recorded) -> None:
+        """The call has ended: what it did until then counts. After the last one it is quiet."""
+        is_last = len(self.running) == 1
+        for tree in self.trees:
+            if is_last:
+                tree.quiet(report=not run.is_over)
+            else:
+                tree.catch_up()
+        if is_last:
+            self._look(report=not run.is_over)
+        self.running.remove(run)
+
+    def close(self, *, look: bool) -> None:
+        """With a last `look`, as long as all of the sandbox is there. A call that begins later opens all anew."""
+        if look and self.trees:
+            self._look(everything=True)
+        for tree in self.trees:
+            tree.close(look=False)
+        self.trees.clear()
+
+    # -- what the host does itself -----------------------------------------------------------------------------------
+
+    def host_writes(self, path: str) -> None:
+        """A file of the workspace is about to be written by the caller: that is no operation of a plugin's."""
+        if self.trees:
+            self.trees[0].own += with_folders(path)
+
+    def host_has_written(self, path: str) -> None:
+        if self.trees:
+            tree, self.seen = self.trees[0], None
+            tree.catch_up()
+            for each in with_folders(path):
+                tree.know(each)
+                if each in tree.own:
+                    tree.own.remove(each)
+
+    # -- what is seen ------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        sandbox = self.sandbox
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        path = "." if sandbox.folder is None else sandbox.folder + "/files"
+        try:
+            root = os.open(path, flags, dir_fd=sandbox.workspace if sandbox.folder is None else None)
+            self._add(str(sandbox.recipe.workspace["path"]).replace("{folder}", sandbox.folder or ""), root)
+            for number, kind in enumerate(sandbox.granted_kinds.split(",")):
+                if kind in LAYERS and sandbox.layers is not None:
+                    granted = sandbox.granted[number]
+                    root = sc.open_beneath(sandbox.layers, f"{number}/upper", os.O_RDONLY | os.O_DIRECTORY)
+                    self._add(granted.path, root, os.dup(granted.fd) if kind == "overlay" else None)
+        except OSError:
+            return  # a sandbox that is at its end, or a host without descriptors: what is open already is watched
+        self.seen = self._showing()
+
+    def _add(self, place: str, root: int, lower: int | None = None) -> None:
+        place = escape_text(place, keep="")
+
+        def operation(record: dict[str, Any]) -> None:
+            for name in ("path", "from"):
+                if name in record:
+                    record[name] = f"{place}/{record[name]}" if record[name] else place
+            self._operation(record)
+
+        tree = FileTree(root, operation, lower)
+        self.trees.append(tree)
+        tree.look(report=False)
+
+    def _is_listening(self) -> bool:
+        return any(tree.is_listening for tree in self.trees)
+
+    def _look(self, *, report: bool = True, everything: bool = False) -> None:
+        """Many files are looked at only where something has been made or removed since: changes of what was there are then
+        seen at the next look."""
+        showing = self._showing()
+        if everything or showing != self.seen or sum(len(tree.known) for tree in self.trees) <= FEW:
+            for tree in self.trees:
+                tree.look(report=report)
+            self.seen = showing
+
+    def _showing(self) -> object:
+        """What is different where something in the workspace is new or gone; of a folder on disk its top tells alone."""
+        top = [os.fstat(tree.root).st_mtime_ns for tree in self.trees]
+        if self.sandbox.folder is not None or not self.trees:
+            return top
+        found = os.fstatvfs(self.trees[0].root)
+        return top, found.f_ffree, found.f_bfree
+
+    def _operation(self, record: dict[str, Any]) -> None:
+        self.count += 1
+        if len(self.records) < self.most:
+            self.records.append(record)
+        running = list(self.running)
+        for run in running:
+            run.operations += 1 / len(running)
+            if run.operations > self.limit and not run.is_over:
+                run.is_over = True
+                self._exceeded(run)
+
+    def _exceeded(self, run: Recorded) -> None:
+        run.call.file_operations = int(run.operations)
+        run.call.kill("file_operations")
+        if self.on_violation is not None:
+            self.on_violation(exceeded(run.call.file_operations, self.limit))
+
+
+def with_folders(path: str) -> list[str]:
+    """It and the folders that it lies in, below the root."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    return ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def exceeded(used: int, allowed: int) -> SandboxViolation:
+    from datetime import UTC, datetime
+
+    from sandbox import explanations
+    from sandbox.violations import SandboxViolation, SandboxViolationType
+
+    text = f"file operations: {used} in one call, {allowed} are allowed (max_file_operations)"
+    details = {"limit": "file_operations", "allowed": allowed, "used": used, "source": "watchdog"}
+    return SandboxViolation(
+        SandboxViolationType.RESOURCE_EXCEEDED,
+        text,
+        datetime.now(UTC),
+        "critical",
+        details,
+        explanation=explanations.limited("file_operations", allowed),
+    )

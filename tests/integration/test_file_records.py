@@ -1,0 +1,230 @@
+"""What plugins do to files: the records of it, the limit on it, and what was refused."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox import IsolationConfig, IsolationLevel, ResourceLimitExceededError, SandboxViolation, SandboxViolationType
+
+from . import harness, plugins
+
+pytestmark = pytest.mark.rootless
+NAMESPACED = [level for level in IsolationLevel if level is not IsolationLevel.MINIMAL]
+namespaced = pytest.mark.parametrize("level", NAMESPACED, ids=lambda level: level.value)
+LONG = 0.15  # seconds: a call that is watched
+
+
+def make(names: list[bytes], seconds: float = 0.0) -> None:
+    """Files in the current folder; after a rest of `seconds`, which has them written while somebody watches."""
+    import time
+
+    time.sleep(seconds)
+    for name in names:
+        with open(name, "w") as file:
+            file.write("x")
+    time.sleep(seconds / 3)
+
+
+def operations(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(record["operation"], record["path"]) for record in records]
+
+
+def workspace(level: IsolationLevel, paths: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The same with paths relative to the workspace, which at level minimal lies somewhere on disk."""
+    if level is not IsolationLevel.MINIMAL:
+        assert all(path.startswith("/workspace/") for _, path in paths)
+        return [(operation, path.removeprefix("/workspace/")) for operation, path in paths]
+    return [(operation, path.partition("/files/")[2]) for operation, path in paths]
+
+
+@pytest.mark.parametrize("seconds", [0.0, LONG], ids=["short", "long"])
+def test_operations_are_counted_and_recorded(level: IsolationLevel, seconds: float) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            assert sandbox.get_file_operations() == []
+            await sandbox.execute_plugin_safe(plugins.my_plugin_function)
+            assert sandbox.get_telemetry().file_operations_count == 0
+            await sandbox.execute_plugin_safe(make, [b"one", b"two"], seconds)
+            records = sandbox.get_file_operations()
+            seen = workspace(level, operations(records))
+            assert [each for each in seen if each[0] == "create"] == [("create", "one"), ("create", "two")]
+            assert set(seen) <= {("create", "one"), ("create", "two"), ("modify", "one"), ("modify", "two")}
+            assert sandbox.get_telemetry().file_operations_count == len(records)
+            await sandbox.execute_plugin_safe(os.unlink, "one")
+            assert workspace(level, operations(sandbox.get_file_operations()[len(records) :])) == [("delete", "one")]
+            assert set(records[0]) == {"timestamp", "operation", "path", "is_directory", "size"}
+        assert sandbox.get_telemetry().file_operations_count == len(records) + 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("seconds", [0.0, LONG], ids=["short", "long"])
+def test_hostile_names_are_escaped(level: IsolationLevel, seconds: float) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            await sandbox.execute_plugin_safe(make, [b"new\nline", b"\xff\xfe", b"\x1b[31m"], seconds)
+            seen = workspace(level, operations(sandbox.get_file_operations()))
+        assert {path for _, path in seen} == {"new\\nline", "\\udcff\\udcfe", "\\x1b[31m"}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("seconds", [0.0, LONG], ids=["short", "long"])
+def test_who_passes_the_limit_is_stopped(level: IsolationLevel, seconds: float) -> None:
+    told: list[SandboxViolation] = []
+
+    class Handler:
+        def on_violation_detected(self, violation: SandboxViolation) -> None:
+            told.append(violation)
+
+    async def main() -> None:
+        limits = {"max_file_operations": 20}
+        async with harness.open_sandbox(level, limits=limits, monitoring_handler=Handler()) as sandbox:
+            await sandbox.execute_plugin_safe(make, [b"some"], seconds)
+            with pytest.raises(ResourceLimitExceededError, match="file operations") as caught:
+                await sandbox.execute_plugin_safe(make, [b"%d" % number for number in range(21)], seconds)
+            assert caught.value.limit == "file_operations"
+            assert caught.value.allowed == 20
+            assert caught.value.used == 21
+            await sandbox.execute_plugin_safe(make, [b"more"], seconds)
+        assert [violation.type for violation in told] == [SandboxViolationType.RESOURCE_EXCEEDED]
+        assert told[0].details == {"limit": "file_operations", "allowed": 20, "used": 21, "source": "watchdog"}
+        assert sandbox.get_violations() == told
+
+    asyncio.run(main())
+
+
+def endless() -> None:
+    number = 0
+    while True:
+        number += 1
+        with open(f"file-{number % 10}", "w"):
+            pass
+
+
+def test_a_flood_is_stopped_soon(level: IsolationLevel) -> None:
+    with pytest.raises(ResourceLimitExceededError) as caught:
+        harness.call(level, endless, limits={"max_cpu_percent": 100.0})
+    assert caught.value.limit == "file_operations"
+
+
+def test_of_calls_at_once_each_has_its_share(level: IsolationLevel) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(level, limits={"max_file_operations": 100}) as sandbox:
+            names = [[b"%d-%d" % (call, number) for number in range(20)] for call in range(4)]
+            await asyncio.gather(*(sandbox.execute_plugin_safe(make, each, LONG) for each in names))
+            made = [record["path"] for record in sandbox.get_file_operations() if record["operation"] == "create"]
+            assert len(made) == len(set(made)) == 80
+
+    asyncio.run(main())
+
+
+def test_what_the_host_writes_is_nobodys(level: IsolationLevel) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            sandbox.write_file("before", "x")
+            await sandbox.execute_plugin_safe(plugins.my_plugin_function)
+            sandbox.write_file("folder/between", "x")
+            await sandbox.execute_plugin_safe(plugins.my_plugin_function)
+            running = asyncio.ensure_future(sandbox.execute_plugin_safe(make, [b"own"], LONG))
+            await asyncio.sleep(LONG / 2)
+            for number in range(5):
+                sandbox.write_file("folder/between", "y" * number)
+                sandbox.write_file("other/during", "y" * number)
+            await running
+            seen = workspace(level, operations(sandbox.get_file_operations()))
+        assert {path for _, path in seen} == {"own"}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("seconds", [0.0, LONG], ids=["short", "long"])
+def test_among_many_files(level: IsolationLevel, seconds: float) -> None:
+    """After a short call many are looked at only where something is new or gone."""
+
+    async def main() -> None:
+        limits = {"max_file_operations": 10_000}
+        async with harness.open_sandbox(level, limits=limits) as sandbox:
+            await sandbox.execute_plugin_safe(make, [b"%d" % number for number in range(300)])
+            before = len(sandbox.get_file_operations())
+            assert before >= 300
+            await sandbox.execute_plugin_safe(plugins.my_plugin_function)
+            await sandbox.execute_plugin_safe(make, [b"another"], seconds)
+            seen = workspace(level, operations(sandbox.get_file_operations()[before:]))
+            assert seen[0] == ("create", "another")
+
+    asyncio.run(main())
+
+
+def test_the_switches(level: IsolationLevel) -> None:
+    def of(**config: Any) -> tuple[int, int]:
+        async def main() -> tuple[int, int]:
+            degraded = {"allow_degraded": True} if level in (IsolationLevel.STRICT, IsolationLevel.MAXIMUM) else {}
+            async with harness.open_sandbox(level, config={**degraded, **config}) as sandbox:
+                await sandbox.execute_plugin_safe(make, [b"one"], LONG)
+                return sandbox.get_telemetry().file_operations_count, len(sandbox.get_file_operations())
+
+        return asyncio.run(main())
+
+    assert of(enable_filesystem_isolation=False) == (0, 0)
+    assert of(enable_real_time_monitoring=False) == (1, 1)
+    count, kept = of(telemetry_enabled=False)
+    assert (count > 0, kept) == (True, 0)
+    assert IsolationConfig().enable_real_time_monitoring
+
+
+def work(folder: str, seconds: float) -> None:
+    import os
+    import shutil
+    import time
+
+    time.sleep(seconds)
+    with open(f"{folder}/text", "a") as file:
+        file.write("more\n")
+    os.chmod(f"{folder}/mode", 0o600)
+    os.rename(f"{folder}/sub/old", f"{folder}/sub/new")
+    shutil.rmtree(f"{folder}/gone")
+    os.makedirs(f"{folder}/made")
+    with open(f"{folder}/made/file", "w") as file:
+        file.write("made\n")
+    time.sleep(seconds / 3)
+
+
+@namespaced
+@pytest.mark.parametrize("seconds", [0.0, LONG], ids=["short", "long"])
+def test_granted_folders(level: IsolationLevel, seconds: float, tmp_path: Path) -> None:
+    folder = tmp_path / "granted"
+    for name in ("sub", "gone"):
+        (folder / name).mkdir(parents=True)
+    for name in ("text", "mode", "sub/old", "gone/file"):
+        (folder / name).write_text(f"{name}\n")
+    if harness.ROOT:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, 4321, 4322)
+        for above in (tmp_path, *tmp_path.parents[:2]):
+            above.chmod(0o711)
+
+    async def main() -> None:
+        permissions = {"allowed_directories": [str(folder)], "allow_file_deletion": True}
+        async with harness.open_sandbox(level, permissions=permissions) as sandbox:
+            await sandbox.execute_plugin_safe(work, str(folder), seconds)
+            records = sandbox.get_file_operations()
+            assert all(record["path"].startswith(f"{folder}/") for record in records)
+            seen = {(operation, path.removeprefix(f"{folder}/")) for operation, path in operations(records)}
+            assert {("modify", "text"), ("attributes", "mode"), ("create", "made"), ("create", "made/file")} <= seen
+            assert ("delete", "gone") in seen
+            assert {("delete", "sub/old"), ("create", "sub/new")} <= seen or ("move", "sub/new") in seen
+            assert not {path for _, path in seen} & {"sub", ""}, "what the overlay does for itself is not the plugin's"
+            await sandbox.discard_changes()
+            before = len(records)
+            await sandbox.execute_plugin_safe(plugins.my_plugin_function)
+            assert len(sandbox.get_file_operations()) == before, "neither is that it was discarded"
+            await sandbox.execute_plugin_safe(work, str(folder), seconds)
+            assert len(sandbox.get_file_operations()) >= before + 5
+
+    asyncio.run(main())
