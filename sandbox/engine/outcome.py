@@ -35,6 +35,7 @@ LIMIT_ERRNO = {
 }
 MB = 1 << 20
 NETWORK = {"socket", "socketpair", "accept", "accept4"}
+FILES = {"mknod", "mknodat", "chmod", "fchmod", "fchmodat", "fchmodat2", "creat", "open", "openat"}
 COUNTED = ("memory.events", "pids.events")  # files of a cgroup whose counts come with the end of a call
 PERMISSION = {"fork", "vfork", "clone", "execve", "execveat"}
 
@@ -48,6 +49,8 @@ def describe_violation(fields: dict[str, str]) -> SandboxViolation:
 
     if fields["nr"].endswith("_modules"):
         return describe_import(fields)
+    if fields["nr"] == "file":
+        return describe_file(fields)
     if "operation" in fields:
         return describe_network(fields)
     number = int(fields["nr"])
@@ -60,6 +63,8 @@ def describe_violation(fields: dict[str, str]) -> SandboxViolation:
             "warning",
             "new processes are not permitted: allow_subprocess_execution (--allow-subprocess)",
         )
+    elif name in FILES:
+        kind, severity, hint = SandboxViolationType.FILESYSTEM_VIOLATION, "warning", "no device nodes, no set-user-ID files"
     else:
         kind, severity, hint = SandboxViolationType.SECURITY_BREACH, "critical", "no plugin has a reason for it"
     details = {
@@ -137,6 +142,29 @@ def describe_import(fields: dict[str, str]) -> SandboxViolation:
         "call": int(fields["call"]),
     }
     return SandboxViolation(SandboxViolationType.PERMISSION_DENIED, text, datetime.now(UTC), "warning", details)
+
+
+def describe_file(fields: dict[str, str]) -> SandboxViolation:
+    """What the interpreter says about a file that the kernel has refused it; the plugin could leave it out, or make it up."""
+    from datetime import UTC, datetime
+
+    from sandbox.text import escape_text
+    from sandbox.violations import SandboxViolation, SandboxViolationType
+
+    path, file, line = (escape_text(fields[name], keep="") for name in ("path", "file", "line"))
+    where = f" ({file}, line {line})" if file else ""
+    text = f"{fields['operation']} of {path} was refused: {fields['errno']}{where}"
+    details = {
+        "path": path,
+        "operation": fields["operation"],
+        "errno": fields["errno"],
+        "file": file,
+        "line": int(line) if line.isascii() and line.isdecimal() and len(line) < 9 else None,
+        "count": int(fields["count"]),
+        "source": "interpreter",
+        "call": int(fields["call"]),
+    }
+    return SandboxViolation(SandboxViolationType.FILESYSTEM_VIOLATION, text, datetime.now(UTC), "warning", details)
 
 
 def counted(call: Call) -> list[SandboxViolation]:
@@ -263,7 +291,7 @@ def plugin_error(call: Call, violations: list[SandboxViolation]) -> SandboxExcep
         )
     if error.errno == errno.EPERM and violations and violations[-1].details.get("limit") == "network_requests":
         return _limit("network_requests", call.sandbox.recipe.network["max_requests"], None, violations[-1].message)
-    if error.errno in (errno.EPERM, errno.EACCES) and violations:
+    if error.errno in (errno.EPERM, errno.EACCES, errno.EROFS) and violations:
         return SecurityViolationError(
             f"the plugin ended by a refused operation: {violations[-1].message}", violations=violations
         )
