@@ -9,6 +9,8 @@ only where something was refused: a run without a violation does without it.
 from __future__ import annotations
 
 import math
+import os
+import shlex
 from dataclasses import dataclass, replace
 
 from sandbox.engine.access import BITS, Access, parse, plain, show
@@ -81,6 +83,7 @@ RULES: dict[str, Rule] = {
         "seccomp", "seccomp refuses to replace, extend or stop the kernel ({})", note="no plugin has a reason for it"
     ),
     "handles": Rule("seccomp", "seccomp refuses files by handle ({})", note="they pass every check of a path"),
+    "files": Rule("seccomp", "seccomp refuses device nodes and set-user-ID files ({})", note="they may outlive the sandbox"),
     "ports": Rule("seccomp", "seccomp refuses hardware ports ({})", note="no plugin has a reason for it"),
     "terminals": Rule("seccomp", "seccomp refuses to type into a terminal ({})", note="the terminal is its caller's"),
     "other calls": Rule("seccomp", "seccomp refuses {}", note="no plugin has a reason for it"),
@@ -119,6 +122,16 @@ RULES: dict[str, Rule] = {
         "allowed_modules", "the import of {} is not among the allowed ones", (("permissions", "allowed_modules", GIVEN),)
     ),
     "blocked_modules": Rule("blocked_modules", "the import of {} is blocked", (("permissions", "blocked_modules", GIVEN),)),
+    "file": Rule(
+        "view of the files",
+        "{} is not the plugin's to do that with",
+        (("permissions", "allowed_directories", GIVEN),),
+        "--rw {}",
+        "outside of granted folders and its own it may only read, and that as anybody may",
+    ),
+    "file creation": Rule(
+        "writes only to the workspace", "{} may not be written", (("permissions", "allow_file_creation", True),)
+    ),
     "deletion": Rule(
         "granted folders",
         "what was in a granted folder before may not be deleted",
@@ -171,6 +184,9 @@ CALLS = {
     "kernel": ("kexec_load", "kexec_file_load", "init_module", "finit_module", "delete_module", "reboot"),
     "handles": ("open_by_handle_at",),
     "ports": ("iopl", "ioperm"),
+    "files": (
+        "mknod", "mknodat", "chmod", "fchmod", "fchmodat", "fchmodat2", "creat", "open", "openat",
+    ),
     "terminals": ("ioctl",),
     "addresses": ("sendto", "sendmsg", "sendmmsg"),
 }  # fmt: skip
@@ -291,6 +307,23 @@ def imported(which: str, module: str, recipe: Recipe, file: str, line: int | Non
     wanted = [*listed, module] if which == "allowed_modules" else [each for each in listed if each not in above]
     is_module = all(part.isidentifier() for part in parts) and len(module) <= PLACE
     return explain(which, module, {which: _listed(wanted) if is_module else None}, file=file, line=line)
+
+
+def file(path: str, recipe: Recipe, place: str, line: int | None) -> Explanation:
+    """Of a file that the plugin was refused, at a line of its own file `place`; proposes a folder where granting it helps."""
+    if not any(access.startswith("write") and each == recipe.workspace["path"] for each, access in landlock_rules(recipe)):
+        return explain("file creation", path, file=place, line=line)
+    from sandbox.recipe import ungrantable
+
+    folder = os.path.dirname(path)
+    is_plain = len(folder) <= PLACE and folder.isprintable() and not ungrantable(folder)
+    proposed = folder if is_plain and os.access(folder, os.W_OK) else None
+    values = {"allowed_directories": [proposed] if proposed else None}
+    return explain("file", path, values, word=shlex.quote(proposed) if proposed else "", file=place, line=line)
+
+
+def landlock_rules(recipe: Recipe) -> list[list[str]]:
+    return recipe.landlock["rules"] if recipe.landlock is not None else []
 
 
 def more(value: float) -> float:

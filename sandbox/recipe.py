@@ -562,14 +562,9 @@ class _Compiler:
 
     def check_granted(self, path: str, others: list[str]) -> None:
         where = f"PluginPermissionsV2.allowed_directories: {path!r}"
-        if not os.path.lexists(path):
-            raise ValueError(f"{where} does not exist: make it first, or check the path")
-        if os.path.realpath(path) != path:
-            raise ValueError(f"{where} is, or leads through, a symbolic link: grant {os.path.realpath(path)}")
-        if not os.path.isdir(path):
-            raise ValueError(f"{where} is no directory: grant the one that it lies in")
-        if path == "/" or under(path, ("/proc", "/sys", "/dev")) or path in ("/run", "/tmp", "/var", "/var/tmp"):
-            raise ValueError(f"{where} is the system's own, of which a sandbox has another: grant a directory of yours")
+        reason = ungrantable(path)
+        if reason:
+            raise ValueError(f"{where} {reason}")
         for other in others:
             if under(path, (other,)):
                 raise ValueError(f"{where} lies in {other!r}, which is granted as well: leave one of them out")
@@ -909,6 +904,19 @@ def disks() -> list[str]:
                 if int(size.read()):
                     found.append(number.read().strip())
     return found
+
+
+def ungrantable(path: str) -> str:
+    """Why a folder cannot be granted, with the mend; "" if it can."""
+    if not os.path.lexists(path):
+        return "does not exist: make it first, or check the path"
+    if os.path.realpath(path) != path:
+        return f"is, or leads through, a symbolic link: grant {os.path.realpath(path)}"
+    if not os.path.isdir(path):
+        return "is no directory: grant the one that it lies in"
+    if path == "/" or under(path, ("/proc", "/sys", "/dev")) or path in ("/run", "/tmp", "/var", "/var/tmp"):
+        return "is the system's own, of which a sandbox has another: grant a directory of yours"
+    return ""
 
 
 def under(path: str, folders: Iterable[str]) -> bool:
