@@ -83,6 +83,9 @@ RULES: dict[str, Rule] = {
     "handles": Rule("seccomp", "seccomp refuses files by handle ({})", note="they pass every check of a path"),
     "ports": Rule("seccomp", "seccomp refuses hardware ports ({})", note="no plugin has a reason for it"),
     "terminals": Rule("seccomp", "seccomp refuses to type into a terminal ({})", note="the terminal is its caller's"),
+    "special files": Rule(
+        "seccomp", "seccomp refuses device nodes and set-user-ID files ({})", note="they could outlive the sandbox"
+    ),
     "other calls": Rule("seccomp", "seccomp refuses {}", note="no plugin has a reason for it"),
     # The network, as sandbox.engine.sockets decides on it.
     "connection": Rule(
@@ -119,6 +122,12 @@ RULES: dict[str, Rule] = {
         "allowed_modules", "the import of {} is not among the allowed ones", (("permissions", "allowed_modules", GIVEN),)
     ),
     "blocked_modules": Rule("blocked_modules", "the import of {} is blocked", (("permissions", "blocked_modules", GIVEN),)),
+    "files": Rule(
+        "view of the files",
+        "{} is not permitted",
+        (("permissions", "allowed_directories", GIVEN),),
+        note="or --rw DIR, to read it --ro DIR; the file's own mode has its say as well",
+    ),
     "deletion": Rule(
         "granted folders",
         "what was in a granted folder before may not be deleted",
@@ -173,6 +182,9 @@ CALLS = {
     "ports": ("iopl", "ioperm"),
     "terminals": ("ioctl",),
     "addresses": ("sendto", "sendmsg", "sendmmsg"),
+    "special files": (
+        "mknod", "mknodat", "chmod", "fchmod", "fchmodat", "fchmodat2", "creat", "open", "openat",
+    ),
 }  # fmt: skip
 
 

@@ -896,7 +896,7 @@ class _Run:
         violation = outcome.describe_violation(fields, self.call.sandbox)
         self._raw[fields["nr"], fields["arg0"]] = violation
         self.violations.append(violation)
-        if len(self.violations) > self.owner.config.violation_threshold:
+        if self.call.offences > self.owner.config.violation_threshold:
             self.call.kill("violations")
 
 

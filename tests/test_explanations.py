@@ -38,7 +38,7 @@ def standard(key: str) -> Explanation:
     if key in LIMITS:
         table, name, _ = rule.settings[0]
         return limited(key, getattr(TABLES[table](), name))
-    given = {name: ["json"] for _, name, value in rule.settings if value is GIVEN}
+    given = {name: ["/usr" if name == "allowed_directories" else "json"] for _, name, value in rule.settings if value is GIVEN}
     return explain(key, "what", given, word="json" if rule.flag and "{}" in rule.flag else "")
 
 

@@ -444,10 +444,10 @@ def test_refused_calls_answer_eperm(profile: str, permissions: dict[str, bool]) 
         for name in ("personality", "sched_setaffinity of another", "mknod S_IFCHR"):
             assert wrong.pop(name, "ENOSYS") == "ENOSYS"
     assert wrong == {}
-    assert {"mount", "unshare", "setns", "ptrace", "bpf", "keyctl", "clone", "socket", "ioctl", "fsopen"} <= set(
+    assert {"mount", "unshare", "setns", "ptrace", "bpf", "keyctl", "clone", "socket", "ioctl", "fsopen", "fchmod"} <= set(
         inside.notified
     )
-    assert not {"name_to_handle_at", "prctl", "fchmod", "prlimit64", "adjtimex"} & set(inside.notified)
+    assert not {"name_to_handle_at", "prctl", "fchmodat", "prlimit64", "adjtimex"} & set(inside.notified)
 
 
 @every_profile

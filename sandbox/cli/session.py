@@ -191,7 +191,7 @@ class Session:
         from sandbox.engine import outcome
 
         assert self.call is not None
-        if self.call.violations:
+        if self.call.offences:
             return "a violation was recorded"
         if self.call.cause or outcome.judge(self.call, []) is not None:
             return "the plugin did not come to its own end"
@@ -291,7 +291,7 @@ class Session:
         self.call.on_done = end
 
     def _violation(self, call: client.Call, fields: dict[str, str]) -> None:
-        if len(call.violations) > self.recipe.monitoring["violation_threshold"]:
+        if call.offences > self.recipe.monitoring["violation_threshold"]:
             call.kill("violations")
 
     def _kill(self, cause: str) -> None:

@@ -28,7 +28,8 @@ Two forms, one per direction of trust:
                                   excess: see sandbox.engine.sockets.Wanted
   failure      worker -> host     see sandbox.engine.failure; as a reply
   unfit        worker -> host     text, allowed, used: what cannot travel and why; as a reply
-  refused      worker -> host     module, list, file, line: what the interpreter has refused; in a frame of its own
+  refused      worker -> host     module, list, file, line: what the interpreter has refused; in a frame of its own. Or
+                                  path, operation, errno, file, line, count: what the kernel has refused it
   ============ ================== ==========================================================================
 
 * *Frames* carry a reply from the worker: one byte of kind, in upper case in the last frame of the reply, and at most FRAME
@@ -55,6 +56,10 @@ REPLY_ERROR = b"e"  # a piece of an encoded exception
 REPLY_UNFIT = b"u"  # a piece of a flat message "unfit": text, allowed, used; the value cannot travel
 
 NOTE = b"n"  # a flat message "refused"
+FILE_OPERATIONS = (  # that a note may tell of
+    *("access", "chdir", "chmod", "chown", "link", "listdir", "mkdir", "open", "rename", "rmdir", "setxattr", "symlink"),
+    *("truncate", "unlink", "utime"),
+)
 
 SO_PASSCRED = 16
 SCM_RIGHTS = 1

@@ -36,6 +36,9 @@ VALUE_MODULES = ("sandbox.engine.codec",)  # what a zygote needs whose workers s
 SHUT_RDWR = 2
 TEXT = 1000  # characters of what a worker says about itself
 STRAYS = 1000
+FILE = "file"  # what stands for the number of a system call where the interpreter tells of a refused file
+FILE_ERRORS = {str(number): errno.errorcode[number] for number in (errno.EACCES, errno.EPERM, errno.EROFS)}
+NOTES = 6000  # about files that are read: of 256 different refusals 2 ** 23 each
 REFUSALS = 10_000  # refused calls after which a plugin only burns our time and is ended
 # Seconds that a killed sandbox may take to vanish, and that the caller's own clock waits longer than the warden's.
 CLOCK_REALTIME_COARSE = 5  # linux/time.h
@@ -621,6 +624,7 @@ class Call:
         self.reply = bytearray()
         self.reply_complete = False
         self.strays = 0  # frames that belong to no reply
+        self.notes = 0  # about files
         self.reply_limit = int(sandbox.recipe.limits["result_bytes"])
         self.reply_size = 0
         self.violations: dict[tuple[str, str], dict[str, str]] = {}
@@ -721,14 +725,33 @@ class Call:
             kind, fields = channel.unpack(data)
         except channel.Malformed:
             return False
+        where = {"file": fields.get("file", "")[:TEXT], "line": fields.get("line", "")[:TEXT]}
+        if kind == "refused" and "operation" in fields:
+            return self._file_note(fields, where)
         module, which = fields.get("module", "")[:TEXT], fields.get("list")
         if kind != "refused" or not module or which not in ("allowed_modules", "blocked_modules"):
             return False
         known = self.violations.get((which, module))
         count = int(known["count"]) + 1 if known is not None else 1
-        where = {"file": fields.get("file", "")[:TEXT], "line": fields.get("line", "")[:TEXT]}
         self.violation({"nr": which, "arg0": module, **where, "count": str(count), "call": str(self.number)})
         return True
+
+    def _file_note(self, fields: dict[str, str], where: dict[str, str]) -> bool:
+        operation, path, number = fields["operation"], fields.get("path", "")[:TEXT], fields.get("errno", "")
+        count = fields.get("count", "")
+        self.notes += 1
+        fits = operation in channel.FILE_OPERATIONS and number in FILE_ERRORS and path
+        if not fits or not count.isascii() or not count.isdecimal() or len(count) > 7 or self.notes > NOTES:
+            return False
+        what = {"operation": operation, "path": path, "errno": FILE_ERRORS[number]}
+        self.violation({"nr": FILE, "arg0": " ".join(what.values()), **what, **where, "count": count, "call": str(self.number)})
+        return True
+
+    @property
+    def offences(self) -> int:
+        """How many different violations there are that may end a call, or have its changes not kept. Files that the
+        interpreter was refused are none: harmless programs look where they may not, and go on."""
+        return sum(nr != FILE for nr, _ in self.violations)
 
     def _drain_job(self) -> None:
         while self.job.fileno() >= 0:
@@ -750,7 +773,7 @@ class Call:
         key = fields["nr"], where_to(fields) or fields["arg0"]
         is_new = key not in self.violations
         self.violations[key] = fields
-        if sum(int(known["count"]) for known in self.violations.values()) >= REFUSALS:
+        if sum(int(known["count"]) for (nr, _), known in self.violations.items() if nr != FILE) >= REFUSALS:
             self.kill("violations")
         if is_new and self.on_violation is not None:
             self.on_violation(self, fields)
@@ -845,6 +868,7 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         "pids_max": int((recipe.cgroup or {}).get("settings", {}).get("pids.max", 0)),
         "memory_sampled": None if "memory" in (recipe.cgroup or {}).get("controllers", ()) else recipe.limits["memory_bytes"],
         "landlock": recipe.landlock,
+        "watches_refusals": recipe.monitoring["recording"] == "events",
         "seccomp": {"profile": seccomp["profile"], "bpf": program},
     }
 

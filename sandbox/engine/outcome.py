@@ -38,6 +38,7 @@ BYTES = {"memory", "output", "result", "file_size", "disk"}  # limits whose sett
 MB = 1 << 20
 PLACE = 200  # characters of a file's name, of which the end tells most
 NETWORK = {"socket", "socketpair", "accept", "accept4"}
+FILES = {"mknod", "mknodat", "chmod", "fchmod", "fchmodat", "fchmodat2", "creat", "open", "openat"}
 COUNTED = ("memory.events", "pids.events")  # files of a cgroup whose counts come with the end of a call
 PERMISSION = {"fork", "vfork", "clone", "execve", "execveat"}
 # linux/sched.h: CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET
@@ -57,6 +58,8 @@ def describe_violation(fields: dict[str, str], sandbox: Sandbox) -> SandboxViola
 
     if fields["nr"].endswith("_modules"):
         return describe_import(fields, sandbox.recipe)
+    if fields["nr"] == "file":
+        return describe_file(fields)
     if "operation" in fields:
         return describe_network(fields, sandbox)
     number = int(fields["nr"])
@@ -72,6 +75,9 @@ def describe_violation(fields: dict[str, str], sandbox: Sandbox) -> SandboxViola
             "new processes are not permitted: allow_subprocess_execution (--allow-subprocess)",
         )
         explanation = explanations.processes(sandbox.recipe)
+    elif name in FILES:
+        kind, severity, hint = SandboxViolationType.FILESYSTEM_VIOLATION, "warning", "no device nodes, no set-user-ID files"
+        explanation = explanations.kernel(name)
     else:
         kind, severity, hint = SandboxViolationType.SECURITY_BREACH, "critical", "no plugin has a reason for it"
         explanation = explanations.kernel(name)
@@ -194,6 +200,34 @@ def operations(name: str) -> set[str]:
     if name in NETWORK:
         return SOCKET_NAMES
     return PROCESS_NAMES if name in PERMISSION else {name}
+
+
+def describe_file(fields: dict[str, str]) -> SandboxViolation:
+    """What the interpreter says about a file that the kernel has refused it; the plugin could leave it out, or make it up."""
+    from datetime import UTC, datetime
+
+    from sandbox import explanations
+    from sandbox.text import escape_text
+    from sandbox.violations import SandboxViolation, SandboxViolationType
+
+    path, file, line = (escape_text(fields[name], keep="") for name in ("path", "file", "line"))
+    number = int(line) if line.isascii() and line.isdecimal() and len(line) < 9 else None
+    where = f" ({file}, line {line})" if file else ""
+    what = f"{fields['operation']} of {path}"
+    text = f"{what} was refused: {fields['errno']}{where}"
+    details = {
+        "path": path,
+        "operation": fields["operation"],
+        "errno": fields["errno"],
+        "file": file,
+        "line": number,
+        "count": int(fields["count"]),
+        "source": "interpreter",
+        "call": int(fields["call"]),
+    }
+    explanation = explanations.explain("files", what, file=fields["file"], line=number)
+    kind = SandboxViolationType.FILESYSTEM_VIOLATION
+    return SandboxViolation(kind, text, datetime.now(UTC), "warning", details, explanation=explanation)
 
 
 def counted(call: Call) -> list[SandboxViolation]:
@@ -332,7 +366,7 @@ def plugin_error(call: Call, violations: list[SandboxViolation]) -> SandboxExcep
         )
     if error.errno == errno.EPERM and violations and violations[-1].details.get("limit") == "network_requests":
         return _limit("network_requests", call.sandbox.recipe.network["max_requests"], None, violations[-1].message)
-    if error.errno in (errno.EPERM, errno.EACCES) and violations:
+    if error.errno in (errno.EPERM, errno.EACCES, errno.EROFS) and violations:
         last = violations[-1]
         text = f"the plugin ended by a refused operation: {last.message}"
         return SecurityViolationError(text, violations=violations, explanation=last.explanation)

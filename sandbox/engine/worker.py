@@ -19,6 +19,7 @@ import sys
 import termios
 
 from sandbox.engine import channel, failure, forkhooks
+from sandbox.engine.refusals import Refusals
 from sandbox.ns import mounts, privileges
 from sandbox.ns import syscalls as sc
 from sandbox.seccomp import load
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 OWN_RLIMITS = ("RLIMIT_NOFILE", "RLIMIT_NPROC")
 TEXT_CHARACTERS = 8192  # of a message about a value that cannot travel
+
+refusals: Refusals | None = None  # of files, in a worker that has taken on a job
 
 
 def run(
@@ -57,6 +60,7 @@ def run(
         sc.after_fork()
         forkhooks.make_up()
         take_on(job, instruction, recipe["environment"])
+        note_refusals(job, recipe)
         status = {"run": run_file, "call": run_call, "function": run_function}[str(instruction["kind"])](
             job, instruction, payload
         )
@@ -162,6 +166,16 @@ def take_on(job: _socket.socket, instruction: dict[str, Any], environment: dict[
     if instruction["hosts"]:
         know_hosts(instruction["hosts"])
     gc.enable()
+
+
+def note_refusals(job: _socket.socket, recipe: dict[str, Any]) -> None:
+    """Tell of files that the plugin is refused. Without Landlock nobody here knows what it may write."""
+    global refusals
+    if recipe["landlock"] is not None:
+        places = [path for path, access in recipe["landlock"]["rules"] if access.startswith("write")]
+        refusals = Refusals(places, lambda fields: send_note(job, fields))
+        if recipe["watches_refusals"]:
+            refusals.watch()
 
 
 def know_hosts(hosts: dict[str, list[str]]) -> None:
@@ -385,4 +399,7 @@ def send_unfit(job: _socket.socket, fields: dict[str, object]) -> None:
 
 
 def send_error(job: _socket.socket, error: BaseException) -> None:
+    """Of the plugin; a refusal that it came from is told first."""
+    if refusals is not None:
+        refusals.uncaught(error)
     send_frames(job, channel.REPLY_ERROR, failure.encode(error))

@@ -207,15 +207,15 @@ class FileTree:
     def _lstat(self, root: int, path: str) -> os.stat_result | None:
         above, _, name = path.rpartition("/")
         try:
+            if not above:
+                return os.stat(name, dir_fd=root, follow_symlinks=False)
             fd = sc.open_beneath(root, above, os.O_PATH | os.O_DIRECTORY)
+            try:
+                return os.stat(name, dir_fd=fd, follow_symlinks=False)
+            finally:
+                os.close(fd)
         except OSError:
             return None
-        try:
-            return os.stat(name, dir_fd=fd, follow_symlinks=False)
-        except OSError:
-            return None
-        finally:
-            os.close(fd)
 
     def _tell(self, operation: str, path: str, entry: Known | None, old: str | None = None) -> None:
         if path in self.own:

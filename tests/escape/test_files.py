@@ -88,6 +88,33 @@ def _drain(reader: int) -> bytes:
         return b""
 
 
+@attack(WRITES, scene=open_folder)
+def write_outside_unseen(folder: str) -> str:
+    """With the interpreter's record of refusals taken away, or made to fail: it is no boundary."""
+    import sys
+
+    def write() -> None:
+        with open(folder + "/file", "a") as file:
+            file.write("evil")
+
+    def without_monitoring() -> None:
+        monitoring = getattr(sys, "monitoring", None)
+        if monitoring is not None:
+            for tool in range(6):
+                monitoring.free_tool_id(tool)
+        write()
+
+    def without_records() -> None:
+        import gc
+
+        for each in gc.get_objects():
+            if type(each).__name__ == "Refusals":
+                each.places, each.below, each.report = ("/",), ("/",), None
+        write()
+
+    return first_escape({"monitoring": without_monitoring, "records": without_records})
+
+
 @attack(WRITES, scene=open_folder, refusals=("EXDEV", "ENXIO"))
 def write_outside(folder: str) -> str:
     import os

@@ -201,6 +201,42 @@ def many_open_files() -> str:
     return attempt(lambda: len([os.open("/dev/null", os.O_RDONLY) for _ in range(200)]))
 
 
+@attack(DISK, limits={"max_file_operations": 200}, ends=LIMIT)
+def many_file_operations() -> str:
+    """On few files: no limit of what lies there strikes. At first so fast that they are over before anybody watches."""
+    import os
+    import time
+
+    def work() -> int:
+        for number in range(3000):
+            name = f"file{number % 7}"
+            open(name, "w").close()
+            os.rename(name, "other")
+            os.unlink("other")
+            if number % 300 == 0:
+                time.sleep(0.03)
+        return number
+
+    return attempt(work)
+
+
+@attack(DISK, limits={"max_file_operations": 200}, ends=LIMIT)
+def many_file_operations_in_folders() -> str:
+    """In folders that are new each time, and gone again before they can be watched, as far as that is quick enough."""
+    import os
+    import time
+
+    def work() -> int:
+        for number in range(2000):
+            os.makedirs(f"{number}/inner")
+            open(f"{number}/inner/file", "w").close()
+            if number % 200 == 0:
+                time.sleep(0.03)
+        return number
+
+    return attempt(work)
+
+
 @attack(DISK, refusals=("EINVAL",))
 def raise_a_limit() -> str:
     """Also by the value that the kernel takes for no limit."""

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sandbox import IsolationConfig, IsolationLevel, ResourceLimitExceededError, SandboxViolation, SandboxViolationType
+from sandbox import (
+    IsolationConfig,
+    IsolationLevel,
+    PluginExecutionError,
+    ResourceLimitExceededError,
+    SandboxException,
+    SandboxViolation,
+    SandboxViolationType,
+    SecurityViolationError,
+)
+from sandbox.engine import channel, client
 
 from . import harness, plugins
 
@@ -228,3 +239,249 @@ def test_granted_folders(level: IsolationLevel, seconds: float, tmp_path: Path) 
             assert len(sandbox.get_file_operations()) >= before + 5
 
     asyncio.run(main())
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def caught() -> int:
+    """Writes outside, and goes on; returns the line number of the first attempt."""
+    import contextlib
+    import os
+    import sys
+
+    line = sys._getframe().f_lineno
+    with contextlib.suppress(OSError):
+        open("/usr/lib/own\x1b[31m", "w")  # noqa: SIM115
+    with contextlib.suppress(OSError):
+        os.mkdir("/usr/lib/own")
+    for _ in range(4):
+        with contextlib.suppress(OSError):
+            os.remove(os.__file__)
+    with contextlib.suppress(OSError):
+        open("/usr/lib/missing/own", "w")  # noqa: SIM115
+    with contextlib.suppress(OSError):
+        open("own", "w").close()
+    return line
+
+
+def uncaught() -> None:
+    open("/usr/lib/own", "w")  # noqa: SIM115
+
+
+def wrapped() -> None:
+    try:
+        uncaught()
+    except OSError as error:
+        raise ValueError("it did not work") from error
+
+
+def only_a_library() -> str:
+    """What a library tries and goes without is no matter of the plugin's."""
+    import tempfile
+
+    tempfile.tempdir = None
+    tempfile._candidate_tempdir_list = lambda: ["/usr/lib", "/tmp", "."]  # type: ignore[attr-defined]
+    return tempfile.gettempdir()
+
+
+def own_modes() -> str:
+    """A file of the plugin's own that its mode keeps it from."""
+    import os
+
+    with open("closed", "w"):
+        pass
+    os.chmod("closed", 0)
+    try:
+        open("closed").close()
+    except PermissionError as error:
+        return type(error).__name__
+    return "open"
+
+
+def refusals(level: IsolationLevel, function: Any, **settings: Any) -> tuple[list[SandboxViolation], Any]:
+    """The violations, and what came back or was raised."""
+
+    async def main() -> tuple[list[SandboxViolation], Any]:
+        async with harness.open_sandbox(level, **settings) as sandbox:
+            try:
+                result = await sandbox.execute_plugin_safe(function)
+            except SandboxException as error:
+                result = error
+            return sandbox.get_violations(), result
+
+    return asyncio.run(main())
+
+
+def test_a_caught_refusal_is_told_with_its_line(level: IsolationLevel) -> None:
+    violations, line = refusals(level, caught)
+    assert {violation.type for violation in violations} == {SandboxViolationType.FILESYSTEM_VIOLATION}
+    told = [violation.details for violation in violations]
+    assert [(each["operation"], each["path"], each["count"]) for each in told] == [
+        ("open", "/usr/lib/own\\x1b[31m", 1),
+        ("mkdir", "/usr/lib/own", 1),
+        ("unlink", os.__file__, 4),
+    ]
+    assert {each["errno"] for each in told} <= {"EACCES", "EROFS"}
+    assert {(each["file"], each["source"]) for each in told} == {(__file__, "interpreter")}
+    assert told[0]["line"] == line + 2
+    assert f"{__file__}, line {line + 2}" in violations[0].message
+
+
+def test_an_uncaught_refusal_ends_by_it(level: IsolationLevel) -> None:
+    violations, error = refusals(level, uncaught)
+    assert isinstance(error, SecurityViolationError)
+    assert error.violations == violations
+    assert [(each.details["path"], each.details["count"]) for each in violations] == [("/usr/lib/own", 1)]
+    assert violations[0].details["line"] == uncaught.__code__.co_firstlineno + 1
+
+
+def test_a_refusal_behind_another_exception_is_told(level: IsolationLevel) -> None:
+    violations, error = refusals(level, wrapped)
+    assert isinstance(error, PluginExecutionError)
+    assert error.exception_type == "ValueError"
+    assert [(each.details["path"], each.details["count"]) for each in violations] == [("/usr/lib/own", 1)]
+
+
+def test_a_function_without_code_of_the_plugins(level: IsolationLevel) -> None:
+    violations, error = refusals(level, functools.partial(os.rmdir, "/usr/lib"))
+    assert isinstance(error, SecurityViolationError)
+    assert [(each.details["operation"], each.details["file"], each.details["line"]) for each in violations] == [
+        ("rmdir", "", 0)
+    ]
+
+
+@pytest.mark.parametrize("function", [only_a_library, own_modes])
+def test_what_is_no_refusal_of_the_plugin(level: IsolationLevel, function: Any) -> None:
+    violations, _ = refusals(level, function)
+    assert violations == []
+
+
+def many_refusals() -> str:
+    import contextlib
+
+    for number in range(20):
+        with contextlib.suppress(OSError):
+            open(f"/usr/lib/own-{number}", "w")  # noqa: SIM115
+    return "went on"
+
+
+def test_harmless_attempts_do_not_pass_the_threshold(level: IsolationLevel) -> None:
+    violations, result = refusals(level, many_refusals)
+    assert result == "went on"
+    assert len(violations) == 20
+
+
+def test_without_monitoring_only_what_ends_a_call_is_told(level: IsolationLevel) -> None:
+    config = {"enable_real_time_monitoring": False}
+    assert refusals(level, many_refusals, config=config) == ([], "went on")
+    violations, error = refusals(level, uncaught, config=config)
+    assert isinstance(error, SecurityViolationError)
+    assert len(violations) == 1
+
+
+def forge(frames: list[bytes]) -> str:
+    """Sends frames on the job's socket, which is the plugin's for the taking."""
+    import os
+    import stat
+
+    for fd in range(3, 50):
+        try:
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                continue
+            for frame in frames:
+                os.write(fd, frame)
+        except OSError:
+            continue
+    return "sent"
+
+
+def note(**fields: object) -> bytes:
+    return channel.NOTE.upper() + channel.pack("refused", fields)
+
+
+def test_forged_notes_are_bounded_and_escaped(level: IsolationLevel) -> None:
+    good: dict[str, object] = {"path": "/x\x1b[2J", "operation": "open", "errno": 13, "file": "\x1b", "line": "1\n", "count": 3}
+    bad = [
+        note(**{**good, "operation": "forge"}),
+        note(**{**good, "errno": 2}),
+        note(**{**good, "count": "-1"}),
+        note(**{**good, "count": "9" * 50}),
+        note(**{**good, "path": ""}),
+        note(operation="open"),
+        channel.NOTE.upper() + b"\xff\xff",
+    ]
+    violations, result = refusals(level, functools.partial(forge, [*bad, note(**{**good, "path": "/x\x1b[2J" + "y" * 5000})]))
+    assert result == "sent"
+    assert len(violations) == 1
+    details = violations[0].details
+    assert (details["count"], details["line"], details["file"]) == (3, None, "\\x1b")
+    assert details["path"].startswith("/x\\x1b[2J")
+    assert len(details["path"]) < 1100
+    assert "\x1b" not in violations[0].message
+
+
+def test_a_flood_of_forged_notes_is_not_listened_to(level: IsolationLevel) -> None:
+    frames = [
+        note(path=f"/{number}", operation="open", errno=13, file="", line=0, count=1) for number in range(client.NOTES + 2000)
+    ]
+    violations, error = refusals(level, functools.partial(forge, frames), limits={"max_memory_mb": 256})
+    assert isinstance(error, PluginExecutionError)
+    assert len(violations) == client.NOTES
+
+
+def forbidden_files() -> list[str]:
+    import os
+    import stat
+
+    answers = []
+    with open("file", "w"):
+        pass
+    attempts: list[tuple[Any, ...]] = [
+        (os.chmod, "file", 0o4755),
+        (os.mknod, "device", stat.S_IFCHR | 0o600, os.makedev(1, 3)),
+        (os.chmod, "file", 0o2755),
+    ]
+    for action, *arguments in attempts:
+        try:
+            action(*arguments)
+            answers.append("done")
+        except OSError as error:
+            answers.append(type(error).__name__)
+    return answers
+
+
+def test_what_the_kernel_refuses_of_files_is_told_by_it(level: IsolationLevel) -> None:
+    """A copying program may want set-group-ID: that is refused without a word."""
+    violations, answers = refusals(level, forbidden_files)
+    assert "done" not in answers
+    told = {(violation.type, violation.details["source"]) for violation in violations}
+    assert told == {(SandboxViolationType.FILESYSTEM_VIOLATION, "kernel")}
+    names = {violation.details["syscall"].replace("at2", "").replace("at", "") for violation in violations}
+    assert names == {"chmod", "mknod"}
+
+
+def silenced() -> str:
+    """A plugin that takes the record away has nothing from it but that."""
+    import sys
+
+    monitoring = getattr(sys, "monitoring", None)
+    if monitoring is not None:
+        for tool in range(6):
+            monitoring.free_tool_id(tool)
+
+    def disturb(event: str, args: Any) -> None:
+        if event == "open":
+            raise KeyError(event)
+
+    sys.addaudithook(disturb)
+    try:
+        open("/usr/lib/own", "w").close()
+    except (KeyError, OSError) as error:
+        return type(error).__name__
+    return "written"
+
+
+def test_who_silences_the_record_gains_nothing(level: IsolationLevel) -> None:
+    _, result = refusals(level, silenced)
+    assert result in ("KeyError", "PermissionError", "OSError")
