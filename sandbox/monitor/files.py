@@ -16,19 +16,21 @@ from inotify_simple import INotify, flags, parse_events
 from sandbox.config import IsolationConfig
 from sandbox.engine.loop import PollLoop
 from sandbox.monitor.tree import ATTRIBUTES, CREATE, MODIFY, MOVE, OVERFLOW, FileTree, Known
+from sandbox.ns import syscalls as sc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from sandbox.engine.loop import Loop
+    from sandbox.engine.loop import Loop, Timer
 
 CHANGES = flags.CREATE | flags.DELETE | flags.CLOSE_WRITE | flags.MOVED_FROM | flags.MOVED_TO | flags.ATTRIB
 MASK = CHANGES | flags.ONLYDIR | flags.EXCL_UNLINK
 RECORDS = 10_000  # kept; further ones are only counted
 SECOND_HALF = 0.1  # seconds that the second half of a move may come after the first
 AT_ONCE = 1 << 13  # bytes of events that are read before others on the loop have their turn: some 250
+REST = 0.02  # seconds in which events are left to gather: each one that wakes us costs the process that caused it
 
 
 class FileWatch(FileTree):
@@ -41,6 +43,8 @@ class FileWatch(FileTree):
         self.descriptors: dict[str, int] = {}  # the other way round
         self.moved: tuple[int, str] | None = None  # cookie and path of the first half of a move
         self.notify: INotify | None = None
+        self.timer: Timer | None = None  # while events gather
+        self.folder: tuple[str, int] | None = None  # the one that events were read of last, open meanwhile
 
     def listen(self, *, report: bool = False) -> None:
         """From now on; with `report` tell as well what is different from what is known.
@@ -50,7 +54,7 @@ class FileWatch(FileTree):
         self.notify = INotify(nonblocking=True)
         self.is_listening = True
         self.look(report=report)
-        self.loop.add_reader(self.notify.fileno(), self.read)
+        self._wait()
 
     def catch_up(self) -> None:
         while self.read():
@@ -67,10 +71,14 @@ class FileWatch(FileTree):
         self.look(report=report)
 
     def _stop(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
         if self.notify is not None:
             self.loop.remove_reader(self.notify.fileno())
             self.notify.close()
         self.notify, self.is_listening = None, False
+        self._close_folder()
         self.watched.clear()
         self.descriptors.clear()
         self.moved = None
@@ -83,19 +91,35 @@ class FileWatch(FileTree):
 
     # -- events ----------------------------------------------------------------------------------------------------
 
-    def read(self) -> bool:
-        """Some of what the kernel has told; False when that was nothing."""
+    def _wait(self) -> None:
+        """For the next event."""
+        self.timer = None
+        if self.notify is not None:
+            self.loop.add_reader(self.notify.fileno(), self._told)
+
+    def _told(self) -> None:
+        """Read; if there is more, again when others have had their turn, else after a rest."""
+        self.timer = None
+        read = self.read()
+        if self.notify is not None:
+            self.loop.remove_reader(self.notify.fileno())
+            again = self._told if read else self._wait
+            self.timer = self.loop.call_later(REST if read < AT_ONCE / 2 else 0, again)
+
+    def read(self) -> int:
+        """Some of what the kernel has told: so many bytes."""
         if self.notify is None:
-            return False
+            return 0
         try:
             data = os.read(self.notify.fileno(), AT_ONCE)
         except BlockingIOError:
-            return False
+            return 0
         for event in parse_events(data):
             self._event(event.wd, event.mask, event.cookie, event.name)
+        self._close_folder()
         if self.moved is not None:  # its second half may be a moment behind
             self.loop.call_later(SECOND_HALF, self._flush_move, self.moved)
-        return True
+        return len(data)
 
     def _event(self, watch: int, mask: int, cookie: int, name: str) -> None:
         if self.moved is not None and not (mask & flags.MOVED_TO and cookie == self.moved[0]):
@@ -129,9 +153,11 @@ class FileWatch(FileTree):
         if self.moved is not None and moved in (None, self.moved):
             (_, path), self.moved = self.moved, None
             self._left(path)
+            self._close_folder()
 
     def _move(self, old: str, new: str) -> None:
         """With all below it. What it replaces goes without a word of its own."""
+        self._close_folder()
         self._forget(new)
         entry = self.known.get(old)
         for path, inner in self._forget(old):
@@ -158,7 +184,7 @@ class FileWatch(FileTree):
             self._gone(path)
 
     def _seen(self, path: str, operation: str) -> None:
-        found = self._lstat(self.root, path)
+        found = self._lstat_known(path)
         before, now = self.known.get(path), Known(found)
         if found is None and operation != CREATE:  # its end is an event to come
             self._tell(operation, path, before)
@@ -172,6 +198,25 @@ class FileWatch(FileTree):
             self._tell(operation, path, now)
         if now.is_folder and operation == CREATE:
             self.look(path)
+
+    def _lstat_known(self, path: str) -> os.stat_result | None:
+        """What is there now; of files in the same folder, one after the other, that one is opened once."""
+        above, _, name = path.rpartition("/")
+        if self.folder is None or self.folder[0] != above:
+            self._close_folder()
+            try:
+                self.folder = above, sc.open_beneath(self.root, above, os.O_PATH | os.O_DIRECTORY)
+            except OSError:
+                return None
+        try:
+            return os.stat(name, dir_fd=self.folder[1], follow_symlinks=False)
+        except OSError:
+            return None
+
+    def _close_folder(self) -> None:
+        if self.folder is not None:
+            os.close(self.folder[1])
+            self.folder = None
 
     def _enter(self, path: str) -> int:
         """Watches it as well."""
