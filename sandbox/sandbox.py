@@ -882,12 +882,12 @@ class _Run:
         if self._watch_timer is not None:
             self._watch_timer.cancel()
         try:
+            if self._recorded is not None:
+                self.owner._recording_ends(self._recorded)
             if self._watched is not None:
                 self.owner._watch_ends(self._watched)
             else:
                 self.owner._count(self.call.outcome or {})
-            if self._recorded is not None:
-                self.owner._recording_ends(self._recorded)
         finally:
             if not self._done.done():
                 self._done.set_result(None)

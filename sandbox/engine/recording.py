@@ -79,14 +79,16 @@ class Recorder:
 
     def end(self, run: Recorded) -> None:
         """The call has ended: what it did until then counts. After the last one it is quiet."""
-        is_last = len(self.running) == 1
-        for tree in self.trees:
-            if is_last:
-                tree.quiet(report=not run.is_over)
-            else:
+        is_last, report = len(self.running) == 1, not run.is_over
+        if not is_last:
+            for tree in self.trees:
                 tree.catch_up()
-        if is_last:
-            self._look(report=not run.is_over)
+        elif not self._is_listening():
+            self._look(report=report)
+        else:
+            for tree in self.trees:
+                (tree.quiet if tree.is_listening else tree.look)(report=report)
+            self.seen = self._showing()
         self.running.remove(run)
 
     def close(self, *, look: bool) -> None:
