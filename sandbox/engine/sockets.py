@@ -90,6 +90,7 @@ class Sockets:
         self.requests: dict[int, int] = {}  # connections per call
         self.is_apart = False  # whether we have left the host's network, or never need to
         self.waiting: dict[int, set[_socket.socket]] = {}  # those under way, by call
+        self.late: set[_socket.socket] = set()  # those under way whose call has ended
 
     def handle(self, listener: int, notification: notifier.Notification, call: int, tell: Callable[[Wanted], None]) -> bool:
         """Answer it if it is one of ours, else False. `tell` is called before the answer."""
@@ -126,11 +127,16 @@ class Sockets:
     def ended(self, call: int) -> None:
         """Nobody waits for its connects any more: they end as well, instead of when the network has given them up."""
         self.requests.pop(call, None)
-        for sock in list(self.waiting.pop(call, ())):
+        self.late |= self.waiting.pop(call, set())
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Interrupt the connects that are late. One whose thread was only about to begin is not: it wants another time."""
+        for sock in list(self.late):
             try:
                 sock.shutdown(_socket.SHUT_RDWR)
             except OSError:
-                pass  # it was not under way any more
+                pass  # it has not begun, or is over
 
     # -- socket(2) -------------------------------------------------------------------------------------------------
 
@@ -239,6 +245,7 @@ class Sockets:
                 code = sock.connect_ex((wanted.address, wanted.port))
             finally:
                 under_way.discard(sock)
+                self.late.discard(sock)
                 sock.close()
                 if code:
                     notifier.refuse(own, notification, code)

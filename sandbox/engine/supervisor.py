@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 DISTINCT = 256  # different refused calls that are reported per call; the rest is counted under the last of them
+HURRY_MS = 100  # between looks at connects whose call has ended
 LOGGED = 1000  # network operations that are told one by one per call; of further ones every power of two is
 
 
@@ -86,7 +87,8 @@ class Supervisor:
     def serve(self) -> None:
         self.poll.register(self.warden.fileno(), select.POLLIN)
         while True:
-            for fd, event in self.poll.poll():
+            self.sockets.hurry()
+            for fd, event in self.poll.poll(HURRY_MS if self.sockets.late else None):
                 if fd == self.warden.fileno():
                     instruction, fds = channel.receive_instruction(self.warden, 1)
                     if instruction is None:

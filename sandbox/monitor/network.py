@@ -100,7 +100,7 @@ class NetworkIsolationManager:
             return True
 
     def disable_isolation(self) -> None:
-        """Let go of the namespace; it vanishes with the last sandbox that is in it. Does nothing where there is none."""
+        """Let go of the namespace, if there is one: it vanishes with the last sandbox that is in it, its link at once."""
         with self._lock:
             if self._holder is not None:
                 self._holder.close()

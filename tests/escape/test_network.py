@@ -122,6 +122,7 @@ def rewritten_address(good: int, bad: int) -> str:
     import socket
     import struct
     import threading
+    import time
 
     def sockaddr(port: int) -> bytes:
         return struct.pack("=H", socket.AF_INET) + struct.pack(">H", port) + socket.inet_aton("127.0.0.1") + bytes(8)
@@ -137,8 +138,9 @@ def rewritten_address(good: int, bad: int) -> str:
 
     other = threading.Thread(target=rewrite)
     other.start()
-    seen = set()
-    for _ in range(1000):
+    seen: set[str] = set()
+    end = time.monotonic() + 1
+    while time.monotonic() < end or (len(seen) < 2 and time.monotonic() < end + 5):
         with socket.socket() as sock:
             seen.add(errno.errorcode[ctypes.get_errno()] if libc.connect(sock.fileno(), place, 16) else "connected")
     is_over.set()
