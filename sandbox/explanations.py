@@ -14,7 +14,7 @@ import shlex
 from dataclasses import dataclass, replace
 
 from sandbox.engine.access import BITS, Access, parse, plain, show
-from sandbox.network import join
+from sandbox.network import join, split
 from sandbox.text import escape_text
 from sandbox.violations import Explanation
 
@@ -307,6 +307,22 @@ def imported(which: str, module: str, recipe: Recipe, file: str, line: int | Non
     wanted = [*listed, module] if which == "allowed_modules" else [each for each in listed if each not in above]
     is_module = all(part.isidentifier() for part in parts) and len(module) <= PLACE
     return explain(which, module, {which: _listed(wanted) if is_module else None}, file=file, line=line)
+
+
+def name(host: str, port: int, recipe: Recipe, place: str, line: int | None) -> Explanation:
+    """Of a host's name that was asked for, at a line of the plugin's own file `place`."""
+    access = recipe.network["access"]
+    try:
+        known, _ = split(host)
+    except ValueError:
+        known = ""
+    if known and access is not None and any(known == blocked for blocked, _ in access["blocked"]):
+        return explain("blocked host", host, file=place, line=line)
+    own = join(known, 0 if port in (0, 80, 443) else port) if known else ""
+    if access is None:
+        return explain("connection", host, {"allowed_hosts": [own] if known else None}, word=own, file=place, line=line)
+    allowed = [*(join(*entry) for entry in access["allowed"]), own]
+    return explain("host", host, {"allowed_hosts": _listed(allowed) if known else None}, word=own, file=place, line=line)
 
 
 def file(path: str, recipe: Recipe, place: str, line: int | None) -> Explanation:

@@ -303,8 +303,9 @@ class EnhancedPluginSandbox:
         self._notify("on_violation_detected", violation)
 
     def _network_operation(self, fields: dict[str, str]) -> None:
-        self._operations[fields["call"]] = int(fields["count"])
-        self._telemetry.network_operations_count = sum(self._operations.values())
+        if fields["operation"] != "resolve":  # those come from the interpreter, and go nowhere
+            self._operations[fields["call"]] = int(fields["count"])
+            self._telemetry.network_operations_count = sum(self._operations.values())
         record = outcome.activity(fields)
         if len(self._activity) < ACTIVITIES:
             self._activity.append(record)
@@ -734,7 +735,8 @@ class EnhancedPluginSandbox:
         A record has `timestamp` (ISO 8601), `operation` (socket, connect, bind, listen, sendto, sendmsg, sendmmsg), `family`
         (AF_INET), `type` (of a new socket: SOCK_STREAM), `address` and `port` (None where there are none), `allowed`,
         `reason`, `pid` (on the host) and `call` (its number). They come from the kernel (seccomp_unotify(2)): the plugin
-        can neither leave one out nor forge one.
+        can neither leave one out nor forge one. Only those with the operation "resolve" can be: names that its interpreter
+        has asked for (`address`, without `pid`).
         """
         return list(self._activity)
 

@@ -16,7 +16,7 @@ from sandbox.engine.refusals import DISTINCT, OPERATIONS, OTHER, REFUSED, TEXT, 
 
 def recorded(*places: str) -> tuple[Refusals, list[dict[str, object]]]:
     told: list[dict[str, object]] = []
-    return Refusals(list(places), told.append), told
+    return Refusals(list(places), told.append, told.append), told
 
 
 def test_both_sides_know_the_same_words() -> None:

@@ -162,7 +162,8 @@ class Session:
         return resolved
 
     def _network_operation(self, fields: dict[str, str]) -> None:
-        self.network_operations = int(fields["count"])
+        if fields["operation"] != "resolve":
+            self.network_operations = int(fields["count"])
         if self.result_file is not None:
             self.activity.append(fields)
 

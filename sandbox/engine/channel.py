@@ -55,7 +55,7 @@ REPLY_VALUE = b"v"  # a piece of an encoded value
 REPLY_ERROR = b"e"  # a piece of an encoded exception
 REPLY_UNFIT = b"u"  # a piece of a flat message "unfit": text, allowed, used; the value cannot travel
 
-NOTE = b"n"  # a flat message "refused"
+NOTE = b"n"  # a flat message "refused" or "asked"
 FILE_OPERATIONS = (  # that a note may tell of
     *("access", "chdir", "chmod", "chown", "link", "listdir", "mkdir", "open", "rename", "rmdir", "setxattr", "symlink"),
     *("truncate", "unlink", "utime"),

@@ -12,7 +12,7 @@ import marshal
 import os
 import select
 import sys
-from time import clock_gettime_ns
+from time import clock_gettime_ns, time
 
 from sandbox import state
 from sandbox.cgroups import leaf, place
@@ -37,8 +37,10 @@ SHUT_RDWR = 2
 TEXT = 1000  # characters of what a worker says about itself
 STRAYS = 1000
 FILE = "file"  # what stands for the number of a system call where the interpreter tells of a refused file
+NAME = "name"  # and where it tells of a host's name that was asked for
 FILE_ERRORS = {str(number): errno.errorcode[number] for number in (errno.EACCES, errno.EPERM, errno.EROFS)}
-NOTES = 6000  # about files that are read: of 256 different refusals 2 ** 23 each
+TOLD = FILE, NAME
+NOTES = 6000  # about those that are read: of 256 different refusals 2 ** 23 each
 REFUSALS = 10_000  # refused calls after which a plugin only burns our time and is ended
 # Seconds that a killed sandbox may take to vanish, and that the caller's own clock waits longer than the warden's.
 CLOCK_REALTIME_COARSE = 5  # linux/time.h
@@ -428,6 +430,19 @@ class Sandbox:
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
+    def knows(self, name: str) -> tuple[bool, str]:
+        """(whether a plugin may ask for a host of this name, why)"""
+        name, access = name.removesuffix(".").lower(), self.recipe.network["access"]
+        if name in ("localhost", self.recipe.hostname, os.uname().nodename.lower()):
+            return True, "it is this machine"
+        if access is None:
+            return False, "the network is not permitted"
+        if any(host == name for host, _ in access["blocked"]):
+            return False, f"{name} is in blocked_hosts"
+        if any(host in (name, "*") for host, _ in access["allowed"]):
+            return True, f"{name} is allowed"
+        return False, "it is not in allowed_hosts"
+
     def call(self, stdio: Sequence[int], *, tty: bool = False) -> Call:
         """Start a worker that waits for a job; `stdio` are three fds for its standard streams, which stay the caller's."""
         call = Call(self, self.next_call)
@@ -624,10 +639,11 @@ class Call:
         self.reply = bytearray()
         self.reply_complete = False
         self.strays = 0  # frames that belong to no reply
-        self.notes = 0  # about files
+        self.notes = 0  # about files and names
         self.reply_limit = int(sandbox.recipe.limits["result_bytes"])
         self.reply_size = 0
         self.violations: dict[tuple[str, str], dict[str, str]] = {}
+        self.passing: dict[str, str] | None = None  # a refusal that is none of the plugin's making, unless it ends by it
         self.on_sealed: Callable[[Call], None] | None = None
         self.on_done: Callable[[Call], None] | None = None
         self.on_violation: Callable[[Call, dict[str, str]], None] | None = None
@@ -726,6 +742,8 @@ class Call:
         except channel.Malformed:
             return False
         where = {"file": fields.get("file", "")[:TEXT], "line": fields.get("line", "")[:TEXT]}
+        if kind == "asked":
+            return self._name_note(fields, where)
         if kind == "refused" and "operation" in fields:
             return self._file_note(fields, where)
         module, which = fields.get("module", "")[:TEXT], fields.get("list")
@@ -741,17 +759,31 @@ class Call:
         count = fields.get("count", "")
         self.notes += 1
         fits = operation in channel.FILE_OPERATIONS and number in FILE_ERRORS and path
-        if not fits or not count.isascii() or not count.isdecimal() or len(count) > 7 or self.notes > NOTES:
+        if not fits or not is_number(count, 1 << 23) or self.notes > NOTES:
             return False
         what = {"operation": operation, "path": path, "errno": FILE_ERRORS[number]}
         self.violation({"nr": FILE, "arg0": " ".join(what.values()), **what, **where, "count": count, "call": str(self.number)})
         return True
 
+    def _name_note(self, fields: dict[str, str], where: dict[str, str]) -> bool:
+        host, port, count = fields.get("host", "")[:TEXT], fields.get("port", ""), fields.get("count", "")
+        self.notes += 1
+        if not host or self.notes > NOTES or not is_number(port, 65535) or not is_number(count, 1 << 23):
+            return False
+        allowed, reason = self.sandbox.knows(host)
+        what = {"operation": "resolve", "address": host, "port": port, "reason": reason, "allowed": str(int(allowed))}
+        if self.sandbox.on_network is not None:
+            more = {"family": "", "kind": "", "pid": "0", "time": str(time()), "count": count, "call": str(self.number)}
+            self.sandbox.on_network({**what, **more})
+        if not allowed:
+            self.violation({"nr": NAME, "arg0": f"{host}:{port}", **what, **where, "count": count, "call": str(self.number)})
+        return True
+
     @property
     def offences(self) -> int:
         """How many different violations there are that may end a call, or have its changes not kept. Files that the
-        interpreter was refused are none: harmless programs look where they may not, and go on."""
-        return sum(nr != FILE for nr, _ in self.violations)
+        interpreter was refused are none, nor names: harmless programs look where they may not, and go on."""
+        return sum(nr not in TOLD for nr, _ in self.violations)
 
     def _drain_job(self) -> None:
         while self.job.fileno() >= 0:
@@ -770,10 +802,13 @@ class Call:
             hang_up(self.job)
 
     def violation(self, fields: dict[str, str]) -> None:
-        key = fields["nr"], where_to(fields) or fields["arg0"]
+        if fields.get("passing") == "1":
+            self.passing = fields
+            return
+        key = fields["nr"], fields["arg0"] if fields["nr"] in TOLD else where_to(fields) or fields["arg0"]
         is_new = key not in self.violations
         self.violations[key] = fields
-        if sum(int(known["count"]) for (nr, _), known in self.violations.items() if nr != FILE) >= REFUSALS:
+        if sum(int(known["count"]) for (nr, _), known in self.violations.items() if nr not in TOLD) >= REFUSALS:
             self.kill("violations")
         if is_new and self.on_violation is not None:
             self.on_violation(self, fields)
@@ -812,6 +847,10 @@ class Call:
             self._timer.cancel()
         if self.on_done is not None:
             self.on_done(self)
+
+
+def is_number(text: str, most: int) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 9 and int(text) <= most
 
 
 def where_to(fields: dict[str, str]) -> str:

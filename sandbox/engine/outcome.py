@@ -60,6 +60,8 @@ def describe_violation(fields: dict[str, str], sandbox: Sandbox) -> SandboxViola
         return describe_import(fields, sandbox.recipe)
     if fields["nr"] == "file":
         return describe_file(fields, sandbox.recipe)
+    if fields["nr"] == "name":
+        return describe_name(fields, sandbox)
     if "operation" in fields:
         return describe_network(fields, sandbox)
     number = int(fields["nr"])
@@ -126,7 +128,7 @@ def activity(fields: dict[str, str]) -> dict[str, Any]:
         "port": int(fields["port"]) or None,
         "allowed": fields["allowed"] == "1",
         "reason": escape_text(fields["reason"], keep=""),
-        "pid": int(fields["pid"]),
+        "pid": int(fields["pid"]) or None,
         "call": int(fields["call"]),
     }
 
@@ -148,7 +150,7 @@ def describe_import(fields: dict[str, str], recipe: Recipe) -> SandboxViolation:
     from sandbox.violations import SandboxViolation, SandboxViolationType
 
     module, file, line = (escape_text(fields[name], keep="") for name in ("arg0", "file", "line"))
-    number = int(line) if line.isascii() and line.isdecimal() and len(line) < 9 else None
+    number = line_number(line)
     which = "is blocked by" if fields["nr"] == "blocked_modules" else "is not in"
     text = f"the import of {module} was refused ({file}, line {line}): it {which} PluginPermissionsV2.{fields['nr']}"
     details = {
@@ -167,15 +169,18 @@ def describe_import(fields: dict[str, str], recipe: Recipe) -> SandboxViolation:
 def locate(call: Call, violations: list[SandboxViolation]) -> None:
     """Tell the violation that ended the plugin where that was, if its exception was of a refused operation of that kind.
 
-    The kernel does not know it: file and line are the interpreter's word, so the plugin's, and marked as such.
+    The kernel does not know it: file and line are the interpreter's word, so the plugin's, and marked as such. What is no
+    violation where a library goes on without it (a socket for datagrams) is one where the plugin has ended by it.
     """
-    if not violations or call.reply_kind != channel.REPLY_ERROR or not call.reply_complete:
+    if call.reply_kind != channel.REPLY_ERROR or not call.reply_complete:
         return
     try:
         error = failure.decode(call.reply)
     except channel.Malformed:
         return
-    if error.errno != errno.EPERM or not error.file:
+    if error.errno == errno.EPERM and not violations and call.passing is not None:
+        violations.append(describe_violation(call.passing, call.sandbox))
+    if error.errno != errno.EPERM or not violations or not error.file:
         return
     import linecache
     import re
@@ -202,6 +207,38 @@ def operations(name: str) -> set[str]:
     return PROCESS_NAMES if name in PERMISSION else {name}
 
 
+def describe_name(fields: dict[str, str], sandbox: Sandbox) -> SandboxViolation:
+    """A name that the interpreter has asked for; the plugin could leave it out, or make it up."""
+    from datetime import UTC, datetime
+
+    from sandbox import explanations
+    from sandbox.text import escape_text
+    from sandbox.violations import SandboxViolation, SandboxViolationType
+
+    name, file, line = (escape_text(fields[key], keep="") for key in ("address", "file", "line"))
+    number, port = line_number(line), int(fields["port"])
+    where = f" ({file}, line {line})" if file else ""
+    details = {
+        "operation": "resolve",
+        "address": name,
+        "port": port or None,
+        "reason": fields["reason"],
+        "file": file,
+        "line": number,
+        "count": int(fields["count"]),
+        "source": "interpreter",
+        "call": int(fields["call"]),
+    }
+    explanation = explanations.name(fields["address"], port, sandbox.recipe, fields["file"], number)
+    kind = SandboxViolationType.NETWORK_VIOLATION
+    text = f"the name {name} was asked for{where}: {fields['reason']}"
+    return SandboxViolation(kind, text, datetime.now(UTC), "warning", details, explanation=explanation)
+
+
+def line_number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 9 else None
+
+
 def describe_file(fields: dict[str, str], recipe: Recipe) -> SandboxViolation:
     """What the interpreter says about a file that the kernel has refused it; the plugin could leave it out, or make it up."""
     from datetime import UTC, datetime
@@ -211,7 +248,7 @@ def describe_file(fields: dict[str, str], recipe: Recipe) -> SandboxViolation:
     from sandbox.violations import SandboxViolation, SandboxViolationType
 
     path, file, line = (escape_text(fields[name], keep="") for name in ("path", "file", "line"))
-    number = int(line) if line.isascii() and line.isdecimal() and len(line) < 9 else None
+    number = line_number(line)
     where = f" ({file}, line {line})" if file else ""
     text = f"{fields['operation']} of {path} was refused: {fields['errno']}{where}"
     details = {
@@ -365,7 +402,8 @@ def plugin_error(call: Call, violations: list[SandboxViolation]) -> SandboxExcep
         )
     if error.errno == errno.EPERM and violations and violations[-1].details.get("limit") == "network_requests":
         return _limit("network_requests", call.sandbox.recipe.network["max_requests"], None, violations[-1].message)
-    if error.errno in (errno.EPERM, errno.EACCES, errno.EROFS) and violations:
+    is_name = error.type.endswith("gaierror") and bool(violations) and violations[-1].details.get("operation") == "resolve"
+    if (is_name or error.errno in (errno.EPERM, errno.EACCES, errno.EROFS)) and violations:
         last = violations[-1]
         text = f"the plugin ended by a refused operation: {last.message}"
         return SecurityViolationError(text, violations=violations, explanation=last.explanation)

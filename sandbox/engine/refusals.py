@@ -1,4 +1,5 @@
-"""Refused file accesses, as the interpreter sees them: a record for people, made inside the worker, never the boundary.
+"""Refused file accesses, and names of hosts that are asked for, as the interpreter sees them: a record for people, made
+inside the worker, never the boundary.
 
 The kernel refuses; this only tells of it, with the line of the plugin that wanted it, and a plugin can silence or forge it.
 An exception is certain: one that leaves the plugin, and from Python 3.12 on every one that its code meets (sys.monitoring,
@@ -19,7 +20,7 @@ from _thread import get_ident
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import CodeType, TracebackType
+    from types import CodeType, FrameType, TracebackType
     from typing import Any
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -47,6 +48,7 @@ OPERATIONS = {
     "os.truncate": "truncate",
     "os.utime": "utime",
 }
+NAMES = ("socket.getaddrinfo", "socket.gethostbyname")  # audit events whose first argument is a host's name
 OTHER = "access"  # stat(2), readlink(2) and their like, for which there is no event
 OWN = os.path.join(os.path.dirname(__file__), "")
 LIBRARIES = (os.path.join(os.path.dirname(os.__file__), ""), OWN, "<frozen")
@@ -56,12 +58,16 @@ PACKAGES = ("/site-packages/", "/dist-packages/")
 class Refusals:
     """Tells `report` of the 1st, 2nd, 4th, 8th ... of equal refusals: path, operation, errno, file, line, count."""
 
-    def __init__(self, places: list[str], report: Callable[[dict[str, object]], None]) -> None:
-        """`places`: the folders and files that may be written, as absolute paths."""
+    def __init__(
+        self, places: list[str], report: Callable[[dict[str, object]], None], asked: Callable[[dict[str, object]], None]
+    ) -> None:
+        """`places`: the folders and files that may be written, as absolute paths. `asked` is told of a host's name as
+        `report` of a refusal: host, port, file, line, count."""
         self.places = tuple(places)
         self.below = tuple(os.path.join(place, "") for place in places)
         self.report = report
-        self.counts: dict[tuple[str, str, int], int] = {}
+        self.asked = asked
+        self.counts: dict[tuple[str, str, int], int] = {}  # by operation, path, errno; or "", host, port
         self.last: list[Any] = ["", ()]  # the last event and its arguments; another thread's if it is about another path
         self.busy: set[int] = set()  # threads that are in here
         self.sees_exceptions = False
@@ -85,12 +91,14 @@ class Refusals:
 
     def _hook(self) -> Callable[[str, tuple[Any, ...]], None]:
         """Every file that is opened passes through it: it does as little as can be done."""
-        operations, last, below, candidate = OPERATIONS, self.last, self.below, self._candidate
+        operations, last, below, candidate, name = OPERATIONS, self.last, self.below, self._candidate, self._name
 
         def remember(event: str, args: tuple[Any, ...]) -> None:
             if event == "open" or event in operations:
                 last[0] = event
                 last[1] = args
+            elif event in NAMES:
+                name(args)
 
         def remember_and_ask(event: str, args: tuple[Any, ...]) -> None:
             if event == "open":
@@ -108,6 +116,8 @@ class Refusals:
                 last[0] = event
                 last[1] = args
                 candidate(event, args)
+            elif event in NAMES:
+                name(args)
 
         return remember if self.sees_exceptions else remember_and_ask
 
@@ -175,19 +185,48 @@ class Refusals:
             self.last[:] = event, args  # not what was asked meanwhile
             self.busy.discard(thread)
 
+    # -- names of hosts ----------------------------------------------------------------------------------------------
+
+    def _name(self, args: tuple[Any, ...]) -> None:
+        """Whoever asks for a name wants to go there; what is no name needs no resolver."""
+        thread = get_ident()
+        if thread in self.busy:
+            return
+        self.busy.add(thread)
+        try:
+            host, port = args[0], args[1] if len(args) > 1 else 0
+            host = host.decode("ascii", "replace") if isinstance(host, bytes) else host
+            if isinstance(host, str) and host and ":" not in host and not host.rpartition(".")[2].isdecimal():
+                key = "", host[:TEXT], int(port or 0)
+                count = self._count(key)
+                if count:
+                    frame: FrameType | None = sys._getframe(2)
+                    while frame is not None and is_library(frame.f_code.co_filename):
+                        frame = frame.f_back
+                    where = {"file": frame.f_code.co_filename[:TEXT], "line": frame.f_lineno} if frame is not None else {}
+                    self.asked({"host": key[1], "port": key[2], "count": count, **where})
+        except BaseException:
+            return  # a port by its name, or the plugin's own event
+        finally:
+            self.busy.discard(thread)
+
     # -- telling -----------------------------------------------------------------------------------------------------
 
     def _tell(self, operation: str, path: str, number: int, file: str, line: int) -> None:
         real = os.path.realpath(path)
         if real in self.places or real.startswith(self.below):
             return  # there it is a matter of the file's own mode
-        key = operation, path[:TEXT], number
-        if key not in self.counts and len(self.counts) >= DISTINCT:
-            return
-        count = self.counts[key] = self.counts.get(key, 0) + 1
-        if count & (count - 1) == 0:
+        count = self._count((operation, path[:TEXT], number))
+        if count:
             where = {"file": file[:TEXT], "line": line, "count": count}
             self.report({"path": path[:TEXT], "operation": operation, "errno": number, **where})
+
+    def _count(self, key: tuple[str, str, int]) -> int:
+        """How often that was by now, if it is to be told, else 0."""
+        if key not in self.counts and len(self.counts) >= DISTINCT:
+            return 0
+        count = self.counts[key] = self.counts.get(key, 0) + 1
+        return count if count & (count - 1) == 0 else 0
 
 
 def text_of(path: str | bytes | os.PathLike[Any]) -> str:

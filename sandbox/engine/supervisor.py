@@ -67,7 +67,7 @@ class Supervisor:
         if count <= LOGGED or count & (count - 1) == 0:
             fields = {"call": call, "pid": notification.pid, "time": time(), "count": count, **wanted.fields()}
             self.send("network", fields)
-        if not wanted.allowed and not wanted.is_passing:
+        if not wanted.allowed:
             what = wanted.family, wanted.kind, wanted.address, wanted.port
             self.record(call, notification, what, wanted.fields())
 

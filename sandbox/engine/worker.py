@@ -169,11 +169,11 @@ def take_on(job: _socket.socket, instruction: dict[str, Any], environment: dict[
 
 
 def note_refusals(job: _socket.socket, recipe: dict[str, Any]) -> None:
-    """Tell of files that the plugin is refused. Without Landlock nobody here knows what it may write."""
+    """Tell of files that the plugin is refused, and of names that it asks for. Which files, only Landlock's rules say."""
     global refusals
     if recipe["landlock"] is not None:
         places = [path for path, access in recipe["landlock"]["rules"] if access.startswith("write")]
-        refusals = Refusals(places, lambda fields: send_note(job, fields))
+        refusals = Refusals(places, lambda fields: send_note(job, fields), lambda fields: send_note(job, fields, "asked"))
         if recipe["watches_refusals"]:
             refusals.watch()
 
@@ -386,10 +386,10 @@ def send_frames(job: _socket.socket, kind: bytes, data: bytes) -> None:
         return
 
 
-def send_note(job: _socket.socket, fields: dict[str, object]) -> None:
-    """Tell the caller what was refused here; where it does not listen fast enough, or any more, nothing is lost but that."""
+def send_note(job: _socket.socket, fields: dict[str, object], kind: str = "refused") -> None:
+    """Tell the caller what was refused or asked for; where it does not listen fast enough, nothing is lost but that."""
     try:
-        job.send(channel.NOTE.upper() + channel.pack("refused", fields), _socket.MSG_DONTWAIT)
+        job.send(channel.NOTE.upper() + channel.pack(kind, fields), _socket.MSG_DONTWAIT)
     except OSError:
         return
 

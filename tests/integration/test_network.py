@@ -569,6 +569,90 @@ def test_a_refusal_is_an_error_of_its_own(level: IsolationLevel, echo: int) -> N
 
 
 @rootless
+def test_a_name_that_is_asked_for_is_told(level: IsolationLevel) -> None:
+    """With its line, though there is nothing that the kernel could tell; by itself it is no reason to end a call."""
+
+    def ask() -> int:
+        import socket
+
+        failed = 0
+        for name in ("localhost", "127.0.0.1", "one.example", "two.example", "two.example", "three.example", "four.example"):
+            try:
+                socket.getaddrinfo(name, 8080)
+            except OSError:
+                failed += 1
+        return failed
+
+    def go(name: str) -> None:
+        import socket
+
+        socket.create_connection((name, 80))
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            assert await sandbox.execute_plugin_safe(ask) == 5
+            told = [violation for violation in sandbox.get_violations() if violation.details.get("operation") == "resolve"]
+            assert [violation.details["address"] for violation in told] == [
+                f"{n}.example" for n in ("one", "two", "three", "four")
+            ]
+            assert told[1].details["line"] == ask.__code__.co_firstlineno + 6
+            assert told[1].explanation is not None
+            assert told[1].explanation.flag == "--allow-host two.example:8080"
+            asked = [record for record in sandbox.get_network_activity() if record["operation"] == "resolve"]
+            assert [(record["address"], record["allowed"]) for record in asked][:2] == [
+                ("localhost", True),
+                ("one.example", False),
+            ]
+            with pytest.raises(SecurityViolationError, match=r"the name five.example was asked for"):
+                await sandbox.execute_plugin_safe(go, "five.example")
+
+    asyncio.run(main())
+
+
+def test_forged_names_are_bounded(level: IsolationLevel) -> None:
+    def forge() -> None:
+        import sys
+
+        for number in range(1000):
+            sys.audit("socket.getaddrinfo", f"\x1b[31m{number}" + "x" * 5000, number, 0, 0, 0)
+            sys.audit("socket.getaddrinfo", object(), {}, 0)
+        sys.audit("socket.gethostbyname")
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            await sandbox.execute_plugin_safe(forge)
+            told = sandbox.get_violations()
+            assert 0 < len(told) <= 256
+            assert max(len(violation.message) for violation in told) < 2500
+            assert all(violation.message.isprintable() for violation in told)
+
+    asyncio.run(main())
+
+
+@rootless
+def test_what_a_library_does_without_is_a_violation_for_whom_it_ends(level: IsolationLevel) -> None:
+    def datagrams(*, catch: bool) -> str:
+        import socket
+
+        try:
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        except PermissionError:
+            if not catch:
+                raise
+        return "went on"
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            if harness.ROOT or level is not IsolationLevel.MINIMAL:
+                assert await sandbox.execute_plugin_safe(datagrams, catch=True) == "went on"
+                assert sandbox.get_violations() == []
+            with pytest.raises(SecurityViolationError, match=r"socket\(\)( of AF_INET SOCK_DGRAM)? was refused"):
+                await sandbox.execute_plugin_safe(datagrams, catch=False)
+
+    asyncio.run(main())
+
+
+@rootless
 def test_without_permission(level: IsolationLevel, echo: int) -> None:
     """There is a socket, but of no network; where nobody could read what it is wanted for, there is none."""
     can_be_read = harness.ROOT or level is not IsolationLevel.MINIMAL
