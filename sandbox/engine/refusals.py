@@ -196,6 +196,8 @@ class Refusals:
         try:
             host, port = args[0], args[1] if len(args) > 1 else 0
             host = host.decode("ascii", "replace") if isinstance(host, bytes) else host
+            if isinstance(host, str) and not host.isascii():
+                host = host.encode("idna").decode("ascii")  # as the resolver is asked then
             if isinstance(host, str) and host and ":" not in host and not host.rpartition(".")[2].isdecimal():
                 key = "", host[:TEXT], int(port or 0)
                 count = self._count(key)
