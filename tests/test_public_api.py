@@ -126,7 +126,6 @@ EXCEPTIONS = {
 
 NOT_YET: dict[str, dict[str, object]] = {
     "EnhancedPluginFramework": {"plugin_dir": REQUIRED, "config": None},
-    "NetworkIsolationManager": {"config": REQUIRED},
     "SandboxRecoveryManager": {"config": None},
 }
 
