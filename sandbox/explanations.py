@@ -264,6 +264,8 @@ def network(record: Mapping[str, Any], what: str, sandbox: Sandbox, *, is_excess
     rules = sandbox.recipe.network
     if is_excess:
         return limited("network_requests", rules["max_requests"])
+    if record["operation"] == "socket" and record["type"] == "SOCK_STREAM" and record["family"] in ("AF_INET", "AF_INET6"):
+        return explain("sockets")
     if record["operation"] != "connect" or record["family"] not in ("AF_INET", "AF_INET6"):
         return explain("network", what, note=record["reason"])
     address, port = plain(parse(record["address"])), record["port"] or 0

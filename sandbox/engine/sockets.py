@@ -86,7 +86,8 @@ class Sockets:
     def __init__(self, network: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
         self.access = access.Access(network["access"], resolved)
         self.most = int(network["max_requests"])
-        self.operations = {sc.number(name): name for name in OPERATIONS} if network["sockets"] else {}
+        self.can_make = bool(network["sockets"])
+        self.operations = {sc.number(name): name for name in (OPERATIONS if self.can_make else (SOCKET,))}
         self.requests: dict[int, int] = {}  # connections per call
         self.is_apart = False  # whether we have left the host's network, or never need to
         self.waiting: dict[int, set[_socket.socket]] = {}  # those under way, by call
@@ -146,7 +147,11 @@ class Sockets:
         wanted.family = FAMILIES.get(family, str(family))
         wanted.kind = KINDS.get(kind & TYPE_MASK, str(kind & TYPE_MASK))
         is_ip = family in access.BITS
-        if is_ip and kind & ~FLAGS == _socket.SOCK_STREAM and protocol in (0, IPPROTO_TCP):
+        is_tcp = is_ip and kind & ~FLAGS == _socket.SOCK_STREAM and protocol in (0, IPPROTO_TCP)
+        if is_tcp and not self.can_make:
+            wanted.reason = "sockets are not permitted"  # nobody could read what they are wanted for
+            return None
+        if is_tcp:
             self._stand_apart()
             sock = _socket.socket(family, kind & ~_socket.SOCK_CLOEXEC, protocol)
             wanted.allowed, wanted.reason = True, "where it may lead to is decided at connect"
