@@ -258,7 +258,14 @@ def test_what_would_allow_a_connection_does(
 @pytest.mark.parametrize(
     "told",
     [
-        {"operation": "socket", "family": "AF_VSOCK", "address": None, "port": None, "reason": "only TCP can be had"},
+        {
+            "operation": "socket",
+            "family": "AF_VSOCK",
+            "type": "SOCK_STREAM",
+            "address": None,
+            "port": None,
+            "reason": "only TCP can be had",
+        },
         {"operation": "connect", "family": "AF_UNIX", "address": "/run/x", "port": None, "reason": "only TCP can be had"},
         {"operation": "listen", "family": "", "address": None, "port": None, "reason": "a plugin cannot listen"},
         {"operation": "connect", "family": "AF_INET", "address": "1.2.3.4", "port": None, "reason": "whatever"},

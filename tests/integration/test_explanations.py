@@ -36,7 +36,8 @@ from sandbox.seccomp.filter import known_syscalls
 from . import cli_harness, harness
 from .cli_harness import Caller
 
-pytestmark = pytest.mark.rootless
+rootless = pytest.mark.rootless
+TWO = pytest.mark.parametrize("level", [IsolationLevel.MINIMAL, IsolationLevel.STRICT], ids=lambda level: level.value)
 NUMBERS = known_syscalls(os.uname().machine)
 
 
@@ -181,6 +182,7 @@ def call_kernel(number: int, *arguments: int) -> int:
 # -- what allows it ------------------------------------------------------------------------------------------------------
 
 
+@rootless
 @pytest.mark.parametrize(("function", "value"), [(fork, 7), (run_program, "7\n")])
 def test_new_processes(level: IsolationLevel, function: Callable[[], Any], value: Any, tmp_path: Path) -> None:
     refused = attempt(level, function)
@@ -224,6 +226,7 @@ def has_sockets(level: IsolationLevel) -> bool:
 @pytest.mark.parametrize(
     "before", [{}, {"allow_network_access": True, "blocked_hosts": ["127.0.0.0/8"]}], ids=["none", "blocked"]
 )
+@rootless
 def test_a_connection(level: IsolationLevel, server: tuple[str, int], before: dict[str, Any], tmp_path: Path) -> None:
     refused = attempt(level, connect, *server, permissions=before)
     assert isinstance(refused.error, SecurityViolationError)
@@ -365,6 +368,7 @@ NOTHING: dict[str, tuple[int, ...]] = {
 }
 
 
+@TWO
 @pytest.mark.parametrize("name", NOTHING)
 def test_what_no_setting_allows_is_refused_with_all_of_them(level: IsolationLevel, name: str) -> None:
     done = attempt(level, call_kernel, NUMBERS[name], *NOTHING[name], **EVERYTHING)
@@ -376,6 +380,7 @@ def test_what_no_setting_allows_is_refused_with_all_of_them(level: IsolationLeve
 # -- where it was --------------------------------------------------------------------------------------------------------
 
 
+@rootless
 def test_an_uncaught_refusal_tells_its_line(level: IsolationLevel) -> None:
     done = attempt(level, fork)
     (violation,) = done.violations
@@ -387,6 +392,7 @@ def test_an_uncaught_refusal_tells_its_line(level: IsolationLevel) -> None:
     assert outward.explanation.line == connect.__code__.co_firstlineno + 3
 
 
+@TWO
 def test_an_exception_of_something_else_tells_no_line(level: IsolationLevel) -> None:
     def die_otherwise() -> None:
         import os
@@ -433,6 +439,7 @@ REFUSED = """
 """
 
 
+@rootless
 def test_the_command_says_at_the_end_what_would_allow_it(caller: Caller) -> None:
     done, told, result = run(caller, REFUSED)
     assert (done.status, done.out) == (126, "done\n")

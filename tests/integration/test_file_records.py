@@ -24,8 +24,9 @@ from sandbox.engine import channel, client
 
 from . import harness, plugins
 
-pytestmark = pytest.mark.rootless
+rootless = pytest.mark.rootless
 NAMESPACED = [level for level in IsolationLevel if level is not IsolationLevel.MINIMAL]
+TWO = pytest.mark.parametrize("level", [IsolationLevel.MINIMAL, IsolationLevel.STRICT], ids=lambda level: level.value)
 namespaced = pytest.mark.parametrize("level", NAMESPACED, ids=lambda level: level.value)
 LONG = 0.15  # seconds: a call that is watched
 
@@ -53,6 +54,7 @@ def workspace(level: IsolationLevel, paths: list[tuple[str, str]]) -> list[tuple
     return [(operation, path.partition("/files/")[2]) for operation, path in paths]
 
 
+@rootless
 @pytest.mark.parametrize("seconds", [0.0, LONG], ids=["short", "long"])
 def test_operations_are_counted_and_recorded(level: IsolationLevel, seconds: float) -> None:
     async def main() -> None:
@@ -74,6 +76,7 @@ def test_operations_are_counted_and_recorded(level: IsolationLevel, seconds: flo
     asyncio.run(main())
 
 
+@TWO
 @pytest.mark.parametrize("seconds", [0.0, LONG], ids=["short", "long"])
 def test_hostile_names_are_escaped(level: IsolationLevel, seconds: float) -> None:
     async def main() -> None:
@@ -118,12 +121,14 @@ def endless() -> None:
             pass
 
 
+@TWO
 def test_a_flood_is_stopped_soon(level: IsolationLevel) -> None:
     with pytest.raises(ResourceLimitExceededError) as caught:
         harness.call(level, endless, limits={"max_cpu_percent": 100.0})
     assert caught.value.limit == "file_operations"
 
 
+@TWO
 def test_of_calls_at_once_each_has_its_share(level: IsolationLevel) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level, limits={"max_file_operations": 100}) as sandbox:
@@ -135,6 +140,7 @@ def test_of_calls_at_once_each_has_its_share(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
+@TWO
 def test_what_the_host_writes_is_nobodys(level: IsolationLevel) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox:
@@ -154,6 +160,7 @@ def test_what_the_host_writes_is_nobodys(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
+@TWO
 @pytest.mark.parametrize("seconds", [0.0, LONG], ids=["short", "long"])
 def test_among_many_files(level: IsolationLevel, seconds: float) -> None:
     """After a short call many are looked at only where something is new or gone."""
@@ -206,6 +213,7 @@ def work(folder: str, seconds: float) -> None:
     time.sleep(seconds / 3)
 
 
+@rootless
 @namespaced
 @pytest.mark.parametrize("seconds", [0.0, LONG], ids=["short", "long"])
 def test_granted_folders(level: IsolationLevel, seconds: float, tmp_path: Path) -> None:
@@ -313,6 +321,7 @@ def refusals(level: IsolationLevel, function: Any, **settings: Any) -> tuple[lis
     return asyncio.run(main())
 
 
+@rootless
 def test_a_caught_refusal_is_told_with_its_line(level: IsolationLevel) -> None:
     violations, line = refusals(level, caught)
     assert {violation.type for violation in violations} == {SandboxViolationType.FILESYSTEM_VIOLATION}
@@ -336,6 +345,7 @@ def test_an_uncaught_refusal_ends_by_it(level: IsolationLevel) -> None:
     assert violations[0].details["line"] == uncaught.__code__.co_firstlineno + 1
 
 
+@TWO
 def test_a_refusal_behind_another_exception_is_told(level: IsolationLevel) -> None:
     violations, error = refusals(level, wrapped)
     assert isinstance(error, PluginExecutionError)
@@ -343,6 +353,7 @@ def test_a_refusal_behind_another_exception_is_told(level: IsolationLevel) -> No
     assert [(each.details["path"], each.details["count"]) for each in violations] == [("/usr/lib/own", 1)]
 
 
+@TWO
 def test_a_function_without_code_of_the_plugins(level: IsolationLevel) -> None:
     violations, error = refusals(level, functools.partial(os.rmdir, "/usr/lib"))
     assert isinstance(error, SecurityViolationError)
@@ -351,6 +362,7 @@ def test_a_function_without_code_of_the_plugins(level: IsolationLevel) -> None:
     ]
 
 
+@TWO
 @pytest.mark.parametrize("function", [only_a_library, own_modes])
 def test_what_is_no_refusal_of_the_plugin(level: IsolationLevel, function: Any) -> None:
     violations, _ = refusals(level, function)
@@ -366,12 +378,14 @@ def many_refusals() -> str:
     return "went on"
 
 
+@TWO
 def test_harmless_attempts_do_not_pass_the_threshold(level: IsolationLevel) -> None:
     violations, result = refusals(level, many_refusals)
     assert result == "went on"
     assert len(violations) == 20
 
 
+@TWO
 def test_without_monitoring_only_what_ends_a_call_is_told(level: IsolationLevel) -> None:
     config = {"enable_real_time_monitoring": False}
     assert refusals(level, many_refusals, config=config) == ([], "went on")
@@ -400,6 +414,7 @@ def note(**fields: object) -> bytes:
     return channel.NOTE.upper() + channel.pack("refused", fields)
 
 
+@TWO
 def test_forged_notes_are_bounded_and_escaped(level: IsolationLevel) -> None:
     good: dict[str, object] = {"path": "/x\x1b[2J", "operation": "open", "errno": 13, "file": "\x1b", "line": "1\n", "count": 3}
     bad = [
@@ -421,6 +436,7 @@ def test_forged_notes_are_bounded_and_escaped(level: IsolationLevel) -> None:
     assert "\x1b" not in violations[0].message
 
 
+@TWO
 def test_a_flood_of_forged_notes_is_not_listened_to(level: IsolationLevel) -> None:
     frames = [
         note(path=f"/{number}", operation="open", errno=13, file="", line=0, count=1) for number in range(client.NOTES + 2000)
@@ -451,6 +467,7 @@ def forbidden_files() -> list[str]:
     return answers
 
 
+@rootless
 def test_what_the_kernel_refuses_of_files_is_told_by_it(level: IsolationLevel) -> None:
     """A copying program may want set-group-ID: that is refused without a word."""
     violations, answers = refusals(level, forbidden_files)
