@@ -736,8 +736,10 @@ class EnhancedPluginSandbox:
         (AF_INET), `type` (of a new socket: SOCK_STREAM), `address` and `port` (None where there are none), `allowed`,
         `reason`, `pid` (on the host) and `call` (its number). They come from the kernel (seccomp_unotify(2)): the plugin
         can neither leave one out nor forge one. Of sendmsg and sendmmsg those with MSG_FASTOPEN are there, which alone could
-        go somewhere; of more than 1,000 operations of a call, every power of two. Only those with the operation "resolve" can be: names that its interpreter
-        has asked for (`address`, without `pid`).
+        go somewhere; of more than 1,000 operations of a call, every power of two.
+
+        Records with the operation "resolve" come from the plugin's interpreter, which can leave them out and forge them: names
+        of hosts that it has asked for (`address`, without `pid`).
         """
         return list(self._activity)
 
