@@ -1,11 +1,11 @@
 """A plugin's sockets: made by the supervisor, connected by the supervisor, and only there where a plugin may go.
 
-The filter lets no process of a sandbox make, bind or connect a socket itself (a pair apart, which leads nowhere).
-What it asks for arrives here as a notification: socket(2) is answered with a TCP socket of the supervisor's network
-namespace, handed in by SECCOMP_IOCTL_NOTIF_ADDFD, and connect(2) is carried out here on that very socket (pidfd_getfd(2)), with an address that
-was read once, from a copy. So options, flags, duplicates and poll(2) are as they always are. Where the network is not
-permitted that namespace is an empty one of the supervisor's own, and nothing is ever connected. A socket of the host's
-network can do nothing but connect by us: the filter refuses its other ways out (see the profiles, "Sockets").
+The filter lets no process of a sandbox make, bind or connect a socket itself (a pair apart, which leads nowhere). What it
+asks for arrives here as a notification: socket(2) is answered with a TCP socket of the supervisor's network namespace,
+handed in by SECCOMP_IOCTL_NOTIF_ADDFD, and connect(2) is carried out here on that very socket (pidfd_getfd(2)), with an
+address that was read once, from a copy. So options, flags, duplicates and poll(2) are as they always are. Where the network
+is not permitted that namespace is an empty one of the supervisor's own, and nothing is ever connected. A socket of the
+host's network can do nothing but connect by us: the filter refuses its other ways out (see the profiles, "Sockets").
 
 Everything read from the plugin is hostile: bounded, and looked at once. Must not import anything heavy, and not know who
 is told. Sources: seccomp_unotify(2), pidfd_getfd(2), ip(7), ipv6(7), unix(7), tcp(7).
