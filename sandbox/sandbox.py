@@ -719,7 +719,7 @@ class EnhancedPluginSandbox:
 
         At most 10,000 records, as those of FilesystemWatchdog; `path` (and `from`) is absolute, as the plugin has it, and
         escaped. Of the first 0.05 seconds of a call, and of all of it with enable_real_time_monitoring=False, only what they
-        have changed is recorded; a file that is made and written then is one operation. Not recorded: reading, /tmp and the
+        have changed is recorded. A file that is made and written at once is one operation. Not recorded: reading, /tmp and the
         other scratch folders, what `write_file` has written, and at level minimal the allowed directories, where others work
         as well. Empty with enable_filesystem_isolation=False or telemetry_enabled=False.
         """

@@ -69,7 +69,7 @@ class Recorder:
 
         for number, tree in enumerate(self.trees):
             if not isinstance(tree, FileWatch):
-                watch = FileWatch(self.sandbox.loop, tree.root, tree.on_operation, tree.lower)
+                watch = FileWatch(self.sandbox.loop, tree.root, tree.on_operation, tree.lower, each_file=True)
                 watch.known, watch.own = tree.known, tree.own
                 self.trees[number] = tree = watch
             try:

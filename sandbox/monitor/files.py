@@ -4,11 +4,15 @@ inotify watches single folders and loses what happens in a new one before it is 
 known of every file is kept (sandbox.monitor.tree): a new folder is watched and then looked through, and at an overflow and
 at the end the whole tree is compared with what is known. What one misses, the other finds. The files may be a plugin's: no
 link is followed, a folder is watched by its descriptor. Must not know sandboxes.
+
+fanotify(7), which could watch a whole filesystem for root, is not used: it takes the process that writes more than twice the
+time per file, and merges what is done to one file.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import threading
 
 from inotify_simple import INotify, flags, parse_events
@@ -25,8 +29,8 @@ if TYPE_CHECKING:
 
     from sandbox.engine.loop import Loop, Timer
 
-CHANGES = flags.CREATE | flags.DELETE | flags.CLOSE_WRITE | flags.MOVED_FROM | flags.MOVED_TO | flags.ATTRIB
-MASK = CHANGES | flags.ONLYDIR | flags.EXCL_UNLINK
+NAMES = flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO  # that come and go in a folder
+CONTENT = flags.CLOSE_WRITE | flags.ATTRIB  # of a file, or of all in a folder
 RECORDS = 10_000  # kept; further ones are only counted
 SECOND_HALF = 0.1  # seconds that the second half of a move may come after the first
 AT_ONCE = 1 << 13  # bytes of events that are read before others on the loop have their turn: some 250
@@ -34,11 +38,26 @@ REST = 0.02  # seconds in which events are left to gather: each one that wakes u
 
 
 class FileWatch(FileTree):
-    """A tree whose operations are told as they happen, between `listen` and `quiet`."""
+    """A tree whose operations are told as they happen, between `listen` and `quiet`.
 
-    def __init__(self, loop: Loop, root: int, on_operation: Callable[[dict[str, Any]], None], lower: int | None = None) -> None:
+    With `each_file` a file is watched for itself. Whoever uses the files pays less: what a folder's watch tells of the files
+    in it makes each open(2) and read(2) of them dearer. It takes a watch for each file, and tells less: a file that is new and
+    written at once is one operation, of a folder's own mode the next look tells.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        root: int,
+        on_operation: Callable[[dict[str, Any]], None],
+        lower: int | None = None,
+        *,
+        each_file: bool = False,
+    ) -> None:
         super().__init__(root, on_operation, lower)
         self.loop = loop
+        self.each_file = each_file
+        self.mask = flags.ONLYDIR | flags.EXCL_UNLINK | NAMES | (0 if each_file else CONTENT)
         self.watched: dict[int, str] = {}  # paths by watch descriptor
         self.descriptors: dict[str, int] = {}  # the other way round
         self.moved: tuple[int, str] | None = None  # cookie and path of the first half of a move
@@ -55,6 +74,14 @@ class FileWatch(FileTree):
         self.is_listening = True
         self.look(report=report)
         self._wait()
+
+    def look(self, path: str = "", *, report: bool = True) -> None:
+        super().look(path, report=report)
+        self._close_folder()
+
+    def know(self, path: str) -> None:
+        super().know(path)
+        self._close_folder()
 
     def catch_up(self) -> None:
         while self.read():
@@ -133,9 +160,9 @@ class FileWatch(FileTree):
             del self.watched[watch]
             if self.descriptors.get(above) == watch:
                 del self.descriptors[above]
-        if above is None or not name:
+        if above is None or not (name or (self.each_file and mask & CONTENT)):
             return  # a folder's own attributes are told by the one above it
-        path = f"{above}/{name}" if above else name
+        path = f"{above}/{name}" if above and name else above or name
         if mask & flags.MOVED_FROM:
             self.moved = cookie, path
         elif mask & flags.MOVED_TO and self.moved is not None:
@@ -158,6 +185,7 @@ class FileWatch(FileTree):
     def _move(self, old: str, new: str) -> None:
         """With all below it. What it replaces goes without a word of its own."""
         self._close_folder()
+        self._unwatch(new)
         self._forget(new)
         entry = self.known.get(old)
         for path, inner in self._forget(old):
@@ -186,6 +214,8 @@ class FileWatch(FileTree):
     def _seen(self, path: str, operation: str) -> None:
         found = self._lstat_known(path)
         before, now = self.known.get(path), Known(found)
+        if operation == ATTRIBUTES and self.each_file and (before is None or before.inode != now.inode):
+            return  # that one of its names goes changes a file's own attributes
         if found is None and operation != CREATE:  # its end is an event to come
             self._tell(operation, path, before)
             return
@@ -201,17 +231,19 @@ class FileWatch(FileTree):
 
     def _lstat_known(self, path: str) -> os.stat_result | None:
         """What is there now; of files in the same folder, one after the other, that one is opened once."""
+        try:
+            folder, name = self._open_folder(path)
+            return os.stat(name, dir_fd=folder, follow_symlinks=False)
+        except OSError:
+            return None
+
+    def _open_folder(self, path: str) -> tuple[int, str]:
+        """The folder that it lies in, which stays open until another one is wanted, and its name there."""
         above, _, name = path.rpartition("/")
         if self.folder is None or self.folder[0] != above:
             self._close_folder()
-            try:
-                self.folder = above, sc.open_beneath(self.root, above, os.O_PATH | os.O_DIRECTORY)
-            except OSError:
-                return None
-        try:
-            return os.stat(name, dir_fd=self.folder[1], follow_symlinks=False)
-        except OSError:
-            return None
+            self.folder = above, sc.open_beneath(self.root, above, os.O_PATH | os.O_DIRECTORY)
+        return self.folder[1], name
 
     def _close_folder(self) -> None:
         if self.folder is not None:
@@ -223,12 +255,39 @@ class FileWatch(FileTree):
         fd = super()._enter(path)
         if fd >= 0 and self.notify is not None:
             try:
-                watch = self.notify.add_watch(f"/proc/self/fd/{fd}", MASK)
+                watch = self.notify.add_watch(f"/proc/self/fd/{fd}", self.mask)
             except OSError:
                 self.complete = False  # fs.inotify.max_user_watches
             else:
                 self.watched[watch], self.descriptors[path] = path, watch
         return fd
+
+    def _learn(self, path: str, now: Known, report: bool = True) -> None:
+        """Watches a file as well. Where that cannot be - it may not be read, or fs.inotify.max_user_watches - looks tell."""
+        before = self.known.get(path)
+        super()._learn(path, now, report)
+        if not self.each_file or self.notify is None:
+            return
+        if before is not None and before.inode != now.inode:
+            self._unwatch(path)
+        if stat.S_ISREG(now.mode) and path not in self.descriptors:
+            try:
+                folder, name = self._open_folder(path)
+                watch = self.notify.add_watch(f"/proc/self/fd/{folder}/{name}", CONTENT | flags.DONT_FOLLOW)
+            except OSError:
+                return
+            self.watched[watch], self.descriptors[path] = path, watch
+
+    def _gone(self, path: str, report: bool = True) -> None:
+        for inner, _ in self._below(path):
+            self._unwatch(inner)
+        super()._gone(path, report)
+
+    def _unwatch(self, path: str) -> None:
+        """What is told of what was there means nothing any more. The kernel ends the watch when it ends the file."""
+        watch = self.descriptors.pop(path, None)
+        if watch is not None and self.watched.get(watch) == path:
+            del self.watched[watch]
 
 
 class FilesystemWatchdog:
@@ -236,7 +295,7 @@ class FilesystemWatchdog:
 
     A record has `timestamp` (ISO 8601), `operation` ("create", "modify" when a file that was written to is closed, "delete",
     "move" with `from`, "attributes", and "overflow" when the kernel has lost some: the state after it is still told), `path`
-    (relative, escaped), `is_directory` and `size` (bytes; None where nothing is left). Reading is not monitored. Safe to use
+    (relative, escaped), `is_directory` and `size` (bytes; of a deletion those that were there; None where nobody knows). Reading is not monitored. Safe to use
     from several threads.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,58 @@ def test_the_records_lead_to_the_tree_that_is_there(tmp_path: Path, seed: int) -
     subprocess.run([sys.executable, "-c", CHURN, str(seed)], cwd=tmp_path, check=True)
     watchdog.stop_watching()
     assert replayed(watchdog.get_file_operations()) == tree(tmp_path)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_so_do_those_of_files_that_are_watched_one_by_one(tmp_path: Path, seed: int) -> None:
+    records: list[dict[str, Any]] = []
+    loop = PollLoop()
+    watch = FileWatch(loop, os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=True)
+    watch.listen()
+    with subprocess.Popen([sys.executable, "-c", CHURN, str(seed)], cwd=tmp_path) as churn:
+        loop.run_until(lambda: churn.poll() is not None)
+    watch.close()
+    assert replayed(records) == tree(tmp_path)
+    sizes = {path: entry.size for path, entry in watch.known.items() if path and not entry.is_folder}
+    assert sizes == {path: (tmp_path / path).stat().st_size for path in sizes}
+
+
+def test_a_file_that_is_watched_for_itself(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = []
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "read").write_text("old")
+    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=True)
+    watch.listen()
+
+    def told(*actions: Callable[[], object]) -> list[tuple[str, str, int | None]]:
+        records.clear()
+        for action in actions:
+            action()
+            watch.catch_up()
+        return [(each["operation"], each["path"], each["size"]) for each in records]
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert told((tmp_path / "read").read_text) == []
+    assert told(lambda: old.write_text("1"), lambda: old.write_text("2")) == [("modify", "old", 1)] * 2
+    assert told(lambda: new.write_text("new"), lambda: new.write_text("n")) == [("create", "new", 3), ("modify", "new", 1)]
+    assert told(lambda: new.chmod(0o600)) == [("attributes", "new", 1)]
+    assert told(lambda: old.rename(tmp_path / "moved"), lambda: (tmp_path / "moved").write_text("moved")) == [
+        ("move", "moved", 1),
+        ("modify", "moved", 5),
+    ]
+    assert told(new.unlink, lambda: new.write_text("again"), lambda: new.write_text("n")) == [
+        ("delete", "new", 1),
+        ("create", "new", 5),
+        ("modify", "new", 1),
+    ]
+    assert told(lambda: (tmp_path / "moved").replace(new), lambda: new.write_text("replaced")) == [
+        ("move", "new", 5),
+        ("modify", "new", 8),
+    ]
+    told((tmp_path / "folder").mkdir)
+    assert told(lambda: (tmp_path / "folder").chmod(0o700)) == []
+    watch.close()
+    assert [(each["operation"], each["path"]) for each in records] == [("attributes", "folder")]
 
 
 def test_folders_that_are_made_faster_than_they_can_be_watched(tmp_path: Path) -> None:
