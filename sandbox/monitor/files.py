@@ -295,8 +295,8 @@ class FilesystemWatchdog:
 
     A record has `timestamp` (ISO 8601), `operation` ("create", "modify" when a file that was written to is closed, "delete",
     "move" with `from`, "attributes", and "overflow" when the kernel has lost some: the state after it is still told), `path`
-    (relative, escaped), `is_directory` and `size` (bytes; of a deletion those that were there; None where nobody knows). Reading is not monitored. Safe to use
-    from several threads.
+    (relative, escaped), `is_directory` and `size` (bytes; of a deletion those that were there; None where nobody knows).
+    Reading is not monitored. Safe to use from several threads.
 
     Args:
         sandbox_directory: any folder of the caller's.
