@@ -18,7 +18,8 @@ import pytest
 
 from sandbox.errors import CommitError
 from sandbox.recovery import commit
-from sandbox.recovery.changes import Comparison, Difference, leads_out, unified
+from sandbox.recovery.changes import HOLES, Comparison, Difference, is_same, leads_out, unified
+from sandbox.recovery.granted import described
 
 ROUNDS = 50
 CLOCK_REALTIME_COARSE = 5
@@ -321,6 +322,63 @@ def act_for(action: object, within: float) -> None:
     os.close(process)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+def sparse(path: Path, size: int, *data: tuple[int, bytes]) -> None:
+    with open(path, "wb") as file:
+        file.truncate(size)
+        for position, content in data:
+            file.seek(position)
+            file.write(content)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ([], [], True),
+        ([(5 << 30, b"x")], [(5 << 30, b"x")], True),
+        ([(5 << 30, b"x")], [(5 << 30, b"y")], False),
+        ([(5 << 30, b"x")], [], False),
+        ([(1 << 30, b"\0")], [], True),
+    ],
+)
+def test_holes_are_compared_without_reading_them(
+    case: Case, one: list[tuple[int, bytes]], other: list[tuple[int, bytes]], same: bool
+) -> None:
+    """8 GiB of them, which reading would take longer than a test may."""
+    sparse(case.upper / "file", 8 << 30, *one)
+    sparse(case.lower / "file", 8 << 30, *other)
+    with case.opened() as folder:
+        assert is_same(folder.upper, folder.lower, "file") is same
+
+
+def test_holes_that_would_take_too_long_are_not_hashed(case: Case) -> None:
+    for number in range(3):
+        sparse(case.upper / f"hole-{number}", HOLES // 2, (0, b"x"))
+    sparse(case.upper / "large", 1 << 40)
+    with case.opened() as folder:
+        hashed = {os.path.basename(each.path): each.sha256 for each in described([folder])}
+    assert {name for name, value in hashed.items() if value is None} == {"hole-2", "large"}
+    expected = hashlib.sha256(b"x" + bytes(HOLES // 2 - 1)).hexdigest()
+    assert hashed["hole-0"] == hashed["hole-1"] == expected
+    case.commit()
+    assert os.stat(case.lower / "large").st_size == 1 << 40
+    assert os.stat(case.lower / "large").st_blocks < 100
+
+
+def test_a_journal_outlives_another_number_of_the_device(case: Case, own_state: Path) -> None:
+    """As after a boot."""
+    case.work()
+    new = tree(case.upper)
+    stopped = os.fork()
+    if stopped == 0:
+        commit.carry_out = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        case.commit()
+    os.waitpid(stopped, 0)
+    (journal,) = (own_state / "commits").glob("*")
+    assert str(os.stat(case.lower).st_dev) not in journal.read_text()
+    assert "finished" in commit.recover()[0]
+    assert tree(case.lower) == new
 
 
 @pytest.mark.parametrize(

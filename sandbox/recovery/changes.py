@@ -8,6 +8,7 @@ compared in the same way. Must not change anything. Source: the kernel's overlay
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import os
 import stat
@@ -23,6 +24,7 @@ DEPTH = 100  # folders in folders; a descriptor or two is held for each
 PATH_BYTES = 3800  # below PATH_MAX, with room for a stage
 BLOCK = 1 << 20
 DIFF_BYTES = 4 << 20  # of a file: what is larger is not shown line by line
+HOLES = 1 << 30  # bytes: a plugin makes larger ones for nothing, and whoever reads them pays
 OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
 ORIGIN = ("trusted.overlay.origin", "user.overlay.origin")
 RESERVED = ".psie-"  # how names begin that commits use for a while
@@ -40,7 +42,8 @@ class FileChange:
         path: the absolute path on the host; bytes that are no UTF-8 are as os.fsdecode gives them. Names are the plugin's:
             escape them before a person sees them.
         size: bytes of what is there now; None for "deleted".
-        sha256: of a regular file's content, in hexadecimal; None for all else.
+        sha256: of a regular file's content, in hexadecimal; None for all else, and for what would take too long: files whose
+            holes (of all changes together) are larger than 1 GiB.
         problem: why it cannot be committed; "" if it can.
     """
 
@@ -173,7 +176,7 @@ class Comparison:
             return MODIFIED if os.readlink(name, dir_fd=upper) != os.readlink(name, dir_fd=lower) else ""
         if not stat.S_ISREG(new.st_mode):
             return MODIFIED
-        if new.st_size != old.st_size or digest(upper, name) != digest(lower, name):
+        if new.st_size != old.st_size or not is_same(upper, lower, name):
             return MODIFIED
         return METADATA if stat.S_IMODE(new.st_mode) != stat.S_IMODE(old.st_mode) else ""
 
@@ -277,6 +280,33 @@ def digest(folder: int, name: str) -> str:
         return hashed.hexdigest()
     finally:
         os.close(fd)
+
+
+def is_same(upper: int, lower: int, name: str) -> bool:
+    """Whether two regular files of the same size have the same content. Where both have a hole nothing is read."""
+    sides = [open_file(upper, name)]
+    try:
+        sides.append(open_file(lower, name))
+        position = 0
+        while True:
+            position = min(next_data(fd, position) for fd in sides)
+            one, other = (os.pread(fd, BLOCK, position) for fd in sides)
+            if one != other or not one:
+                return one == other
+            position += len(one)
+    finally:
+        for fd in sides:
+            os.close(fd)
+
+
+def next_data(fd: int, position: int) -> int:
+    """Where content is next that is no hole; the end if there is none."""
+    try:
+        return os.lseek(fd, position, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return os.fstat(fd).st_size
 
 
 def is_opaque(folder: int) -> bool:

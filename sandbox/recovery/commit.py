@@ -206,7 +206,7 @@ class Journal:
             "version": VERSION,
             "phase": phase,
             "folders": [
-                {"path": path, "inode": inode_of(fd), "steps": [step.to_dict() for step in of_folder]}
+                {"path": path, "inode": os.fstat(fd).st_ino, "steps": [step.to_dict() for step in of_folder]}
                 for (path, fd), of_folder in zip(folders, steps or [[] for _ in folders], strict=True)
             ],
         }
@@ -446,11 +446,8 @@ class Stage:
 def copy_content(source: int, target: int) -> None:
     size, position = os.fstat(source).st_size, 0
     while position < size:
-        try:
-            start = os.lseek(source, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
+        start = changes.next_data(source, position)
+        if start >= size:
             break  # a hole to the end
         position = os.lseek(source, start, os.SEEK_HOLE)
         while start < position:
@@ -511,11 +508,6 @@ def opened_stage(folder: int, identity: str) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def inode_of(fd: int) -> list[int]:
-    found = os.fstat(fd)
-    return [found.st_dev, found.st_ino]
 
 
 def sync_folder(path: str) -> None:
@@ -584,7 +576,8 @@ def _finish(path: str, content: dict[str, Any]) -> str:
     try:
         for folder in content["folders"]:
             opened.append(os.open(folder["path"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            if inode_of(opened[-1]) != folder["inode"]:
+            # The device may have another number after a boot; that it is the same folder the stage in it tells as well.
+            if os.fstat(opened[-1]).st_ino != folder["inode"]:
                 raise FileNotFoundError(errno.ENOENT, "another folder has its name", folder["path"])
         said = "cleared away"
         if content["phase"] == APPLY:

@@ -63,7 +63,7 @@ class GrantedChanges:
 
     def found(self) -> list[FileChange]:
         """Every change, folder by folder and there by path."""
-        return [described(folder, difference) for folder in self.folders for difference in folder.differences]
+        return described(self.folders)
 
     def diff(self, path: str) -> str:
         """A unified diff of one changed file. Raises ValueError where nothing has changed."""
@@ -88,7 +88,7 @@ class GrantedChanges:
                 if not any(is_below(each, path) for each in found):
                     raise ValueError(f"commit_changes: nothing has changed at {path!r}: give paths of changes, or folders")
             chosen = [folder.narrowed(selected(folder, wanted)) for folder in self.folders]
-        told = [described(folder, difference) for folder in chosen for difference in folder.differences]
+        told = described(chosen)
         for folder in self.folders:
             commit.check_unchanged(folder)
         commit.commit([folder for folder in chosen if folder.differences])
@@ -114,11 +114,19 @@ def selected(folder: commit.Folder, paths: list[str]) -> list[Difference]:
     return [each for each in folder.differences if id(each) in wanted]
 
 
-def described(folder: commit.Folder, difference: Difference) -> FileChange:
-    path = os.path.join(folder.path, difference.path)
-    if difference.upper is None:
-        return FileChange(difference.kind, path, problem=difference.problem)
-    return FileChange(difference.kind, path, difference.upper.st_size, digest(folder, difference), difference.problem)
+def described(folders: Iterable[commit.Folder]) -> list[FileChange]:
+    told: list[FileChange] = []
+    holes = 0
+    for folder in folders:
+        for difference in folder.differences:
+            found, path = difference.upper, os.path.join(folder.path, difference.path)
+            if found is None:
+                told.append(FileChange(difference.kind, path, problem=difference.problem))
+                continue
+            holes += max(0, found.st_size - found.st_blocks * 512)
+            sha256 = digest(folder, difference) if holes <= changes.HOLES else None
+            told.append(FileChange(difference.kind, path, found.st_size, sha256, difference.problem))
+    return told
 
 
 def digest(folder: commit.Folder, difference: Difference) -> str | None:
