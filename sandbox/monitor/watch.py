@@ -131,6 +131,9 @@ class Watch:
         self.first = self.last = self.start_reading()
         self._listen()
         self.look_at_events()
+        if self.first is not None:  # what it has used before is above a threshold already, or not
+            for violation in self.warnings(self.describe(self.first), passed=0.0):
+                self._tell(violation)
         self.timer = self.loop.call_later(self.interval, self._tick)
         return run
 
