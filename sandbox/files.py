@@ -57,7 +57,8 @@ def write(root: int, path: str, data: bytes, owner: tuple[int, int] | None) -> N
 
 
 def listed(root: int, path: str) -> list[FileEntry]:
-    """Everything below the folder `path`, by path. A folder that the plugin takes away meanwhile has nothing in it."""
+    """Everything below the folder `path`, by path. A folder that the plugin takes away meanwhile, or lets nobody into, has
+    nothing in it."""
     return sorted(walk(root, checked(path) if path else ""), key=lambda entry: entry.path)
 
 
@@ -75,7 +76,7 @@ def walk(root: int, path: str) -> Iterator[FileEntry]:
             for name in os.listdir(fd):
                 try:
                     found = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                except FileNotFoundError:
+                except (FileNotFoundError, PermissionError):  # gone, or in a folder that may be listed, not searched
                     continue
                 inner = f"{above}/{name}" if above else name
                 yield FileEntry(inner, KINDS.get(stat.S_IFMT(found.st_mode), "other"), found.st_size)

@@ -319,9 +319,12 @@ class EnhancedPluginSandbox:
             return True
 
         def close() -> None:
-            if self._sandbox is not None:
+            if self._sandbox is None:
+                return
+            try:
                 if self._recorder is not None:
                     self._recorder.close(look=not self._sandbox.closing)
+            finally:
                 self._sandbox.close()
 
         self._service.post(close)

@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_opened_keeps_what_is_known_of_it(
     looked: Looked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enter = looked.tree._enter
-    monkeypatch.setattr(looked.tree, "_enter", lambda path: -1 if path else enter(path))
+    monkeypatch.setattr(looked.tree, "_enter", lambda folder, report: -1 if folder.name else enter(folder, report))
     (tmp_path / "folder" / "file").unlink()
     assert looked.look() == []
     monkeypatch.undo()

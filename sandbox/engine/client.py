@@ -635,6 +635,7 @@ class Call:
         self.outcome: dict[str, str] | None = None
         self.cause = ""  # why the host itself ended it: output, result, violations, file_operations, cancelled
         self.file_operations = 0  # where that is the cause
+        self.hidden = ""  # a folder in which nobody could count them, where that is
         self.reply_kind = b""
         self.reply = bytearray()
         self.reply_complete = False

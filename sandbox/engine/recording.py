@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from sandbox.monitor.tree import FileTree
+from sandbox.monitor.tree import HIDDEN, FileTree
 from sandbox.ns import syscalls as sc
 from sandbox.text import escape_text
 
@@ -33,13 +33,14 @@ class Recorded:
         self.call = call
         self.operations = 0.0
         self.is_over = False  # it has passed the limit
+        self.is_ending = False
 
 
 class Recorder:
     """Counts and keeps the file operations of one sandbox, and ends the calls that pass max_file_operations.
 
     `records` are as FilesystemWatchdog's, with paths as the plugin has them; `on_violation` is told of each call that is over
-    the limit. What happens while no call runs belongs to the records, but to no call.
+    the limit, or hides from the count what it goes on doing. What happens while no call runs belongs to the records, but to no call.
     """
 
     def __init__(self, sandbox: Sandbox) -> None:
@@ -70,7 +71,7 @@ class Recorder:
         for number, tree in enumerate(self.trees):
             if not isinstance(tree, FileWatch):
                 watch = FileWatch(self.sandbox.loop, tree.root, tree.on_operation, tree.lower, each_file=True)
-                watch.known, watch.own = tree.known, tree.own
+                watch.top, watch.size, watch.own = tree.top, tree.size, tree.own
                 self.trees[number] = tree = watch
             try:
                 tree.listen(report=True)
@@ -80,16 +81,19 @@ class Recorder:
     def end(self, run: Recorded) -> None:
         """The call has ended: what it did until then counts. After the last one it is quiet."""
         is_last, report = len(self.running) == 1, not run.is_over
-        if not is_last:
-            for tree in self.trees:
-                tree.catch_up()
-        elif not self._is_listening():
-            self._look(report=report)
-        else:
-            for tree in self.trees:
-                (tree.quiet if tree.is_listening else tree.look)(report=report)
-            self.seen = self._showing()
-        self.running.remove(run)
+        run.is_ending = True
+        try:
+            if not is_last:
+                for tree in self.trees:
+                    tree.catch_up()
+            elif not self._is_listening():
+                self._look(report=report)
+            else:
+                for tree in self.trees:
+                    (tree.quiet if tree.is_listening else tree.look)(report=report)
+                self.seen = self._showing()
+        finally:
+            self.running.remove(run)
 
     def close(self, *, look: bool) -> None:
         """With a last `look`, as long as all of the sandbox is there. A call that begins later opens all anew."""
@@ -153,7 +157,7 @@ class Recorder:
         """Many files are looked at only where something has been made or removed since: changes of what was there are then
         seen at the next look."""
         showing = self._showing()
-        if everything or showing != self.seen or sum(len(tree.known) for tree in self.trees) <= FEW:
+        if everything or showing != self.seen or sum(tree.size for tree in self.trees) <= FEW:
             for tree in self.trees:
                 tree.look(report=report)
             self.seen = showing
@@ -173,7 +177,9 @@ class Recorder:
         running = list(self.running)
         for run in running:
             run.operations += 1 / len(running)
-            if run.operations > self.limit and not run.is_over:
+            if record["operation"] == HIDDEN and not run.is_ending:
+                run.call.hidden = record["path"]
+            if (run.operations > self.limit or run.call.hidden) and not run.is_over:
                 run.is_over = True
                 self._exceeded(run)
 
@@ -181,7 +187,7 @@ class Recorder:
         run.call.file_operations = int(run.operations)
         run.call.kill("file_operations")
         if self.on_violation is not None:
-            self.on_violation(exceeded(run.call.file_operations, self.limit))
+            self.on_violation(exceeded(run.call.file_operations, self.limit, run.call.hidden))
 
 
 def with_folders(path: str) -> list[str]:
@@ -190,13 +196,16 @@ def with_folders(path: str) -> list[str]:
     return ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
-def exceeded(used: int, allowed: int) -> SandboxViolation:
+def exceeded(used: int, allowed: int, hidden: str = "") -> SandboxViolation:
+    """`hidden`: the folder below which nobody can count."""
     from datetime import UTC, datetime
 
     from sandbox import explanations
     from sandbox.violations import SandboxViolation, SandboxViolationType
 
     text = f"file operations: {used} in one call, {allowed} are allowed (max_file_operations)"
+    if hidden:
+        text = f"file operations: {hidden} cannot be looked into, so what is done below it is not counted (max_file_operations)"
     details = {"limit": "file_operations", "allowed": allowed, "used": used, "source": "watchdog"}
     return SandboxViolation(
         SandboxViolationType.RESOURCE_EXCEEDED,
@@ -204,5 +213,5 @@ def exceeded(used: int, allowed: int) -> SandboxViolation:
         datetime.now(UTC),
         "critical",
         details,
-        explanation=explanations.limited("file_operations", allowed),
+        explanation=explanations.limited("file_operations", allowed) if not hidden else None,
     )

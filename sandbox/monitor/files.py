@@ -11,20 +11,23 @@ time per file, and merges what is done to one file.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
+import sys
+import termios
 import threading
+from contextlib import suppress
 
 from inotify_simple import INotify, flags, parse_events
 
 from sandbox.config import IsolationConfig
 from sandbox.engine.loop import PollLoop
-from sandbox.monitor.tree import ATTRIBUTES, CREATE, MODIFY, MOVE, OVERFLOW, FileTree, Known
-from sandbox.ns import syscalls as sc
+from sandbox.monitor.tree import ATTRIBUTES, CREATE, MODIFY, MOVE, OVERFLOW, FileTree, Node, Seen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from sandbox.engine.loop import Loop, Timer
@@ -58,12 +61,13 @@ class FileWatch(FileTree):
         self.loop = loop
         self.each_file = each_file
         self.mask = flags.ONLYDIR | flags.EXCL_UNLINK | NAMES | (0 if each_file else CONTENT)
-        self.watched: dict[int, str] = {}  # paths by watch descriptor
-        self.descriptors: dict[str, int] = {}  # the other way round
-        self.moved: tuple[int, str] | None = None  # cookie and path of the first half of a move
+        self.watched: dict[int, list[Node]] = {}  # by watch descriptor: a file with several names has one for all of them
+        self.complete = True  # False where a folder is not watched: then looks alone tell
+        self.moved: tuple[int, Node, str] | None = None  # the first half of a move: cookie, folder, name
+        self.exchanged: tuple[Node, str, Node, str] | None = None  # the move that is still to be told of two that are one
         self.notify: INotify | None = None
         self.timer: Timer | None = None  # while events gather
-        self.folder: tuple[str, int] | None = None  # the one that events were read of last, open meanwhile
+        self.folder: tuple[Node, int] | None = None  # the one that events were read of last, open meanwhile
 
     def listen(self, *, report: bool = False) -> None:
         """From now on; with `report` tell as well what is different from what is known.
@@ -71,12 +75,12 @@ class FileWatch(FileTree):
         Raises OSError where the host has no inotify instance left for this user.
         """
         self.notify = INotify(nonblocking=True)
-        self.is_listening = True
         self.look(report=report)
+        self.is_listening = True
         self._wait()
 
-    def look(self, path: str = "", *, report: bool = True) -> None:
-        super().look(path, report=report)
+    def look(self, folder: Node | None = None, *, report: bool = True) -> None:
+        super().look(folder, report=report)
         self._close_folder()
 
     def know(self, path: str) -> None:
@@ -84,8 +88,15 @@ class FileWatch(FileTree):
         self._close_folder()
 
     def catch_up(self) -> None:
-        while self.read():
-            pass
+        """Read what has been told by now; who goes on telling does not keep us here."""
+        if self.notify is None:
+            return
+        left = int.from_bytes(fcntl.ioctl(self.notify.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
+        while left > 0:
+            read = self.read()
+            if not read:
+                return
+            left -= read
 
     def quiet(self, *, report: bool = True) -> None:
         """The last events and a last look; without `report` what is still to be told is not."""
@@ -106,9 +117,11 @@ class FileWatch(FileTree):
             self.notify.close()
         self.notify, self.is_listening = None, False
         self._close_folder()
+        for nodes in self.watched.values():
+            for node in nodes:
+                node.watch = -1
         self.watched.clear()
-        self.descriptors.clear()
-        self.moved = None
+        self.moved = self.exchanged = None
 
     def close(self, *, look: bool = True) -> None:
         if look:
@@ -154,149 +167,204 @@ class FileWatch(FileTree):
         if mask & flags.Q_OVERFLOW:
             self._tell(OVERFLOW, "", None)
             self.look()
-            return
-        above = self.watched.get(watch)
-        if mask & flags.IGNORED and above is not None:
-            del self.watched[watch]
-            if self.descriptors.get(above) == watch:
-                del self.descriptors[above]
-        if above is None or not (name or (self.each_file and mask & CONTENT)):
-            return  # a folder's own attributes are told by the one above it
-        path = f"{above}/{name}" if above and name else above or name
-        if mask & flags.MOVED_FROM:
-            self.moved = cookie, path
-        elif mask & flags.MOVED_TO and self.moved is not None:
-            (_, old), self.moved = self.moved, None
-            self._move(old, path)
-        elif mask & flags.DELETE:
-            self._left(path)
-        elif mask & (flags.CREATE | flags.MOVED_TO):
-            self._seen(path, CREATE)
-        else:
-            self._seen(path, ATTRIBUTES if mask & flags.ATTRIB else MODIFY)
+        elif mask & flags.IGNORED:
+            for node in self.watched.pop(watch, ()):
+                node.watch = -1
+        elif name:
+            folder = next((node for node in self.watched.get(watch, ()) if node.seen.is_folder), None)
+            if folder is not None:
+                self._in_folder(folder, name, mask, cookie)
+        elif self.each_file and mask & CONTENT:  # else it is a folder's own attributes, which the one above it tells
+            files = [node for node in self.watched.get(watch, ()) if not node.seen.is_folder]
+            if files:
+                file = files[0] if len(files) == 1 else self._still_there(files)
+                assert file.above is not None
+                self._seen(file.above, file.name, ATTRIBUTES if mask & flags.ATTRIB else MODIFY)
 
-    def _flush_move(self, moved: tuple[int, str] | None = None) -> None:
+    def _in_folder(self, folder: Node, name: str, mask: int, cookie: int) -> None:
+        if mask & flags.MOVED_FROM:
+            self.moved = cookie, folder, name
+        elif mask & flags.MOVED_TO and self.moved is not None:
+            (_, old_folder, old), self.moved = self.moved, None
+            self._move(old_folder, old, folder, name)
+        elif mask & flags.DELETE:
+            self._left(folder, name)
+        elif mask & (flags.CREATE | flags.MOVED_TO):
+            self._seen(folder, name, CREATE)
+        else:
+            self._seen(folder, name, ATTRIBUTES if mask & flags.ATTRIB else MODIFY)
+
+    def _still_there(self, files: list[Node]) -> Node:
+        """The one of a file's names that it still has."""
+        for node in files:
+            assert node.above is not None
+            found = self._lstat_in(node.above, node.name)
+            if found is not None and found.st_ino == node.seen.inode:
+                return node
+        return files[-1]
+
+    def _flush_move(self, moved: tuple[int, Node, str] | None = None) -> None:
         """It has left the folder: for us it is gone. With `moved` only if no other move has come meanwhile."""
         if self.moved is not None and moved in (None, self.moved):
-            (_, path), self.moved = self.moved, None
-            self._left(path)
+            (_, folder, name), self.moved = self.moved, None
+            self._left(folder, name)
             self._close_folder()
 
-    def _move(self, old: str, new: str) -> None:
+    def _move(self, old_folder: Node, old: str, new_folder: Node, new: str) -> None:
         """With all below it. What it replaces goes without a word of its own."""
-        self._close_folder()
-        self._unwatch(new)
-        self._forget(new)
-        entry = self.known.get(old)
-        for path, inner in self._forget(old):
-            moved = new + path[len(old) :]
-            self.known[moved] = inner
-            if path in self.descriptors:
-                watch = self.descriptors.pop(path)
-                self.watched[watch], self.descriptors[moved] = moved, watch
-        if entry is not None:
-            self._learn(new, entry)
-        self._tell(MOVE, new, entry, old)
-        if self.lower is not None:
-            found = self._lstat(self.root, old)
-            if found is not None:
-                self._learn(old, Known(found))  # the whiteout that it leaves behind
-
-    def _left(self, path: str) -> None:
-        """What is not known came and went before anybody looked, or was told already."""
-        if path not in self.known:
+        old_path = f"{old_folder.path}/{old}" if old_folder.above is not None else old
+        if self.exchanged == (old_folder, old, new_folder, new):  # the nodes have changed places already
+            self.exchanged = None
+            node = new_folder.inner.get(new)
+            if node is not None and not node.seen.is_whiteout:
+                self._tell(MOVE, node.path, node.seen, old_path)
             return
-        if self.lower is not None and self._lstat(self.root, path) is not None:
-            self._seen(path, CREATE)  # it has changed places with a whiteout, or the other way round
-        else:
-            self._gone(path)
+        self.exchanged = None
+        node, other = old_folder.inner.get(old), new_folder.inner.get(new)
+        if node is not None and any(each is node for each in ancestors(new_folder)):
+            self.look()  # an event is missing: no folder goes into itself
+            return
+        if node is not None and other is not None and node is not other and self._is_at(old_folder, old, other):
+            place(other, old_folder, old)
+            place(node, new_folder, new)
+            self.exchanged = new_folder, new, old_folder, old
+            self._tell(MOVE, node.path, node.seen, old_path)
+            return
+        if other is not None and other is not node:
+            self._forget(other)
+        if node is not None:
+            del old_folder.inner[old]
+            place(node, new_folder, new)
+        else:  # it came before anybody looked
+            node = self._learn(new_folder, new, Seen(self._lstat_in(new_folder, new)))
+        self._tell(MOVE, node.path, node.seen, old_path)
+        if node.seen.is_folder and node.watch < 0:
+            self.look(node)
+        if self.lower is not None:
+            found = self._lstat_in(old_folder, old)
+            if found is not None:
+                self._learn(old_folder, old, Seen(found))  # the whiteout that it leaves behind
 
-    def _seen(self, path: str, operation: str) -> None:
-        found = self._lstat_known(path)
-        before, now = self.known.get(path), Known(found)
+    def _is_at(self, folder: Node, name: str, node: Node) -> bool:
+        found = self._lstat_in(folder, name)
+        return found is not None and found.st_ino == node.seen.inode
+
+    def _left(self, folder: Node, name: str) -> None:
+        """What is not known came and went before anybody looked, or was told already."""
+        node = folder.inner.get(name)
+        if node is None:
+            return
+        if self.lower is not None and self._lstat_in(folder, name) is not None:
+            self._seen(folder, name, CREATE)  # it has changed places with a whiteout, or the other way round
+        else:
+            self._gone(node)
+
+    def _seen(self, folder: Node, name: str, operation: str) -> None:
+        found = self._lstat_in(folder, name)
+        node, now = folder.inner.get(name), Seen(found)
+        before = node.seen if node is not None else None
         if operation == ATTRIBUTES and self.each_file and (before is None or before.inode != now.inode):
             return  # that one of its names goes changes a file's own attributes
         if found is None and operation != CREATE:  # its end is an event to come
+            path = f"{folder.path}/{name}" if folder.above is not None else name
             self._tell(operation, path, before)
             return
         if operation == CREATE and before is not None and before.inode == now.inode:
             return  # a look through its folder was faster
         if before is None or self.lower is not None:
-            self._compare(path, now, report=True)  # in an upper layer the kernel does much that the plugin did not
+            node = self._compare(folder, name, now, report=True)  # in an upper layer the kernel does much that nobody asked for
         else:
-            self._learn(path, now)
-            self._tell(operation, path, now)
+            node = self._learn(folder, name, now)
+            self._tell(operation, node.path, now)
         if now.is_folder and operation == CREATE:
-            self.look(path)
+            self.look(node)
 
-    def _lstat_known(self, path: str) -> os.stat_result | None:
-        """What is there now; of files in the same folder, one after the other, that one is opened once."""
+    def _lstat_in(self, folder: Node, name: str) -> os.stat_result | None:
+        """What is there now."""
         try:
-            folder, name = self._open_folder(path)
-            return os.stat(name, dir_fd=folder, follow_symlinks=False)
+            return os.stat(name, dir_fd=self._open_folder(folder), follow_symlinks=False)
         except OSError:
             return None
 
-    def _open_folder(self, path: str) -> tuple[int, str]:
-        """The folder that it lies in, which stays open until another one is wanted, and its name there."""
-        above, _, name = path.rpartition("/")
-        if self.folder is None or self.folder[0] != above:
+    def _open_folder(self, folder: Node) -> int:
+        """Stays open until another one is wanted: events come folder by folder. Raises OSError."""
+        if self.folder is None or self.folder[0] is not folder:
             self._close_folder()
-            self.folder = above, sc.open_beneath(self.root, above, os.O_PATH | os.O_DIRECTORY)
-        return self.folder[1], name
+            self.folder = folder, self._open(self.root, folder.path, os.O_PATH | os.O_DIRECTORY)
+        return self.folder[1]
 
     def _close_folder(self) -> None:
         if self.folder is not None:
             os.close(self.folder[1])
             self.folder = None
 
-    def _enter(self, path: str) -> int:
+    # -- watches -----------------------------------------------------------------------------------------------------
+
+    def _enter(self, folder: Node, report: bool) -> int:
         """Watches it as well."""
-        fd = super()._enter(path)
-        if fd >= 0 and self.notify is not None:
-            try:
-                watch = self.notify.add_watch(f"/proc/self/fd/{fd}", self.mask)
-            except OSError:
-                self.complete = False  # fs.inotify.max_user_watches
-            else:
-                self.watched[watch], self.descriptors[path] = path, watch
+        fd = super()._enter(folder, report)
+        if fd >= 0 and self.notify is not None and not self._watch(folder, f"/proc/self/fd/{fd}", self.mask):
+            self.complete = False  # fs.inotify.max_user_watches
         return fd
 
-    def _learn(self, path: str, now: Known, report: bool = True) -> None:
+    def _learn(self, folder: Node, name: str, now: Seen, report: bool = True) -> Node:
         """Watches a file as well. Where that cannot be - it may not be read, or fs.inotify.max_user_watches - looks tell."""
-        before = self.known.get(path)
-        super()._learn(path, now, report)
-        if not self.each_file or self.notify is None:
-            return
-        if before is not None and before.inode != now.inode:
-            self._unwatch(path)
-        if stat.S_ISREG(now.mode) and path not in self.descriptors:
+        node = super()._learn(folder, name, now, report)
+        if self.each_file and self.notify is not None and node.watch < 0 and stat.S_ISREG(now.mode):
             try:
-                folder, name = self._open_folder(path)
-                watch = self.notify.add_watch(f"/proc/self/fd/{folder}/{name}", CONTENT | flags.DONT_FOLLOW)
+                opened = self._open_folder(folder)
             except OSError:
-                return
-            self.watched[watch], self.descriptors[path] = path, watch
+                return node
+            # A folder may have taken its place by now, whose watch must not be less than it was.
+            self._watch(node, f"/proc/self/fd/{opened}/{name}", CONTENT | flags.DONT_FOLLOW | flags.MASK_ADD)
+        return node
 
-    def _gone(self, path: str, report: bool = True) -> None:
-        for inner, _ in self._below(path):
-            self._unwatch(inner)
-        super()._gone(path, report)
+    def _watch(self, node: Node, path: str, mask: int) -> bool:
+        assert self.notify is not None
+        try:
+            watch = self.notify.add_watch(path, mask)
+        except OSError:
+            return False
+        if watch != node.watch:
+            self.unwatch(node)
+            node.watch = watch
+            self.watched.setdefault(watch, []).append(node)
+        return True
 
-    def _unwatch(self, path: str) -> None:
-        """What is told of what was there means nothing any more. The kernel ends the watch when it ends the file."""
-        watch = self.descriptors.pop(path, None)
-        if watch is not None and self.watched.get(watch) == path:
-            del self.watched[watch]
+    def unwatch(self, node: Node) -> None:
+        """What is told of what was there means nothing any more."""
+        nodes = self.watched.get(node.watch)
+        if nodes is not None:
+            nodes[:] = [each for each in nodes if each is not node]
+            if not nodes:
+                del self.watched[node.watch]
+                if self.notify is not None:
+                    with suppress(OSError):  # the kernel has ended it with the file
+                        self.notify.rm_watch(node.watch)
+        node.watch = -1
+
+
+def place(node: Node, folder: Node, name: str) -> None:
+    node.above, node.name = folder, name
+    folder.inner[name] = node
+
+
+def ancestors(node: Node | None) -> Iterator[Node]:
+    """It and the folders that it lies in."""
+    while node is not None:
+        yield node
+        node = node.above
 
 
 class FilesystemWatchdog:
     """Monitors what is done to the files in a folder and below it, in a thread of its own.
 
     A record has `timestamp` (ISO 8601), `operation` ("create", "modify" when a file that was written to is closed, "delete",
-    "move" with `from`, "attributes", and "overflow" when the kernel has lost some: the state after it is still told), `path`
-    (relative, escaped), `is_directory` and `size` (bytes; of a deletion those that were there; None where nobody knows).
-    Reading is not monitored. Safe to use from several threads.
+    "move" with `from`, "attributes"; where some are missing "overflow", when the kernel has lost them - the state after it is
+    still told -, or "hidden", for a folder that cannot be looked into any more, or lies more than 256 deep), `path` (relative,
+    escaped), `is_directory` and `size` (bytes; of a deletion those that were there; None where nobody knows).
+    What is done again to the same file within a few hundredths of a second is one operation. Reading is not monitored. Safe to
+    use from several threads.
 
     Args:
         sandbox_directory: any folder of the caller's.

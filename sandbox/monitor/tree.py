@@ -1,11 +1,13 @@
 """What is known of the files below a folder, and what a look at them finds different.
 
-The files may be a plugin's: no link is followed, each folder is opened from the root's descriptor, names are escaped. Light:
-a short run is looked at once, at its end. Must not know sandboxes, nor who else may tell of operations (sandbox.monitor.files).
+The files may be a plugin's: no link is followed, each folder is opened from the root's descriptor, names are escaped, and what
+cannot be looked into is told. Light: a short run is looked at once, at its end. Must not know sandboxes, nor who else may
+tell of operations (sandbox.monitor.files).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -17,19 +19,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-DEPTH = 256
+DEPTH = 256  # folders in folders; a plugin could make them until a path fills the memory
+PIECE = 3000  # characters of a path that are opened at once: PATH_MAX is 4096 bytes
+CLOSED = (errno.EACCES, errno.EPERM)  # what answers a look into a folder whose mode does not let us
 
-CREATE, MODIFY, DELETE, MOVE, ATTRIBUTES, OVERFLOW = "create", "modify", "delete", "move", "attributes", "overflow"
+CREATE, MODIFY, DELETE, MOVE, ATTRIBUTES = "create", "modify", "delete", "move", "attributes"
+OVERFLOW, HIDDEN = "overflow", "hidden"  # what says that operations are missing
 
 
-class Known:
+class Seen:
     """What was last seen of one file."""
 
     is_folder = is_whiteout = False
     inode = mode = 0
     size: int | None = None
     content: tuple[int, int] | None = None  # None for what nobody has had a look at, and for folders
-    names: set[str]  # of a folder: what is known in it
 
     def __init__(self, found: os.stat_result | None) -> None:
         """None for what an event has named and nobody found: it has gone on."""
@@ -41,10 +45,33 @@ class Known:
         # A folder's size and times change with what is in it, which is told by itself.
         if stat.S_ISDIR(found.st_mode):
             self.is_folder = True
-            self.names = set()
         else:
             self.content = (found.st_mtime_ns, found.st_size)
             self.is_whiteout = stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
+
+
+class Node:
+    """One name in the tree, and what is known of it. A folder that is moved takes what is in it along."""
+
+    __slots__ = ("above", "inner", "is_hidden", "name", "seen", "watch")
+
+    def __init__(self, name: str, above: Node | None, seen: Seen) -> None:
+        self.name = name
+        self.above = above
+        self.seen = seen
+        self.inner: dict[str, Node] = {}
+        self.is_hidden = False  # a folder that could not be looked into, which has been told
+        self.watch = -1  # of sandbox.monitor.files
+
+    @property
+    def path(self) -> str:
+        """Below the root; "" for the root."""
+        names: list[str] = []
+        node = self
+        while node.above is not None:
+            names.append(node.name)
+            node = node.above
+        return "/".join(reversed(names))
 
 
 class FileTree:
@@ -60,8 +87,8 @@ class FileTree:
         self.lower = lower
         self.on_operation = on_operation
         self.own: list[str] = []  # paths at which nothing is told, because the host itself is at work there
-        self.complete = True  # False where a folder could not be looked into
-        self.known: dict[str, Known] = {"": Known(os.fstat(root))}
+        self.top = Node("", None, Seen(os.fstat(root)))
+        self.size = 1  # nodes
 
     def close(self, *, look: bool = True) -> None:
         """With `look` tell what has changed since the last one."""
@@ -84,115 +111,152 @@ class FileTree:
     def quiet(self, *, report: bool = True) -> None:
         return
 
+    def unwatch(self, node: Node) -> None:
+        return
+
     # -- looks -------------------------------------------------------------------------------------------------------
 
-    def look(self, path: str = "", *, report: bool = True) -> None:
-        """Compare a folder and all below it with what is known; with `report` tell what is different."""
-        todo = [path]
+    def look(self, folder: Node | None = None, *, report: bool = True) -> None:
+        """Compare a folder (the root if None) and all below it with what is known; with `report` tell what is different."""
+        todo = [folder or self.top]
         while todo:
-            above = todo.pop()
-            fd = self._enter(above)
+            node = todo.pop()
+            fd = self._enter(node, report)
             if fd < 0:
                 continue  # what is known in it stays so
             try:
-                todo += self._look_into(above, fd, report)
+                todo += self._look_into(node, fd, report)
             finally:
                 os.close(fd)
 
-    def _look_into(self, above: str, fd: int, report: bool) -> list[str]:
+    def _look_into(self, folder: Node, fd: int, report: bool) -> list[Node]:
         """Returns the folders in it."""
         folders, present = [], set()
         for name in sorted(os.listdir(fd)):
-            inner = f"{above}/{name}" if above else name
             try:
                 found = os.stat(name, dir_fd=fd, follow_symlinks=False)
             except FileNotFoundError:
                 continue
+            except PermissionError:  # it may be listed, not searched
+                self._hide(folder, report)
+                return []
             present.add(name)
-            self._compare(inner, Known(found), report)
-            if stat.S_ISDIR(found.st_mode):
-                folders.append(inner)
-        for name in sorted(self.known[above].names - present, reverse=True) if above in self.known else ():
-            self._gone(f"{above}/{name}" if above else name, report)
+            node = self._compare(folder, name, Seen(found), report)
+            if node.seen.is_folder:
+                folders.append(node)
+        for name in sorted(folder.inner.keys() - present, reverse=True):
+            self._gone(folder.inner[name], report)
+        folder.is_hidden = False
         return folders
 
-    def _enter(self, path: str) -> int:
+    def _enter(self, folder: Node, report: bool) -> int:
         """A folder, open; -1 where it is none (any more), or cannot be looked into."""
+        path = folder.path
         if path.count("/") > DEPTH:
-            self.complete = False
+            self._hide(folder, report)
             return -1
         try:
-            return sc.open_beneath(self.root, path, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
+            return self._open(self.root, path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            if error.errno in CLOSED:
+                self._hide(folder, report)
             return -1
 
-    def _compare(self, path: str, now: Known, report: bool) -> None:
-        before = self.known.get(path)
-        self._learn(path, now, report)
+    def _hide(self, folder: Node, report: bool) -> None:
+        """What is done below it from now on is not seen: that much is told, once."""
+        if not folder.is_hidden:
+            folder.is_hidden = True
+            if report:
+                self._tell(HIDDEN, folder.path, folder.seen)
+
+    def _open(self, root: int, path: str, flags: int) -> int:
+        """A folder below `root`, however long its path is. Raises OSError."""
+        if len(path) < PIECE // 2:
+            return sc.open_beneath(root, path, flags)
+        fd = os.dup(root)
+        while path:
+            end = path.rfind("/", 0, PIECE // 4) if len(path) > PIECE // 4 else len(path)
+            piece, path = path[:end], path[end + 1 :]
+            try:
+                inner = sc.open_beneath(fd, piece, flags if not path else os.O_PATH | os.O_DIRECTORY)
+            finally:
+                os.close(fd)
+            fd = inner
+        return fd
+
+    def _compare(self, folder: Node, name: str, now: Seen, report: bool) -> Node:
+        known = folder.inner.get(name)
+        before = known.seen if known is not None else None
+        node = self._learn(folder, name, now, report)
         if not report or (before is not None and not before.inode):
-            return  # an event has told of it already
+            return node  # an event has told of it already
         if before is None or (before.inode, before.is_folder) != (now.inode, now.is_folder):
-            self._appeared(path, before, now)
+            self._appeared(node, before)
         elif before.content != now.content:
-            self._tell(MODIFY, path, now)
+            self._tell(MODIFY, node.path, now)
         elif before.mode != now.mode:
-            self._tell(ATTRIBUTES, path, now)
+            self._tell(ATTRIBUTES, node.path, now)
+        return node
 
     # -- what is known -----------------------------------------------------------------------------------------------
 
+    def find(self, path: str) -> Node | None:
+        node: Node | None = self.top
+        for name in path.split("/") if path else ():
+            node = node.inner.get(name) if node is not None else None
+        return node
+
     def know(self, path: str) -> None:
         """Of what is there now, without a word."""
-        found = self._lstat(self.root, path)
-        if found is not None:
-            self._learn(path, Known(found), report=False)
+        above, _, name = path.rpartition("/")
+        folder, found = self.find(above), self._lstat(self.root, path)
+        if folder is not None and found is not None:
+            self._learn(folder, name, Seen(found), report=False)
 
-    def _learn(self, path: str, now: Known, report: bool = True) -> None:
+    def _learn(self, folder: Node, name: str, now: Seen, report: bool = True) -> Node:
         """A folder of which something else has taken the place takes with it what is known of it."""
-        before = self.known.get(path)
-        if before is not None and before.is_folder:
-            if now.is_folder:
-                now.names = before.names
-            else:
-                for name in sorted(before.names):
-                    self._gone(f"{path}/{name}", report)
-        self.known[path] = now
-        above, _, name = path.rpartition("/")
-        folder = self.known.get(above)
-        if folder is not None and folder.is_folder:
-            folder.names.add(name)
+        node = folder.inner.get(name)
+        if node is None:
+            node = folder.inner[name] = Node(name, folder, now)
+            self.size += 1
+            return node
+        if not now.is_folder:
+            for inner in sorted(node.inner):
+                self._gone(node.inner[inner], report)
+        if node.seen.inode != now.inode:
+            self.unwatch(node)
+        node.seen = now
+        return node
 
-    def _below(self, path: str) -> Iterator[tuple[str, Known]]:
+    def _below(self, node: Node) -> Iterator[Node]:
         """It and all that is known below it, folders first."""
-        todo = [path]
+        todo = [node]
         while todo:
-            inner = todo.pop()
-            entry = self.known.get(inner)
-            if entry is not None:
-                yield inner, entry
-                if entry.is_folder:
-                    todo += [f"{inner}/{name}" for name in entry.names]
+            each = todo.pop()
+            yield each
+            todo += each.inner.values()
 
-    def _forget(self, path: str) -> list[tuple[str, Known]]:
+    def _forget(self, node: Node) -> list[Node]:
         """It and all below it; returns what that was, folders first."""
-        forgotten = list(self._below(path))
-        for inner, _ in forgotten:
-            del self.known[inner]
-        above, _, name = path.rpartition("/")
-        folder = self.known.get(above)
-        if folder is not None and folder.is_folder:
-            folder.names.discard(name)
+        forgotten = list(self._below(node))
+        assert node.above is not None
+        del node.above.inner[node.name]
+        self.size -= len(forgotten)
+        for each in forgotten:
+            self.unwatch(each)
         return forgotten
 
     # -- what is told ------------------------------------------------------------------------------------------------
 
-    def _gone(self, path: str, report: bool = True) -> None:
+    def _gone(self, node: Node, report: bool = True) -> None:
         """A folder that was moved away or removed takes with it what is known of it."""
-        for inner, entry in reversed(self._forget(path)):
-            if report and not entry.is_whiteout:
-                self._tell(DELETE, inner, entry)
+        for each in reversed(self._forget(node)):
+            if report and not each.seen.is_whiteout:
+                self._tell(DELETE, each.path, each.seen)
 
-    def _appeared(self, path: str, before: Known | None, now: Known) -> None:
+    def _appeared(self, node: Node, before: Seen | None) -> None:
         """Something new, or something else in the place of what was there. In an upper layer that is what it means below."""
+        now, path = node.seen, node.path
         below = self._lstat(self.lower, path) if self.lower is not None and before is None else None
         if self.lower is not None and now.is_whiteout:
             if before is None or not before.is_whiteout:
@@ -209,7 +273,7 @@ class FileTree:
         try:
             if not above:
                 return os.stat(name, dir_fd=root, follow_symlinks=False)
-            fd = sc.open_beneath(root, above, os.O_PATH | os.O_DIRECTORY)
+            fd = self._open(root, above, os.O_PATH | os.O_DIRECTORY)
             try:
                 return os.stat(name, dir_fd=fd, follow_symlinks=False)
             finally:
@@ -217,18 +281,18 @@ class FileTree:
         except OSError:
             return None
 
-    def _tell(self, operation: str, path: str, entry: Known | None, old: str | None = None) -> None:
+    def _tell(self, operation: str, path: str, seen: Seen | None, old: str | None = None) -> None:
         if path in self.own:
             return
         from datetime import UTC, datetime  # a plugin that touches no file does without
 
-        is_there = entry is not None and not (operation == DELETE and entry.is_whiteout)
+        is_there = seen is not None and not (operation == DELETE and seen.is_whiteout)
         record = {
             "timestamp": datetime.now(UTC).isoformat(),
             "operation": operation,
             "path": escape_text(path, keep=""),
-            "is_directory": entry is not None and entry.is_folder,
-            "size": entry.size if entry is not None and is_there else None,
+            "is_directory": seen is not None and seen.is_folder,
+            "size": seen.size if seen is not None and is_there else None,
         }
         if old is not None:
             record["from"] = escape_text(old, keep="")

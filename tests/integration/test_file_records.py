@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,127 @@ def test_a_flood_is_stopped_soon(level: IsolationLevel) -> None:
     with pytest.raises(ResourceLimitExceededError) as caught:
         harness.call(level, endless, limits={"max_cpu_percent": 100.0})
     assert caught.value.limit == "file_operations"
+
+
+def write_often(paths: list[str]) -> None:
+    """Much more often than is permitted, and not one file so often that the kernel makes one event of it."""
+    for _ in range(2000):
+        for path in paths:
+            with open(path, "w") as file:
+                file.write("x")
+
+
+def hard_links() -> None:
+    """Each file has a second name for a while."""
+    import os
+    import time
+
+    paths = [f"file-{number}" for number in range(7)]
+    for path in paths:
+        open(path, "w").close()
+        os.link(path, path + "-second")
+    time.sleep(0.15)
+    for path in paths:
+        os.unlink(path + "-second")
+    time.sleep(0.15)
+    write_often(paths)
+
+
+def exchanges() -> None:
+    """Each file has changed places with one in another folder."""
+    import ctypes
+    import os
+    import time
+
+    os.mkdir("folder")
+    time.sleep(0.1)
+    for number in range(4):
+        for path in (f"folder/{number}", f"other-{number}"):
+            open(path, "w").close()
+    time.sleep(0.1)
+    for number in range(4):
+        paths = f"folder/{number}".encode(), f"other-{number}".encode()
+        assert ctypes.CDLL(None).renameat2(-100, paths[0], -100, paths[1], 2) == 0  # AT_FDCWD, RENAME_EXCHANGE
+    time.sleep(0.1)
+    write_often([f"folder/{number}" for number in range(4)])
+
+
+def deeper(levels: int, name: str) -> None:
+    """In a folder below so many others."""
+    import os
+    import time
+
+    for _ in range(levels):
+        os.mkdir(name)
+        os.chdir(name)
+    time.sleep(0.2)
+    write_often([str(number) for number in range(7)])
+
+
+def closed(mode: int) -> None:
+    """In a folder that the caller may not look into either, where it has no rights of root's."""
+    import os
+    import time
+
+    os.mkdir("folder", mode)
+    os.chdir("folder")
+    time.sleep(0.2)
+    write_often([str(number) for number in range(7)])
+
+
+HIDING: dict[str, Callable[[], None]] = {
+    "hard links": hard_links,
+    "exchanges": exchanges,
+    "a path of 4,250 bytes": functools.partial(deeper, 17, "x" * 249),
+    "300 levels": functools.partial(deeper, 300, "x"),
+    "a folder that cannot be read": functools.partial(closed, 0o300),
+}
+
+
+@rootless
+@TWO
+@pytest.mark.parametrize("way", HIDING)
+def test_nobody_hides_operations_from_the_limit(level: IsolationLevel, way: str) -> None:
+    async def main() -> None:
+        limits = {"max_file_operations": 400, "max_cpu_percent": 400.0}
+        async with harness.open_sandbox(level, limits=limits) as sandbox:
+            with pytest.raises(ResourceLimitExceededError) as caught:
+                await sandbox.execute_plugin_safe(HIDING[way])
+            assert caught.value.limit == "file_operations"
+            assert await sandbox.execute_plugin_safe(os.getpid)
+        assert sandbox.get_telemetry().cleanup_successful
+
+    with harness.nothing_left():
+        asyncio.run(main())
+
+
+@rootless
+@pytest.mark.parametrize("level", [IsolationLevel.STANDARD, IsolationLevel.STRICT], ids=lambda level: level.value)
+@pytest.mark.parametrize("seconds", [0.0, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("mode", [0o400, 0o300, 0], ids=oct)
+def test_a_folder_that_lets_nobody_in_breaks_nothing(level: IsolationLevel, seconds: float, mode: int) -> None:
+    def make_closed(mode: int, seconds: float) -> None:
+        import os
+        import time
+
+        time.sleep(seconds)
+        os.mkdir("folder")
+        open("folder/file", "w").close()
+        os.chmod("folder", mode)
+        time.sleep(seconds)
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            hides = pytest.raises(ResourceLimitExceededError, match="hid what it did")
+            with hides if seconds and not harness.ROOT else contextlib.nullcontext():  # its end is too late to stop it
+                await sandbox.execute_plugin_safe(make_closed, mode, seconds)
+            names = {entry.path for entry in sandbox.list_files()}
+            assert names in ({"folder"}, {"folder", "folder/file"})
+            assert await sandbox.execute_plugin_safe(os.getpid)
+        assert sandbox.get_telemetry().cleanup_successful
+
+    with harness.nothing_left():
+        asyncio.run(main())
 
 
 @TWO

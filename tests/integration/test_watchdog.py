@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from sandbox import FilesystemWatchdog, IsolationConfig
 from sandbox.engine.loop import PollLoop
 from sandbox.monitor.files import FileWatch
+from sandbox.ns import syscalls as sc
 from sandbox.text import escape_text
 
 from . import harness
@@ -118,8 +120,9 @@ def test_so_do_those_of_files_that_are_watched_one_by_one(tmp_path: Path, seed: 
         loop.run_until(lambda: churn.poll() is not None)
     watch.close()
     assert replayed(records) == tree(tmp_path)
-    sizes = {path: entry.size for path, entry in watch.known.items() if path and not entry.is_folder}
+    sizes = {node.path: node.seen.size for node in watch._below(watch.top) if not node.seen.is_folder}
     assert sizes == {path: (tmp_path / path).stat().st_size for path in sizes}
+    assert watch.size == len(tree(tmp_path)) + 1
 
 
 def test_a_file_that_is_watched_for_itself(tmp_path: Path) -> None:
@@ -158,6 +161,96 @@ def test_a_file_that_is_watched_for_itself(tmp_path: Path) -> None:
     assert told(lambda: (tmp_path / "folder").chmod(0o700)) == []
     watch.close()
     assert [(each["operation"], each["path"]) for each in records] == [("attributes", "folder")]
+
+
+def exchange(one: Path, other: Path) -> None:
+    """renameat2(2) with RENAME_EXCHANGE"""
+    here = os.open("/", os.O_PATH)
+    try:
+        sc.rename(here, str(one), here, str(other), sc.RENAME_EXCHANGE)
+    finally:
+        os.close(here)
+
+
+@pytest.mark.parametrize("each_file", [False, True])
+def test_what_changes_places_is_known_at_its_new_one(tmp_path: Path, each_file: bool) -> None:
+    records: list[dict[str, Any]] = []
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / folder.name).write_text("x")
+    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=each_file)
+    watch.listen()
+    exchange(one, other)
+    watch.catch_up()
+    assert [(each["operation"], each["path"], each["from"]) for each in records] == [
+        ("move", "other", "one"),
+        ("move", "one", "other"),
+    ]
+    exchange(one / "other", other / "one")
+    watch.catch_up()
+    records.clear()
+    (one / "other").write_text("1")
+    (other / "one").write_text("2")
+    watch.catch_up()
+    assert [(each["operation"], each["path"]) for each in records] == [("modify", "one/other"), ("modify", "other/one")]
+    records.clear()
+    watch.close()
+    assert records == []
+    assert {node.path for node in watch._below(watch.top)} == {"", *tree(tmp_path)}
+
+
+def test_one_of_a_files_names_goes(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = []
+    (tmp_path / "first").write_text("x")
+    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=True)
+    watch.listen()
+    os.link(tmp_path / "first", tmp_path / "second")
+    watch.catch_up()
+    for gone, left in (("second", "first"), ("first", "third")):
+        if left == "third":
+            os.link(tmp_path / "first", tmp_path / "third")
+            watch.catch_up()
+        (tmp_path / gone).unlink()
+        watch.catch_up()
+        records.clear()
+        (tmp_path / left).write_text(left)
+        watch.catch_up()
+        assert [(each["operation"], each["path"]) for each in records] == [("modify", left)]
+    watch.close()
+
+
+def test_who_never_stops_telling_does_not_keep_the_reader(tmp_path: Path) -> None:
+    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), lambda record: None)
+    watch.listen()
+    read = watch.read
+
+    def read_and_write() -> int:
+        for number in range(200):
+            (tmp_path / f"{number}").write_text("x")
+        return read()
+
+    watch.read = read_and_write  # type: ignore[method-assign]
+    (tmp_path / "file").write_text("x")
+    watch.catch_up()
+    watch.close()
+
+
+def test_a_folder_of_many_files_moves_at_the_price_of_one(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = []
+    (tmp_path / "a").mkdir()
+    for number in range(3000):
+        (tmp_path / "a" / f"{number}").touch()
+    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=True)
+    watch.listen()
+    start = time.process_time()
+    for _ in range(500):
+        (tmp_path / "a").rename(tmp_path / "b")
+        (tmp_path / "b").rename(tmp_path / "a")
+    watch.catch_up()
+    assert len(records) == 1000
+    assert time.process_time() - start < 2  # 3,000,000 entries were moved
+    watch.close()
 
 
 def test_folders_that_are_made_faster_than_they_can_be_watched(tmp_path: Path) -> None:
