@@ -40,7 +40,7 @@ class Recorder:
     """Counts and keeps the file operations of one sandbox, and ends the calls that pass max_file_operations.
 
     `records` are as FilesystemWatchdog's, with paths as the plugin has them; `on_violation` is told of each call that is over
-    the limit, or hides from the count what it goes on doing. What happens while no call runs belongs to the records, but to no call.
+    the limit, or hides from the count what it goes on doing. What happens while no call runs is recorded, but is no call's.
     """
 
     def __init__(self, sandbox: Sandbox) -> None:
