@@ -547,10 +547,16 @@ class EnhancedPluginSandbox:
         if self._tainted:
             raise CommitError(f"a violation ended a call, so its changes are not kept: {self._tainted}")
         granted = self._granted()
-        if self.recipe is not None and any(folder["kind"] == "direct" for folder in self.recipe.granted):
+        try:
+            self._refuse_direct()
+        except CommitError:
             granted.close()
-            refuse_direct()
+            raise
         return await self._busy_with("changes are being committed", self._commit(granted, paths))
+
+    def _refuse_direct(self) -> None:
+        if self.recipe is not None and any(folder["kind"] == "direct" for folder in self.recipe.granted):
+            refuse_direct()
 
     async def _commit(self, granted: GrantedChanges, paths: Iterable[str] | None) -> list[FileChange]:
         told = await asyncio.to_thread(carry_out, granted, None if paths is None else list(paths))
@@ -571,8 +577,14 @@ class EnhancedPluginSandbox:
         return await finished(act())
 
     async def discard_changes(self) -> None:
-        """Forget what was changed in the allowed directories. Raises RuntimeError as `changes` does."""
+        """Forget what was changed in the allowed directories.
+
+        Raises:
+            CommitError: at level minimal, where they were written directly.
+            RuntimeError: as for `changes`.
+        """
         self._granted().close()
+        self._refuse_direct()
         await self._busy_with("changes are being discarded", self._renew(keep=False))
         self._tainted = ""
 

@@ -366,6 +366,64 @@ def test_holes_that_would_take_too_long_are_not_hashed(case: Case) -> None:
     assert os.stat(case.lower / "large").st_blocks < 100
 
 
+def test_the_stage_of_another_commit_is_not_deleted(case: Case) -> None:
+    (case.lower / ".psie-0011223344556677").mkdir()
+    (case.lower / "kept" / "more").mkdir()
+    with case.opened() as folder:  # an upper layer that hides all, but its top: what the plugin has removed there is a whiteout
+        folder.comparison.hides = False
+        os.mknod(case.upper / ".psie-0011223344556677", stat.S_IFCHR)
+        (problem,) = {each.problem for each in folder.differences if each.path.startswith(".psie-")}
+    assert "psie's own" in problem
+
+
+@pytest.mark.parametrize("put", ["", "folder", "link"])
+def test_a_folder_that_has_been_moved_away_is_not_written(case: Case, tmp_path: Path, put: str) -> None:
+    case.work()
+    moved, old = tmp_path / "moved", tree(case.lower)
+    with case.opened() as folder:
+        case.lower.rename(moved)
+        if put == "folder":
+            case.lower.mkdir()
+        elif put == "link":
+            case.lower.symlink_to(moved)
+        with pytest.raises(CommitError, match="been removed" if not put else "in its place"):
+            commit.commit([folder])
+    assert tree(moved) == old
+    assert not os.path.exists(tmp_path / "state" / "commits")
+
+
+def test_who_may_change_a_mode_gives_nobody_the_bits_of_its_owner(case: Case) -> None:
+    os.chmod(case.lower / "kept" / "bits", 0o4755)
+    os.chmod(case.lower / "kept", 0o2755)
+    os.chmod(case.upper / "kept" / "bits", 0o777)
+    os.chmod(case.upper / "kept", 0o2775)
+    time.sleep(0.02)
+    case.since = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+    case.commit()
+    assert stat.S_IMODE(os.stat(case.lower / "kept" / "bits").st_mode) == 0o777
+    assert stat.S_IMODE(os.stat(case.lower / "kept").st_mode) == 0o2775
+
+
+def test_a_journal_that_is_none_stops_nobody(case: Case, own_state: Path) -> None:
+    (own_state / "commits").mkdir()
+    (own_state / "commits" / "0011").write_text("")
+    (own_state / "commits" / "0022").write_text('{"folders": 1, "version": 1}')
+    assert ["is damaged" in line for line in commit.recover()] == [True, True]
+
+
+def test_a_journal_goes_with_its_folder(case: Case, own_state: Path) -> None:
+    """Where nothing had been done yet there is nothing to finish."""
+    (own_state / "commits").mkdir()
+    journal = commit.Journal("0011")
+    lower = os.open(case.lower, os.O_RDONLY)
+    journal.write(commit.CLEAR, [(str(case.lower), lower)], [])
+    journal.close()
+    os.close(lower)
+    shutil.rmtree(case.lower)
+    assert ["cleared away" in line for line in commit.recover()] == [True]
+    assert os.listdir(own_state / "commits") == []
+
+
 def test_a_journal_outlives_another_number_of_the_device(case: Case, own_state: Path) -> None:
     """As after a boot."""
     case.work()

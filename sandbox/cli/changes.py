@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MARKS = {ADDED: ("+", "green"), DELETED: ("-", "red"), METADATA: ("m", "cyan")}
 MODIFIED_MARK = ("~", "yellow")
+LINES, LINES_OF_ONE, COLUMNS = 5000, 500, 2000  # of a diff that are shown: a plugin may write millions
 
 
 class Settled:
@@ -81,9 +82,15 @@ def show(granted: GrantedChanges, found: list[FileChange]) -> None:
         of_folder = [change for change in found if change.path.startswith(os.path.join(folder.path, ""))]
         if of_folder:
             console.print(tree(folder.path, of_folder))
+    left = LINES
     for path in dict.fromkeys(change.path for change in found):
-        for line in granted.diff(path).splitlines():
-            console.print(Text(escape_text(line, keep="\t"), style=style_of(line)))
+        lines = granted.diff(path).splitlines()
+        shown = lines[: min(LINES_OF_ONE, left)]
+        for line in shown:
+            console.print(Text(escape_text(line[:COLUMNS], keep="\t"), style=style_of(line)))
+        left -= len(shown)
+        if len(shown) < len(lines):
+            console.print(Text(f"... {len(lines) - len(shown)} more lines of {escape_text(path, keep='')}", style="bold"))
 
 
 def tree(folder: str, found: list[FileChange]) -> Tree:

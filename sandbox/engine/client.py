@@ -53,6 +53,7 @@ MENDS = {
     errno.ENOMEM: "free memory, or lower max_memory_mb",
     errno.EPERM: "allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), "
     "or look at what confines this process (a container's seccomp profile, for instance)",
+    errno.EDQUOT: "raise max_disk_usage_mb or max_inodes",
     errno.ENOENT: "check that the path exists",
     errno.EACCES: "make the path readable for the caller",
     errno.EINVAL: "run on Linux 6.1 or later",

@@ -7,6 +7,7 @@ themselves is free, or nothing but the smallest list would work. Imported only w
 from __future__ import annotations
 
 import builtins
+import importlib
 import os
 import sys
 
@@ -35,6 +36,7 @@ class Finder:
         self.libraries = (*(os.path.join(path, "") for path in sys.path), OWN, "<frozen")
         self.report = report
         self.original = builtins.__import__
+        self.original_module = importlib.import_module
 
     def check(self, name: str, frame: FrameType) -> None:
         """Raise ModuleNotFoundError if the code of `frame` may not import `name`."""
@@ -54,7 +56,7 @@ class Finder:
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
+        while frame is not None and frame.f_code.co_filename.startswith(("<frozen importlib", importlib.__file__)):
             frame = frame.f_back
         if frame is not None and frame.f_code.co_filename != __file__:
             self.check(name, frame)
@@ -71,8 +73,15 @@ class Finder:
             self.check(name, sys._getframe(1))
         return self.original(name, globals, locals, fromlist or (), level)
 
+    def import_module(self, name: str, package: str | None = None) -> ModuleType:
+        """In the place of importlib's, which asks nobody about a module that is loaded already."""
+        if not name.startswith("."):
+            self.check(name, sys._getframe(1))
+        return self.original_module(name, package)
+
 
 def bind_imports(allowed: Sequence[str], blocked: Sequence[str], report: Callable[[dict[str, object]], None]) -> None:
     finder = Finder(allowed, blocked, report)
     sys.meta_path.insert(0, finder)
     builtins.__import__ = finder.import_
+    importlib.import_module = finder.import_module

@@ -159,7 +159,13 @@ class Granted:
 
     def _copy(self, number: int) -> None:
         place, path = f"{PLACE}/{number}", self.folders[number]["path"]
-        self._copy_folder(f"{place}/lower", f"{place}/upper", self.found[number][2], 0)
+        try:
+            self._copy_folder(f"{place}/lower", f"{place}/upper", self.found[number][2], 0)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            text = "it cannot be part of an overlay, and a copy of it is larger than the disk limit"
+            raise OSError(errno.EDQUOT, text, path) from None
         sc.mount(f"{place}/upper", mounts.make_point("", path, directory=True), None, sc.MS_BIND)
 
     def _copy_folder(self, source: str, target: str, owner: int, depth: int) -> None:

@@ -161,6 +161,8 @@ class Comparison:
 
     def _deleted(self, path: str, old: os.stat_result | None) -> Difference:
         problem = self._foreign(old) if self.allow_deletion else "deleting is not permitted (allow_file_deletion)"
+        if path.startswith(RESERVED):  # the stage of a commit that is unfinished
+            problem = OWN_NAME
         return Difference(DELETED, path, None, old, problem)
 
     def _foreign(self, old: os.stat_result | None) -> str:
@@ -182,7 +184,7 @@ class Comparison:
 
     def _problem(self, upper: int, name: str, path: str, new: os.stat_result) -> str:
         if path.startswith(RESERVED):
-            return f"names that begin with {RESERVED} are psie's own"
+            return OWN_NAME
         if stat.S_ISLNK(new.st_mode):
             target = os.readlink(name, dir_fd=upper)
             if leads_out(path, target) or self._leads_through_a_link(path, target):
@@ -201,6 +203,7 @@ class Comparison:
         )
 
 
+OWN_NAME = f"names that begin with {RESERVED} are psie's own"
 FOREIGN = "it belongs to another user than the folder"
 UNREADABLE = "it cannot be read: its mode does not let its owner"
 TYPES = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}

@@ -33,7 +33,7 @@ from sandbox.text import escape_text
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from typing import Any
+    from typing import Any, NoReturn
 
 VERSION = 1
 # What a journal says of the stages: they are to be removed (nothing was done yet, or all of it), or put into place.
@@ -74,6 +74,7 @@ class Folder:
 def commit(folders: Sequence[Folder]) -> None:
     """Make the differences of all `folders` real. Raises CommitError, and then nothing has changed."""
     for folder in folders:
+        check_place(folder)
         for difference in folder.differences:
             if difference.problem:
                 refuse(os.path.join(folder.path, difference.path), difference.problem)
@@ -107,6 +108,17 @@ def commit(folders: Sequence[Folder]) -> None:
             journal.close()
 
 
+def check_place(folder: Folder) -> None:
+    """Raises CommitError if another folder, or none, is where the granted one was."""
+    own = os.fstat(folder.lower)
+    try:
+        found = os.stat(folder.path, follow_symlinks=False)
+    except OSError:
+        refuse(folder.path, "it has been removed since the sandbox was opened")
+    if (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino):
+        refuse(folder.path, "something else has been put in its place since the sandbox was opened")
+
+
 def check_unchanged(folder: Folder, *, with_listings: bool = True) -> None:
     """Raises CommitError if what differs has been changed in the folder itself since the sandbox was opened.
 
@@ -123,10 +135,19 @@ def check_unchanged(folder: Folder, *, with_listings: bool = True) -> None:
                 refuse(path, "it has been removed since the sandbox was opened")
         elif now is None or difference.lower is None or now.st_ino != difference.lower.st_ino:
             refuse(path, "it has come or gone since the sandbox was opened")
-        elif now.st_dev != os.fstat(folder.lower).st_dev:
+        elif is_mounted(folder.lower, difference.path):
             refuse(path, "it lies in another file system than the folder")
         elif has_changed(folder, difference, now):
             refuse(path, "it has been changed since the sandbox was opened")
+
+
+def is_mounted(folder: int, path: str) -> bool:
+    """Whether another file system begins there. Device numbers do not tell: an overlay has several."""
+    try:
+        os.close(sc.open_beneath(folder, path, os.O_PATH | os.O_NOFOLLOW))
+    except OSError as error:
+        return error.errno == errno.EXDEV
+    return False
 
 
 def has_changed(folder: Folder, difference: Difference, now: os.stat_result) -> bool:
@@ -147,7 +168,7 @@ def listing_changed(folder: Folder, path: str) -> bool:
     return found is None or found.st_ctime_ns > folder.since
 
 
-def refuse(path: str, why: str) -> None:
+def refuse(path: str, why: str) -> NoReturn:
     shown = escape_text(path, keep="")
     raise CommitError(f"{shown} cannot be committed, so nothing was: {why}", paths=[path])
 
@@ -398,7 +419,8 @@ class Stage:
         if difference.kind == METADATA:
             assert old is not None
             before = stat.S_IMODE(old.st_mode)
-            step = Step("mode", path, old.st_ino, mode=mode | before & ~MODES, before=before)
+            kept = before & ~MODES if stat.S_ISDIR(old.st_mode) else 0  # who may write a program may not make it anybody's
+            step = Step("mode", path, old.st_ino, mode=mode | kept, before=before)
             (self.opening if mode & stat.S_IWUSR else self.closing).append(step)
             return
         above = self.staged.get(os.path.dirname(path))
@@ -561,8 +583,11 @@ def _recover(path: str) -> str:
                 os.unlink(path)
             return ""
         with open(fd, "rb", closefd=False) as file:
-            content = json.loads(file.read())
-        return _finish(path, content)
+            content = file.read()
+        try:
+            return _finish(path, json.loads(content))
+        except (ValueError, KeyError, TypeError):
+            return f"{escape_text(path, keep='')} is damaged: look for {RESERVED}* in your folders, then remove it"
     finally:
         os.close(fd)
 
@@ -575,7 +600,13 @@ def _finish(path: str, content: dict[str, Any]) -> str:
     opened: list[int] = []
     try:
         for folder in content["folders"]:
-            opened.append(os.open(folder["path"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            try:
+                opened.append(os.open(folder["path"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            except FileNotFoundError:
+                if content["phase"] == CLEAR:
+                    journal.clear([])
+                    return f"the commit to {shown} was cleared away with its folder"
+                raise
             # The device may have another number after a boot; that it is the same folder the stage in it tells as well.
             if os.fstat(opened[-1]).st_ino != folder["inode"]:
                 raise FileNotFoundError(errno.ENOENT, "another folder has its name", folder["path"])

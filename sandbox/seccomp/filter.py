@@ -97,10 +97,10 @@ def cached_profile(
 def syscall_name(number: int) -> str:
     """The name of a system call of this machine, as libseccomp knows it, or "syscall_<number>"."""
     if number not in _names_by_number:
-        pyseccomp = _import_pyseccomp()
         try:
+            pyseccomp = _import_pyseccomp()
             _names_by_number[number] = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, number).decode()
-        except ValueError:
+        except (ImportError, ValueError):  # a filter from the cache needs no library
             return f"syscall_{number}"
     return _names_by_number[number]
 

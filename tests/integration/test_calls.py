@@ -545,6 +545,25 @@ def import_what_is_blocked() -> int:
     return refused if json.loads("1") else 0
 
 
+def test_a_name_that_is_computed_is_an_import_as_well(level: IsolationLevel) -> None:
+    def compute(name: str) -> str:
+        import importlib
+
+        return importlib.import_module(name).__name__
+
+    async def main() -> list[SandboxViolation]:
+        async with harness.open_sandbox(level, permissions={"blocked_modules": ["wave", "os"]}) as sandbox:
+            for name in ("wave", "os"):  # one that is loaded already
+                with pytest.raises(PluginExecutionError, match="blocked_modules"):
+                    await sandbox.execute_plugin_safe(compute, name)
+            assert await sandbox.execute_plugin_safe(compute, "json.decoder") == "json.decoder"
+            return sandbox.get_violations()
+
+    violations = asyncio.run(main())
+    assert [violation.details["module"] for violation in violations] == ["wave", "os"]
+    assert {violation.details["file"] for violation in violations} == {__file__}
+
+
 def test_a_refused_import_is_a_violation(level: IsolationLevel) -> None:
     async def main() -> list[SandboxViolation]:
         permissions = {"blocked_modules": ["statistics", "http"]}

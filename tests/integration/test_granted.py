@@ -16,7 +16,15 @@ from typing import Any
 
 import pytest
 
-from sandbox import CommitError, EnhancedPluginSandbox, FileChange, IsolationLevel, SecurityViolationError, host
+from sandbox import (
+    CommitError,
+    EnhancedPluginSandbox,
+    FileChange,
+    IsolationLevel,
+    SandboxInitializationError,
+    SecurityViolationError,
+    host,
+)
 from sandbox.seccomp.filter import known_syscalls
 
 from . import harness
@@ -373,6 +381,36 @@ def test_without_an_overlay_there_is_a_copy(level: IsolationLevel, folder: Path,
 
 
 @namespaced
+def test_a_copy_that_does_not_fit_says_so(level: IsolationLevel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from sandbox import sandbox as sandbox_module
+
+    facts = dataclasses.replace(host.facts(), overlay="imitated")
+    monkeypatch.setattr(host, "facts", lambda: facts)
+    sandbox_module._compiled.clear()
+    (folder / "large").write_bytes(bytes(6 << 20))
+
+    async def main() -> None:
+        allowed = {"allowed_directories": [str(folder)]}
+        async with harness.open_sandbox(level, limits={"max_disk_usage_mb": 4.0}, permissions=allowed):
+            pass
+
+    with pytest.raises(SandboxInitializationError, match="larger than the disk limit"):
+        asyncio.run(main())
+    sandbox_module._compiled.clear()
+
+
+def test_at_level_minimal_nothing_is_discarded(folder: Path) -> None:
+    async def main() -> None:
+        async with granted(IsolationLevel.MINIMAL, folder) as sandbox:
+            with pytest.raises(CommitError, match="written directly"):
+                await sandbox.discard_changes()
+
+    asyncio.run(main())
+
+
+@namespaced
 def test_while_a_call_runs_changes_are_nobodys_business(level: IsolationLevel, folder: Path) -> None:
     def linger(folder: str) -> None:
         import time
@@ -502,6 +540,17 @@ def test_a_run_that_ends_well_is_kept_and_no_other(level: IsolationLevel, folder
     assert (done.returncode, done.stderr) == (0, "")
     assert (folder / "text").read_text() == "text\nmore\n"
     assert (folder / "made" / "here" / "file").exists()
+
+
+def test_of_a_long_diff_the_beginning_is_shown(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lines.py"
+    path.write_text("import sys\nfor n in range(20): open(f'{sys.argv[1]}/{n}', 'w').write('line\\n' * 100_000)\n")
+    limits = ("--memory", "256M", "--level", "strict")
+    done = psie("run", "-q", *limits, "--rw", str(folder), "--dry-run", str(path), str(folder))
+    assert done.returncode == 0
+    assert done.stderr.count("\n+line") < 5001
+    assert "more lines of" in done.stderr
+    assert "dry run: 20 changes" in done.stderr
 
 
 def test_deleting_from_the_command_line(folder: Path, tmp_path: Path) -> None:
