@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 
-from sandbox.engine.access import Network, is_special, parse, plain
+from sandbox.engine.access import Network, is_own, is_special, parse, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ NAME_CHARACTERS = 253  # RFC 1035, 2.3.4, without the last dot
 LABEL_CHARACTERS = 63
 MOST_CHARACTERS = 40_000  # of all that a sandbox is told: it travels in one message
 RESOLV_CONF = "/etc/resolv.conf"
-HOSTS_FILE = "127.0.0.1 localhost\n::1 localhost\n"
+UNCLEAR = "\u00df\u03c2\u200c\u200d"  # what IDNA 2003, which Python has, takes for something else than IDNA 2008 does
+LINK_LOCAL = Network("fe80::/10")
 HOST_CONF = "multi on\n"  # host.conf(5): every address that a name has in /etc/hosts, not only the first
 FILES_ONLY = "passwd: files\ngroup: files\nhosts: files\n"
 FILES_AND_DNS = "passwd: files\ngroup: files\nhosts: files dns\n"
@@ -65,6 +66,8 @@ def _host(host: str) -> str:
     if ":" in host:
         return _address(host)
     if not host.isascii():
+        if any(character in host for character in UNCLEAR):
+            raise ValueError("give this host name in its ASCII form (xn--...): there are two")
         try:
             host = host.encode("idna").decode("ascii")
         except UnicodeError:
@@ -82,9 +85,11 @@ def _host(host: str) -> str:
 
 def _address(text: str) -> str:
     try:
-        parse(text)
+        address = parse(text)
     except OSError:
         raise ValueError("give IPv4 as four decimal numbers (10.0.0.1), IPv6 as in ::1") from None
+    if address in LINK_LOCAL:
+        raise ValueError("give an address that needs no zone: a link-local one means nothing without")
     return text.lower()
 
 
@@ -129,9 +134,9 @@ def wants_dns(access: Mapping[str, Any] | None) -> bool:
 def resolve(access: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a sandbox is told about its network when it opens. Blocks for as long as the host's resolver takes.
 
-    `names`: addresses of each name, as far as they count; `refused`: (name, address) that was left out, because an allowed
-    name leads to an address that is private, or this machine's, and is not listed itself; `unknown`: names without any;
-    `nameservers`; `files`: what lies in the plugin's /etc.
+    `names`: addresses of each name; `allowed`: those that count for an allowed name, which private ones and this machine's do
+    not; `refused`: (name, such an address as it would have to be listed) where it is not listed at all, and so left out;
+    `unknown`: names without any; `nameservers`; `files`: what lies in the plugin's /etc.
 
     Raises ValueError where names stand for too many addresses, or where one that is to be blocked has none: it may have some
     later, and then `allowed` could lead there.
@@ -142,15 +147,18 @@ def resolve(access: Mapping[str, Any] | None) -> dict[str, Any]:
     listed = [Network(host) for host, _ in access["allowed"] if host != "*" and not is_name(host)]
     allowed = {host for host, _ in access["allowed"]}
     found: dict[str, list[str]] = {}
+    counting: dict[str, list[str]] = {}
     refused = []
     for name in names(access):
-        found[name] = addresses = []
+        found[name], counting[name] = addresses, _ = [], []
         for text in _addresses(name):
             address = parse(text)
-            if name in allowed and is_special(address) and not any(plain(address) in network for network in listed):
-                refused.append([name, text])
-            else:
-                addresses.append(text)
+            if not is_special(address) and not is_own(plain(address)):
+                counting[name].append(text)
+            elif name in allowed and not any(plain(address) in network for network in listed):
+                refused += [[name, join(text, port)] for host, port in access["allowed"] if host == name]
+                continue  # who answers for the name does not decide about these
+            addresses.append(text)
     for host, _ in access["blocked"]:
         if host in found and not found[host] and host not in dict(refused) and allowed:
             raise ValueError(f"{host} in blocked_hosts has no address here, so it cannot be blocked: give its addresses")
@@ -158,11 +166,12 @@ def resolve(access: Mapping[str, Any] | None) -> dict[str, Any]:
     known = "".join(f"{text} {name}\n" for name in sorted(allowed & found.keys()) for text in found[name])
     told = {
         "names": found,
+        "allowed": {name: addresses for name, addresses in counting.items() if name in allowed},
         "refused": refused,
         "unknown": [name for name, addresses in found.items() if not addresses and name not in dict(refused)],
         "nameservers": _nameservers() if dns else [],
         "files": {
-            "/etc/hosts": HOSTS_FILE + known,
+            "/etc/hosts": hosts_file(access) + known,
             "/etc/host.conf": HOST_CONF,
             "/etc/nsswitch.conf": FILES_AND_DNS if dns else FILES_ONLY,
         },
@@ -170,6 +179,13 @@ def resolve(access: Mapping[str, Any] | None) -> dict[str, Any]:
     if len(repr(told)) > MOST_CHARACTERS:
         raise ValueError("the names in allowed_hosts and blocked_hosts stand for too many addresses: allow networks instead")
     return told
+
+
+def hosts_file(access: Mapping[str, Any] | None) -> str:
+    """What is in the plugin's /etc/hosts in any case: no address that cannot be reached, since clients try all of a name's."""
+    allowed = access["allowed"] if access is not None else ()
+    has_six = any(parse("::1") in Network(host) for host, _ in allowed if host != "*" and not is_name(host))
+    return "127.0.0.1 localhost\n" + ("::1 localhost\n" if has_six else "")
 
 
 def for_python(recipe: Recipe, resolved: Mapping[str, Any]) -> dict[str, list[str]]:

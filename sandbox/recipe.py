@@ -616,7 +616,8 @@ class _Compiler:
                     lines.append(["bind_optional", "/" + name, "/" + name, "ro,nosuid,nodev"])
             shown = self.libraries()
             lines += self.interpreter_links(shown)
-            lines += [["file", path, text] for path, text in ETC.items()]
+            files = {**ETC, "/etc/hosts": network.hosts_file(self.network()["access"])}
+            lines += [["file", path, text] for path, text in files.items()]
             lines += [["bind_optional", path, path, "ro,nosuid,nodev,noexec"] for path in ETC_SHARED if os.path.exists(path)]
         lines += [["bind", path, path, "ro,nosuid,nodev"] for path in shown]
         lines.append(["tmpfs", "/dev", "nosuid,noexec", "mode=755,size=64k,nr_inodes=64", []])
@@ -886,7 +887,6 @@ PROC_MASKED = ("/proc/kcore", "/proc/keys", "/proc/key-users", "/proc/sysrq-trig
 ETC = {
     "/etc/passwd": f"root:x:0:0:root:/:/usr/sbin/nologin\nplugin:x:{PLUGIN_ID}:{PLUGIN_ID}:plugin:{WORKSPACE}:/bin/sh\n",
     "/etc/group": f"root:x:0:\nplugin:x:{PLUGIN_ID}:\n",
-    "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
     "/etc/host.conf": "multi on\n",
     "/etc/hostname": "psie\n",
     "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",

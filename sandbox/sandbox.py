@@ -751,7 +751,8 @@ class EnhancedPluginSandbox:
         (AF_INET), `type` (of a new socket: SOCK_STREAM), `address` and `port` (None where there are none), `allowed`,
         `reason`, `pid` (on the host) and `call` (its number). They come from the kernel (seccomp_unotify(2)): the plugin
         can neither leave one out nor forge one. Of sendmsg and sendmmsg those with MSG_FASTOPEN are there, which alone could
-        go somewhere; of more than 1,000 operations of a call, every power of two.
+        go somewhere. Of more than 1,000 sockets of a call, and as many other operations, every power of two is there, and every
+        connection that was made.
 
         Records with the operation "resolve" come from the plugin's interpreter, which can leave them out and forge them: names
         of hosts that it has asked for (`address`, without `pid`).

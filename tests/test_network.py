@@ -79,6 +79,8 @@ def test_hosts(text: str, host: str, port: int) -> None:
         ("https://a.de", "without a scheme"),
         ("user@a.de", "without user and password"),
         ("fe80::1%eth0", "without a zone"),
+        ("[fe80::1]:80", "needs no zone"),
+        ("stra\u00dfe.example", "in its ASCII form"),
         ("a.de:0", "port from 1 to 65535"),
         ("a.de:65536", "port from 1 to 65535"),
         ("a.de:", "port from 1 to 65535"),
@@ -205,10 +207,11 @@ def test_a_blocked_port_is_only_that_port() -> None:
 
 
 def test_names_are_their_addresses() -> None:
-    names = {"a.example": ["10.0.0.1", "fd00::1"], "none.example": []}
-    assert decide("10.0.0.1", 80, ["a.example"], names=names) == (True, "a.example is allowed")
-    assert decide("fd00::1", 80, ["a.example"], names=names)[0] is True
-    assert decide("10.0.0.2", 80, ["a.example", "none.example"], names=names)[0] is False
+    resolved = {"allowed": {"a.example": ["10.0.0.1", "fd00::1"], "none.example": []}}
+    known = access.Access(wanted(["a.example", "none.example"]), resolved)
+    assert known.decide(access.parse("10.0.0.1"), 80) == (True, "a.example is allowed")
+    assert known.decide(access.parse("fd00::1"), 80)[0] is True
+    assert known.decide(access.parse("10.0.0.2"), 80)[0] is False
 
 
 def test_name_servers() -> None:
@@ -234,7 +237,32 @@ def test_private_addresses_of_a_name_have_to_be_listed(known: Addresses) -> None
     assert "10.0.0.5" not in found["files"]["/etc/hosts"]
     listed = network.resolve(wanted(["db.example", "10.0.0.0/8:5432", "::1"]))
     assert listed["names"] == {"db.example": ["8.8.8.8", "10.0.0.5", "::1", "::ffff:10.0.0.6"]}
-    assert listed["unknown"] == []
+    assert listed["allowed"] == {"db.example": ["8.8.8.8"]}
+    assert (listed["refused"], listed["unknown"]) == ([["db.example", "169.254.169.254"]], [])
+    for address, port in (("10.0.0.5", 80), ("10.0.0.5", 5432), ("::1", 80)):
+        verdict, reason = access.Access(wanted(["db.example", "10.0.0.0/8:5432", "::1"]), listed).decide(
+            access.parse(address), port
+        )
+        assert verdict is ((address, port) != ("10.0.0.5", 80))  # that is what listing it for another port does not say
+        assert "db.example" not in reason
+
+
+def test_what_would_have_to_be_listed_has_the_port(known: Addresses) -> None:
+    known({"db.example": ["10.0.0.5", "fd00::5"]})
+    found = network.resolve(wanted(["db.example:5432", "db.example"]))
+    assert [address for _, address in found["refused"]] == ["10.0.0.5:5432", "10.0.0.5", "[fd00::5]:5432", "fd00::5"]
+
+
+def test_an_address_of_this_machine_is_not_public(known: Addresses, monkeypatch: pytest.MonkeyPatch) -> None:
+    known({"evil.example": ["8.8.8.8", "9.9.9.9"]})
+    monkeypatch.setattr(network, "is_own", lambda address: address == access.parse("9.9.9.9"))
+    found = network.resolve(wanted(["evil.example"]))
+    assert (found["allowed"], found["refused"]) == ({"evil.example": ["8.8.8.8"]}, [["evil.example", "9.9.9.9"]])
+
+
+def test_localhost_has_no_address_that_cannot_be_reached() -> None:
+    assert network.hosts_file(None) == network.hosts_file(wanted(["127.0.0.1:80"])) == "127.0.0.1 localhost\n"
+    assert network.hosts_file(wanted(["[::1]:80"])) == "127.0.0.1 localhost\n::1 localhost\n"
 
 
 def test_a_blocked_name_keeps_its_private_addresses(known: Addresses) -> None:

@@ -121,25 +121,16 @@ def is_own(address: Address) -> bool:
 class Access:
     """Decides on connections by what a recipe's network access says.
 
-    `access` has `allowed` and `blocked`, lists of (host, port or 0), and `ports`, those for hosts without one; `resolved`
-    the addresses of the names among the hosts, and `nameservers`. An empty list allows nothing; None neither.
+    `access` has `allowed` and `blocked`, lists of (host, port or 0), and `ports`, those for hosts without one; `resolved` the
+    addresses of names (see sandbox.network.resolve), and `nameservers`. An empty list allows nothing; None neither.
     """
 
     def __init__(self, access: Mapping[str, Any] | None, resolved: Mapping[str, Any]) -> None:
         self.ports = frozenset(access["ports"]) if access else frozenset()
-        self.names: dict[str, Sequence[str]] = resolved.get("names", {})
-        self.allowed = list(self._rules(access["allowed"])) if access else []
-        self.blocked = list(self._rules(access["blocked"])) if access else []
+        self.allowed = list(rules(access["allowed"], resolved.get("allowed", {}))) if access else []
+        self.blocked = list(rules(access["blocked"], resolved.get("names", {}))) if access else []
         self.nameservers = [parse(text) for text in resolved.get("nameservers", ())]
         self.is_open = access is not None
-
-    def _rules(self, hosts: Iterable[tuple[str, int]]) -> Iterable[tuple[str, list[Network] | None, int]]:
-        """(host as the caller wrote it, its networks or None for every public address, port or 0)"""
-        for host, port in hosts:
-            if host == "*":
-                yield host, None, port
-            else:
-                yield host, [Network(text) for text in self.names.get(host, (host,))], port
 
     def decide(self, address: Address, port: int) -> tuple[bool, str]:
         """(whether a connection may be made, why)"""
@@ -161,3 +152,14 @@ class Access:
         if elsewhere:
             return False, f"{elsewhere} is allowed, but not at port {port}"
         return False, "it is not in allowed_hosts"
+
+
+def rules(
+    hosts: Iterable[tuple[str, int]], names: Mapping[str, Sequence[str]]
+) -> Iterable[tuple[str, list[Network] | None, int]]:
+    """(host as the caller wrote it, its networks or None for every public address, port or 0)"""
+    for host, port in hosts:
+        if host == "*":
+            yield host, None, port
+        else:
+            yield host, [Network(text) for text in names.get(host, (host,))], port

@@ -32,6 +32,9 @@ SOCKET, CONNECT, BIND, LISTEN = "socket", "connect", "bind", "listen"
 ADDRESSED = {CONNECT: (1, 2), BIND: (1, 2), "sendto": (4, 5)}
 MESSAGES = ("sendmsg", "sendmmsg")  # whose address is in a struct msghdr
 OPERATIONS = (SOCKET, LISTEN, *ADDRESSED, *MESSAGES)
+OPTION = "setsockopt"  # of which the filter leaves SO_LINGER to us
+LINGER_BYTES = 8  # struct linger: int l_onoff; int l_linger, in seconds
+UNDER_WAY = (1, 2)  # states of a connection, linux/tcp_states.h: TCP_ESTABLISHED, TCP_SYN_SENT
 SOCKADDR_BYTES = 128  # struct sockaddr_storage
 WAITING = 64  # connects of one call that are under way at once
 
@@ -80,6 +83,22 @@ class Wanted:
         }
 
 
+class Connect:
+    """One connect(2) that is under way. Compared by identity: it is held in sets."""
+
+    def __init__(self, sock: _socket.socket, notification: notifier.Notification, listener: int) -> None:
+        """`listener` is the call's, for the main thread alone, which closes it."""
+        self.sock = sock
+        self.notification = notification
+        self.listener = listener
+        self.is_over = False
+
+    def interrupt(self) -> None:
+        """Answer it where a signal waits to be handled; the connection itself goes on, as connect(2) says."""
+        if not self.is_over and has_signal(self.notification.pid):
+            notifier.refuse(self.listener, self.notification, errno.EINTR)
+
+
 class Sockets:
     """The sockets of one sandbox. `network` is the recipe's, `resolved` the addresses of the names in it."""
 
@@ -88,13 +107,17 @@ class Sockets:
         self.most = int(network["max_requests"])
         self.can_make = bool(network["sockets"])
         self.operations = {sc.number(name): name for name in (OPERATIONS if self.can_make else (SOCKET,))}
+        self.option = sc.number(OPTION)
         self.requests: dict[int, int] = {}  # connections per call
         self.is_apart = False  # whether we have left the host's network, or never need to
-        self.waiting: dict[int, set[_socket.socket]] = {}  # those under way, by call
-        self.late: set[_socket.socket] = set()  # those under way whose call has ended
+        self.waiting: dict[int, set[Connect]] = {}  # those under way, by call
+        self.late: set[Connect] = set()  # those under way whose call has ended
 
     def handle(self, listener: int, notification: notifier.Notification, call: int, tell: Callable[[Wanted], None]) -> bool:
         """Answer it if it is one of ours, else False. `tell` is called before the answer."""
+        if notification.nr == self.option:
+            linger(listener, notification)
+            return True
         operation = self.operations.get(notification.nr)
         if operation is None:
             return False
@@ -131,13 +154,23 @@ class Sockets:
         self.late |= self.waiting.pop(call, set())
         self.hurry()
 
+    def are_waiting(self) -> bool:
+        """Whether there is something to `hurry`."""
+        return bool(self.late) or any(self.waiting.values())
+
     def hurry(self) -> None:
-        """Interrupt the connects that are late. One whose thread was only about to begin is not: it wants another time."""
-        for sock in list(self.late):
+        """End the connects that are late, and answer those whose thread has a signal to handle.
+
+        One that was only about to begin is not ended: it wants another time.
+        """
+        for connect in list(self.late):
             try:
-                sock.shutdown(_socket.SHUT_RDWR)
+                connect.sock.shutdown(_socket.SHUT_RDWR)
             except OSError:
                 pass  # it has not begun, or is over
+        for under_way in self.waiting.values():
+            for connect in list(under_way):
+                connect.interrupt()
 
     # -- socket(2) -------------------------------------------------------------------------------------------------
 
@@ -219,12 +252,14 @@ class Sockets:
         allowed, wanted.reason = self.access.decide(access.parse(wanted.address), wanted.port)
         if not allowed:
             return None
-        self.requests[call] = self.requests.get(call, 0) + 1
-        if self.requests[call] > self.most:
+        sock = socket_of(notification.pid, notification.args[0])
+        if not is_under_way(sock):  # else it asks what became of the last request
+            self.requests[call] = self.requests.get(call, 0) + 1
+        refusal = 0
+        if self.requests.get(call, 0) > self.most:
+            sock.close()
             wanted.is_excess, wanted.reason = True, f"max_network_requests is {self.most}"
             return None
-        sock = socket_of(notification.pid, notification.args[0])
-        refusal = 0
         if sock.family not in access.BITS or sock.type & TYPE_MASK != _socket.SOCK_STREAM:
             refusal = errno.EISCONN  # one of a pair: there are no others
         elif FAMILIES[sock.family] != wanted.family:
@@ -242,32 +277,78 @@ class Sockets:
     ) -> None:
         """connect(2), and its answer, in a thread: it may have to wait, and we must not."""
         under_way = self.waiting.setdefault(call, set())
-        own = -1
 
         def connect() -> None:
             code = errno.EPERM
             try:
                 code = sock.connect_ex((wanted.address, wanted.port))
             finally:
-                under_way.discard(sock)
-                self.late.discard(sock)
                 sock.close()
+                under_way.discard(this)
+                self.late.discard(this)
+                this.is_over = True
                 if code:
                     notifier.refuse(own, notification, code)
                 else:
                     notifier.answer(own, notification)
                 os.close(own)
 
-        under_way.add(sock)
+        this, own = Connect(sock, notification, listener), -1
+        under_way.add(this)
         try:
             own = os.dup(listener)  # it stays ours also when the call has ended meanwhile
             _thread.start_new_thread(connect, ())
         except (OSError, RuntimeError):  # no further descriptor, no further thread
-            under_way.discard(sock)
+            under_way.discard(this)
             sock.close()
             if own >= 0:
                 os.close(own)
             notifier.refuse(listener, notification, errno.ENOBUFS)
+
+
+def linger(listener: int, notification: notifier.Notification) -> None:
+    """setsockopt(2) of SO_LINGER, read once and carried out here: socket(7). A time to wait is refused."""
+    descriptor, _, _, pointer, length = notification.args[:5]
+    refusal = errno.EPERM
+    try:
+        if length & 0xFFFFFFFF < LINGER_BYTES:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        value = read_memory(notification.pid, pointer, LINGER_BYTES)
+        if not any(value[:4]) or not any(value[4:]):
+            sock = socket_of(notification.pid, descriptor)
+            try:
+                if notifier.is_valid(listener, notification):
+                    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, value)
+            finally:
+                sock.close()
+            notifier.answer(listener, notification)
+            return
+    except OSError as error:
+        refusal = error.errno or errno.EPERM
+    notifier.refuse(listener, notification, refusal)
+
+
+def is_under_way(sock: _socket.socket) -> bool:
+    """Whether it is connected, or about to be."""
+    try:
+        return sock.getsockopt(IPPROTO_TCP, _socket.TCP_INFO, 1)[0] in UNDER_WAY
+    except OSError:
+        return False  # no TCP
+
+
+def has_signal(thread: int) -> bool:
+    """Whether a thread has a signal that it does not block and wants to handle, see proc_pid_status(5)."""
+    masks = {}
+    try:
+        with open(f"/proc/{thread}/status", "rb") as file:
+            for line in file:
+                name, _, value = line.partition(b":")
+                if name in (b"SigPnd", b"ShdPnd", b"SigBlk", b"SigCgt"):
+                    masks[name] = int(value, 16)
+    except OSError:
+        return False  # it has ended
+    pending = masks.get(b"SigPnd", 0) | masks.get(b"ShdPnd", 0)
+    return bool(pending & ~masks.get(b"SigBlk", 0) & masks.get(b"SigCgt", 0))
 
 
 def read_memory(pid: int, address: int, length: int) -> bytes:
@@ -299,6 +380,14 @@ def socket_of(pid: int, fd: int) -> _socket.socket:
     except OSError:
         os.close(copy)
         raise
+
+
+def process_of(thread: int) -> int:
+    """The process that a thread belongs to; its own number where it has just ended."""
+    try:
+        return leader_of(thread)
+    except (OSError, StopIteration):
+        return thread
 
 
 def leader_of(thread: int) -> int:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 DISTINCT = 256  # different refused calls that are reported per call; the rest is counted under the last of them
-HURRY_MS = 100  # between looks at connects whose call has ended
-LOGGED = 1000  # network operations that are told one by one per call; of further ones every power of two is
+HURRY_MS = 100  # between looks at connects whose call has ended, or whose thread has a signal to handle
+LOGGED = 1000  # new sockets, and other operations, that are told one by one per call; of further ones every power of two is
 
 
 class Record:
@@ -45,6 +45,7 @@ class Supervisor:
         self.listeners: dict[int, int] = {}  # listener fd -> number of the call
         self.records: dict[tuple[int, int, object], Record] = {}  # (call, nr, what tells one refusal from another)
         self.operations: dict[int, int] = {}  # network operations per call
+        self.told: dict[tuple[int, bool], int] = {}  # by call, and whether it was no more than a new socket
         self.poll = select.poll()
 
     def record(
@@ -64,18 +65,29 @@ class Supervisor:
     def network(self, call: int, notification: notifier.Notification, wanted: sockets.Wanted) -> None:
         """Tell what the plugin wants of the network, and a refusal as a violation as well."""
         count = self.operations[call] = self.operations.get(call, 0) + 1
-        if count <= LOGGED or count & (count - 1) == 0:
-            fields = {"call": call, "pid": notification.pid, "time": time(), "count": count, **wanted.fields()}
-            self.send("network", fields)
+        kind = call, wanted.operation == sockets.SOCKET
+        number = self.told[kind] = self.told.get(kind, 0) + 1
+        is_connected = wanted.allowed and wanted.operation == sockets.CONNECT  # of which there are max_network_requests
+        if number <= LOGGED or number & (number - 1) == 0 or is_connected:
+            pid = sockets.process_of(notification.pid)
+            self.send("network", {"call": call, "pid": pid, "time": time(), "count": count, **wanted.fields()})
         if not wanted.allowed:
             what = wanted.family, wanted.kind, wanted.address, wanted.port
             self.record(call, notification, what, wanted.fields())
 
     def send(self, kind: str, fields: dict[str, object]) -> None:
-        try:
-            channel.send(self.violations, kind, fields)
-        except BlockingIOError:
-            pass  # the caller does not read: the next one tells the sum
+        """Where the caller does not read, we wait, and with us the plugin: nothing is lost. The warden's end is ours."""
+        while True:
+            try:
+                channel.send(self.violations, kind, fields)
+            except BlockingIOError:
+                poll = select.poll()
+                poll.register(self.violations.fileno(), select.POLLOUT)
+                poll.register(self.warden.fileno(), 0)
+                if any(fd == self.warden.fileno() for fd, _ in poll.poll()):
+                    os._exit(0)
+            else:
+                return
 
     def answer(self, listener: int, notification: notifier.Notification) -> None:
         call = self.listeners[listener]
@@ -88,7 +100,7 @@ class Supervisor:
         self.poll.register(self.warden.fileno(), select.POLLIN)
         while True:
             self.sockets.hurry()
-            for fd, event in self.poll.poll(HURRY_MS if self.sockets.late else None):
+            for fd, event in self.poll.poll(HURRY_MS if self.sockets.are_waiting() else None):
                 if fd == self.warden.fileno():
                     instruction, fds = channel.receive_instruction(self.warden, 1)
                     if instruction is None:
@@ -109,6 +121,8 @@ class Supervisor:
         os.close(listener)
         self.sockets.ended(call)
         self.operations.pop(call, None)
+        for is_socket in (True, False):
+            self.told.pop((call, is_socket), None)
         for key in [key for key in self.records if key[0] == call]:
             del self.records[key]
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -323,7 +324,7 @@ def test_errors(level: IsolationLevel, echo: int, closed: int) -> None:
             seen.append(sock.connect_ex(("127.0.0.1", port)))
         return seen
 
-    hosts = (f"127.0.0.1:{echo}", f"127.0.0.1:{closed}", f"255.255.255.255:{echo}", f"[fe80::1]:{echo}")
+    hosts = (f"127.0.0.1:{echo}", f"127.0.0.1:{closed}", f"255.255.255.255:{echo}", f"[fe80::/10]:{echo}")
     outside = attempts(echo, closed)
     assert outside[0] == errno.ECONNREFUSED
     assert outside[4] == errno.EISCONN
@@ -425,6 +426,119 @@ def test_close_on_exec() -> None:
 
 
 @pytest.fixture
+def silent() -> Iterator[int]:
+    """A port whose server takes no further connection: the next one waits."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        first = socket.create_connection(server.getsockname())
+        second = socket.socket()
+        second.setblocking(False)
+        second.connect_ex(server.getsockname())
+        yield server.getsockname()[1]
+        first.close()
+        second.close()
+
+
+@rootless
+@TWO
+def test_a_signal_interrupts_a_connect(level: IsolationLevel, silent: int) -> None:
+    def alarmed(port: int) -> tuple[str, float]:
+        import signal
+        import socket
+        import time
+
+        def ring(number: int, frame: object) -> None:
+            raise TimeoutError("rung")
+
+        signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        start = time.monotonic()
+        try:
+            socket.socket().connect(("127.0.0.1", port))
+        except TimeoutError as error:
+            return str(error), time.monotonic() - start
+        return "connected", 0.0
+
+    said, seconds = local(level, alarmed, silent)
+    assert said == "rung"
+    assert seconds < 5 * harness.PATIENCE
+
+
+@rootless
+@TWO
+def test_nobody_waits_for_a_socket_that_lingers(level: IsolationLevel, echo: int) -> None:
+    def options(port: int) -> list[object]:
+        import socket
+        import struct
+
+        seen: list[object] = []
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            for wanted in ((1, 0), (0, 5), (1, 1)):
+                try:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", *wanted))
+                except OSError as error:
+                    seen.append(error.errno)
+                else:
+                    seen.append(struct.unpack("ii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)))
+            for value in (b"", bytes(7)):
+                try:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, value)
+                except OSError as error:
+                    seen.append(error.errno)
+        one, _ = socket.socketpair()
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return seen
+
+    assert local(level, options, echo) == [(1, 0), (0, 0), errno.EPERM, errno.EINVAL, errno.EINVAL]
+
+
+@rootless
+@TWO
+def test_asking_for_a_connection_is_no_further_request(level: IsolationLevel, silent: int) -> None:
+    def ask(port: int) -> list[int]:
+        import socket
+
+        with socket.socket() as sock:
+            sock.setblocking(False)
+            return [sock.connect_ex(("127.0.0.1", port)) for _ in range(15)]
+
+    assert local(level, ask, silent) == [errno.EINPROGRESS, *[errno.EALREADY] * 14]
+
+
+@rootless
+@TWO
+def test_no_record_is_lost_where_the_caller_is_busy(level: IsolationLevel, echo: int) -> None:
+    def much(port: int) -> None:
+        import socket
+
+        for _ in range(500):
+            socket.socket().close()
+        socket.create_connection(("127.0.0.1", port)).close()
+        try:
+            socket.create_connection(("127.0.0.1", 1))
+        except PermissionError:
+            pass
+        for _ in range(600):
+            socket.socket().close()
+        socket.create_connection(("127.0.0.1", port)).close()
+
+    async def main() -> None:
+        async with reaching(level, f"127.0.0.1:{echo}") as sandbox:
+            call = asyncio.ensure_future(sandbox.execute_plugin_safe(much, echo))
+            await asyncio.sleep(0)
+            end = time.monotonic() + 0.5
+            while time.monotonic() < end:  # the engine's thread gets little of this interpreter meanwhile
+                pass
+            await call
+            connects = [each for each in sandbox.get_network_activity() if each["operation"] == "connect"]
+            assert [(each["port"], each["allowed"]) for each in connects] == [(echo, True), (1, False), (echo, True)]
+            assert len(sandbox.get_violations()) == 1
+
+    asyncio.run(main())
+
+
+@pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Names that the host's resolver knows, beside which it knows none."""
     known: dict[str, list[str]] = {}
@@ -452,7 +566,10 @@ def test_names(level: IsolationLevel, echo: int, names: dict[str, list[str]]) ->
                 seen.append(name)
         return seen
 
-    answer = local(level, talk, echo, hosts=("service.example:1", f"SERVICE.example.:{echo}", "127.0.0.0/8:1"))
+    own = f"SERVICE.example.:{echo}"
+    with pytest.raises(SecurityViolationError, match="but not at port"):  # who answers for the name cannot open further ports
+        local(level, talk, echo, hosts=("service.example:1", own, "127.0.0.0/8:1"))
+    answer = local(level, talk, echo, hosts=("service.example:1", own, f"127.0.0.1:{echo}", f"127.0.0.2:{echo}"))
     assert answer[0] == b"WORD\n"
     assert answer[1] in names["service.example"]
     assert answer[2:] == [["127.0.0.1", "127.0.0.2"], "other.example", "evil.service.example"]
@@ -470,7 +587,7 @@ def test_the_hosts_file(level: IsolationLevel, names: dict[str, list[str]]) -> N
             return file.read(), len(socket.getaddrinfo("many.example", 80, type=socket.SOCK_STREAM))
 
     text, found = local(level, look, hosts=("many.example", "private.example", "unknown.example"))
-    own = "127.0.0.1 localhost\n::1 localhost\n"
+    own = "127.0.0.1 localhost\n"
     assert text == own + "".join(f"{address} many.example\n" for address in names["many.example"])
     assert found == 100
 
