@@ -315,7 +315,7 @@ def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | 
     if call.cause == "file_operations":
         allowed, used = call.sandbox.recipe.monitoring["max_file_operations"], call.file_operations
         if call.hidden:  # no setting allows that
-            text = f"the plugin hid what it did in {call.hidden} from the count of its file operations"
+            text = f"the plugin hid what it did in {call.hidden[:PLACE]} from the count of its file operations"
             return ResourceLimitExceededError(text, limit="file_operations", allowed=allowed)
         text = f"the plugin did {used} file operations of {allowed} that it may do"
         return _limit("file_operations", allowed, used, text)

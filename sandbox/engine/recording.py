@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 RECORDS = 10_000  # kept, where telemetry is; further ones are only counted
 FEW = 100  # files that are looked at after every call; among more only where something shows that there is something new
 LAYERS = ("overlay", "copy")
+PLACE = 200  # characters of a folder's path that are told
 
 
 class Recorded:
@@ -197,7 +198,7 @@ def with_folders(path: str) -> list[str]:
 
 
 def exceeded(used: int, allowed: int, hidden: str = "") -> SandboxViolation:
-    """`hidden`: the folder below which nobody can count."""
+    """`hidden`: the folder below which nobody can count, escaped."""
     from datetime import UTC, datetime
 
     from sandbox import explanations
@@ -205,7 +206,7 @@ def exceeded(used: int, allowed: int, hidden: str = "") -> SandboxViolation:
 
     text = f"file operations: {used} in one call, {allowed} are allowed (max_file_operations)"
     if hidden:
-        text = f"file operations: {hidden} cannot be looked into, so what is done below it is not counted (max_file_operations)"
+        text = f"file operations: {hidden[:PLACE]} cannot be looked into, so nobody counts what is done below it"
     details = {"limit": "file_operations", "allowed": allowed, "used": used, "source": "watchdog"}
     return SandboxViolation(
         SandboxViolationType.RESOURCE_EXCEEDED,
