@@ -209,7 +209,7 @@ def test_kinds_of_sockets(name: str, arguments: tuple[int, ...], key: str) -> No
 # -- the network ---------------------------------------------------------------------------------------------------------
 
 OPEN = {"allow_network_access": True}
-RESOLVED = dict.fromkeys(("names", "allowed"), {"known.example": ["93.184.216.34"]})
+RESOLVED = {key: {"known.example": ["93.184.216.34"]} for key in ("names", "allowed")}
 
 
 @pytest.mark.parametrize(
