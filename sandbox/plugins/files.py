@@ -1,5 +1,6 @@
-"""The files of a plugin: read once, bounded, and hashed from the very bytes that are kept, so that nothing can be swapped between
-check and run.
+"""The files of a plugin: read once, bounded, and hashed from the very bytes that are kept.
+
+So nothing can be swapped between check and run.
 
 A plugin folder holds plugins: `<id>.py`, or `<id>/` with `main.py` or `__init__.py`. Its manifest is `<id>.toml` or
 `<id>.json` beside it, or `plugin.toml` or `plugin.json` in it; its signature is `<id>.sig` beside it or `plugin.sig` in it.
