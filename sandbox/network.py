@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 
-from sandbox.engine.access import Network, is_special, parse, plain
+from sandbox.engine.access import Network, is_public, parse, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def resolve(access: Mapping[str, Any] | None) -> dict[str, Any]:
         found[name] = addresses = []
         for text in _addresses(name):
             address = parse(text)
-            if name in allowed and is_special(address) and not any(plain(address) in network for network in listed):
+            if name in allowed and not is_public(address) and not any(plain(address) in network for network in listed):
                 refused.append([name, text])
             else:
                 addresses.append(text)

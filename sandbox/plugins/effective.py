@@ -25,7 +25,7 @@ from dataclasses import fields
 
 from sandbox import network
 from sandbox.config import WARNINGS, IsolationConfig, PluginLimitsV2, PluginPermissionsV2
-from sandbox.engine.access import Network, is_special, parse
+from sandbox.engine.access import Network, is_public, parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def _covers(allowed: str, asked: str, ports: list[int]) -> bool:
         return place == "*"  # what the name leads to is looked at when a sandbox opens, as for "*"
     if wanted == "*" or network.is_name(place):
         return False
-    if place == "*":  # every public host; an address that is listed may be a private one
-        return "/" not in wanted and not is_special(parse(wanted))
+    if place == "*":  # every public host; what is listed by its address may be a private one
+        return "/" not in wanted and is_public(parse(wanted))
     outer, inner = Network(place), Network(wanted)
     return (
         outer.family == inner.family
@@ -176,11 +176,11 @@ def effective(
         for threshold, limit, _ in WARNINGS:
             if limit in asked_limits:
                 asked_limits[threshold] = getattr(derived, threshold)
-    return (
-        IsolationConfig(**_combined(config, manifest.isolation)),
-        PluginLimitsV2(**_combined(limits, asked_limits)),
-        PluginPermissionsV2(**_combined(permissions, manifest.permissions)),
-    )
+    least = PluginLimitsV2(**_combined(limits, asked_limits))
+    allowed = PluginPermissionsV2(**_combined(permissions, manifest.permissions))
+    if "max_subprocess_count" in asked_limits and least.max_subprocess_count == 0:
+        allowed.allow_subprocess_execution = False  # to ask for none is no contradiction
+    return IsolationConfig(**_combined(config, manifest.isolation)), least, allowed
 
 
 def _combined(host: Any, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ MANIFESTS = ("plugin.toml", "plugin.json")
 SIGNATURE = "plugin.sig"
 FILE, FOLDER = "file", "folder"
 
+NO_MAIN = "has neither main.py nor __init__.py: add one"
 NO_FILE = "is no regular file: take it out of the plugin"
 _REASONS = {
     errno.ELOOP: "is a symbolic link, or lies behind one: put the file itself there",
@@ -108,7 +109,7 @@ def read(folder: int, plugin_id: str) -> PluginFiles:
         name = f"{plugin_id}.py"
         reader.files[name] = reader.content(folder, name, name)
     else:
-        fd = _opened(folder, plugin_id, plugin_id, os.O_DIRECTORY)
+        fd = opened(folder, plugin_id, plugin_id, os.O_DIRECTORY)
         try:
             reader.walk(fd, plugin_id)
         finally:
@@ -116,7 +117,7 @@ def read(folder: int, plugin_id: str) -> PluginFiles:
     manifest = _beside(folder, plugin_id, reader, MANIFESTS, (".toml", ".json"), MANIFEST_BYTES)
     signature = _beside(folder, plugin_id, reader, (SIGNATURE,), (".sig",), SIGNATURE_BYTES)
     if kind == FOLDER and not any(name in reader.files for name in MAIN_FILES):
-        refuse(f"{plugin_id}/", "has neither main.py nor __init__.py: add one")
+        refuse(f"{plugin_id}/", NO_MAIN)
     return PluginFiles(plugin_id, reader.files, digest(reader.files), manifest, signature[1] if signature else None)
 
 
@@ -140,6 +141,15 @@ def kind_of(folder: int, plugin_id: str) -> str:
         refuse(plugin_id, f"is the id of both {plugin_id}.py and {plugin_id}/: rename or remove one of them")
     if not has_file and not has_folder:
         refuse(plugin_id, f"is no plugin of this folder: there is neither {plugin_id}.py nor {plugin_id}/ with a main.py")
+    path, wanted = (f"{plugin_id}.py", stat.S_IFREG) if has_file else (plugin_id, stat.S_IFDIR)
+    try:
+        found = stat.S_IFMT(os.stat(path, dir_fd=folder, follow_symlinks=False).st_mode)
+    except OSError as error:
+        _refuse_error(path, error)
+    if found != wanted:
+        refuse(path, _REASONS[errno.ELOOP] if found == stat.S_IFLNK else NO_FILE)
+    if has_folder and not any(exists(folder, f"{plugin_id}/{name}") for name in MAIN_FILES):
+        refuse(f"{plugin_id}/", NO_MAIN)
     return FILE if has_file else FOLDER
 
 
@@ -198,7 +208,7 @@ class _Reader:
             self.count("folders", shown)
             if depth == MOST_DEPTH:
                 refuse(shown, f"lies deeper than {MOST_DEPTH} folders: make the plugin flatter")
-            fd = _opened(folder, entry.name, shown, os.O_DIRECTORY)
+            fd = opened(folder, entry.name, shown, os.O_DIRECTORY)
             try:
                 self.walk(fd, shown, f"{above}{entry.name}/", depth + 1)
             finally:
@@ -234,7 +244,7 @@ def _content(folder: int, name: str, shown: str, most: int) -> bytes:
         _refuse_error(shown, error)
     if kind not in (stat.S_IFREG, stat.S_IFLNK):  # opening a device can do things already
         refuse(shown, NO_FILE)
-    fd = _opened(folder, name, shown, os.O_NONBLOCK | os.O_NOCTTY)
+    fd = opened(folder, name, shown, os.O_NONBLOCK | os.O_NOCTTY)
     with open(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             refuse(shown, NO_FILE)
@@ -244,7 +254,8 @@ def _content(folder: int, name: str, shown: str, most: int) -> bytes:
             _refuse_error(shown, error)
 
 
-def _opened(folder: int, name: str, shown: str, flags: int) -> int:
+def opened(folder: int, name: str, shown: str, flags: int) -> int:
+    """Open for reading beneath an open folder. Raises PluginError about `shown`."""
     try:
         return sc.open_beneath(folder, name, os.O_RDONLY | flags)
     except OSError as error:

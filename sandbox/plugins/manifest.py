@@ -133,9 +133,9 @@ class _Source:
         return self.parsed_json() if self.is_json else self.parsed_toml()
 
     def parsed_toml(self) -> dict[str, Any]:
-        for number, line in enumerate(self.text.split("\n"), 1):
+        for counted, line in enumerate(self.text.split("\n"), 1):
             if line.count(".") > MOST_DOTS:
-                self.refuse_line(number, f"there are more than {MOST_DOTS} dots: break the line, or write it with less")
+                self.refuse_line(counted, f"there are more than {MOST_DOTS} dots: break the line, or write it with less")
         try:
             return config.parse_toml(self.shown, self.text)
         except config.ConfigError as error:
@@ -145,7 +145,7 @@ class _Source:
             self.refuse((), f"this is not valid TOML: {reason.partition(':')[0]}")
         number = place.removeprefix("line ").partition(",")[0]
         last = self.text.rstrip().count("\n") + 1
-        self.refuse_line(int(number) if number.isdecimal() else last, f"this is not valid TOML: {what}")
+        return self.refuse_line(int(number) if number.isdecimal() else last, f"this is not valid TOML: {what}")
 
     def parsed_json(self) -> dict[str, Any]:
         repeated: list[str] = []
