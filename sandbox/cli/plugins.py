@@ -83,17 +83,18 @@ def checks(folder: str, plugin_id: str, trusted_keys: str | None) -> list[tuple[
     what = "files"
     try:
         plugin = read(folder, plugin_id)
-        rows.append((OK, what, f"{len(plugin.files)} files, sha256 {plugin.sha256}"))
+        count = f"{len(plugin.files)} file{'' if len(plugin.files) == 1 else 's'}"
+        rows.append((OK, what, f"{count}, sha256 {plugin.sha256}"))
         what = "syntax"
         wrong = syntax_error(plugin)
         rows.append((WRONG, what, wrong) if wrong else (OK, what, "every .py file compiles"))
         what = "manifest"
         said = manifest.of(plugin)
         rows.append((OK, what, plugin.manifest[0]) if plugin.manifest else (ABSENT, what, "there is none"))
+        rows.append(signature_state(plugin, said, trusted_keys))
         what = "digests"
         signing.check_sha256(plugin, said)
         rows.append((OK, what, "as in the manifest") if said.sha256 else (ABSENT, what, "the manifest has none"))
-        rows.append(signature_state(plugin, said, trusted_keys))
     except PluginError as error:
         rows.append((WRONG, what, str(error)))
     return rows

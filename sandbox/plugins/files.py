@@ -51,7 +51,7 @@ NO_MAIN = "has neither main.py nor __init__.py: add one"
 NO_FILE = "is no regular file: take it out of the plugin"
 _REASONS = {
     errno.ELOOP: "is a symbolic link, or lies behind one: put the file itself there",
-    errno.EXDEV: "lies in another file system: copy it into the plugin folder",
+    errno.EXDEV: "lies in another file system, or was moved away while it was read: put the file itself there",
     errno.ENOENT: "has gone while it was read: try again",
 }
 
