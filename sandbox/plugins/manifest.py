@@ -179,7 +179,9 @@ class _Source:
         return lines.json_keys(self.text) if self.is_json else lines.toml_keys(self.text)
 
     def line(self, path: lines.Path) -> int | None:
-        """The line of the key, or of the table around it."""
+        """The line of the key, or of the table around it; None for the whole file."""
+        if not path:
+            return None
         found = {each: line for each, line in self.keys() if each == path[: len(each)]}
         return found[max(found, key=len)] if found else None
 
