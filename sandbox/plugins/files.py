@@ -33,7 +33,7 @@ from sandbox.text import escape_text
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import NoReturn
+    from typing import BinaryIO, NoReturn
 
 MOST_BYTES = 64 << 20  # of all files of a plugin
 MOST_FILES = 2000  # and likewise most folders, and most names that are left out
@@ -244,18 +244,24 @@ def _content(folder: int, name: str, shown: str, most: int) -> bytes:
         _refuse_error(shown, error)
     if kind not in (stat.S_IFREG, stat.S_IFLNK):  # opening a device can do things already
         refuse(shown, NO_FILE)
-    fd = opened(folder, name, shown, os.O_NONBLOCK | os.O_NOCTTY)
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            refuse(shown, NO_FILE)
+    with opened_file(folder, name, shown) as file:
         try:
             return file.read(most)
         except OSError as error:
             _refuse_error(shown, error)
 
 
+def opened_file(folder: int, name: str, shown: str) -> BinaryIO:
+    """Open a regular file for reading beneath an open folder. Raises PluginError about `shown`."""
+    fd = opened(folder, name, shown, os.O_NONBLOCK | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        refuse(shown, NO_FILE)
+    return open(fd, "rb")
+
+
 def opened(folder: int, name: str, shown: str, flags: int) -> int:
-    """Open for reading beneath an open folder. Raises PluginError about `shown`."""
+    """Open whatever it is for reading beneath an open folder. Raises PluginError about `shown`."""
     try:
         return sc.open_beneath(folder, name, os.O_RDONLY | flags)
     except OSError as error:

@@ -235,12 +235,8 @@ def _public_key(folder: int, file: str, path: str) -> Ed25519PublicKey:
 
     if not files.is_id(file.removesuffix(".pub")):
         refuse(path, "has no plain name: name a key with letters, digits, _ and -")
-    fd = files.opened(folder, file, path, os.O_NONBLOCK | os.O_NOCTTY)
-    with open(fd, "rb") as opened:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            refuse(path, "is no regular file: put the key itself there")
-        _check_guarded(found, path)
+    with files.opened_file(folder, file, path) as opened:
+        _check_guarded(os.fstat(opened.fileno()), path)
         content = opened.read(KEY_FILE_BYTES).strip()
     try:
         if not content.startswith(b"-----"):
@@ -259,13 +255,16 @@ def _private_key(path: str) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
-            found = os.fstat(file.fileno())
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
                 refuse(path, NO_PRIVATE_KEY)
             if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
                 refuse(path, "can be read by others, so it is no secret: chmod 600 it, or make a new key")
-            content = file.read(KEY_FILE_BYTES)
+            content = os.read(fd, KEY_FILE_BYTES)
+        finally:
+            os.close(fd)
     except (OSError, ValueError) as error:
         refuse(path, f"cannot be read: {getattr(error, 'strerror', None) or error}")
     try:
