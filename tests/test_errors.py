@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from sandbox.errors import (
+    ManifestError,
+    PluginError,
     PluginExecutionError,
     ResourceError,
     ResourceLimitExceededError,
@@ -41,6 +43,8 @@ EXAMPLES: list[SandboxException] = [
         "it failed", exception_type="ValueError", exception_message="no", traceback_text="Traceback", exit_code=1, signal=9
     ),
     SecurityViolationError("it broke out", violations=[violation()]),
+    PluginError("it.py is no regular file", path="it.py"),
+    ManifestError("it.toml, line 3: no", path="it.toml", line=3),
     ResourceLimitExceededError("out of memory", limit="max_memory_mb", allowed=128.0, used=130.5),
 ]
 
