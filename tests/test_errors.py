@@ -43,9 +43,9 @@ EXAMPLES: list[SandboxException] = [
         "it failed", exception_type="ValueError", exception_message="no", traceback_text="Traceback", exit_code=1, signal=9
     ),
     SecurityViolationError("it broke out", violations=[violation()]),
+    ResourceLimitExceededError("out of memory", limit="max_memory_mb", allowed=128.0, used=130.5),
     PluginError("it.py is no regular file", path="it.py"),
     ManifestError("it.toml, line 3: no", path="it.toml", line=3),
-    ResourceLimitExceededError("out of memory", limit="max_memory_mb", allowed=128.0, used=130.5),
 ]
 
 
