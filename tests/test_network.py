@@ -237,6 +237,13 @@ def test_private_addresses_of_a_name_have_to_be_listed(known: Addresses) -> None
     assert listed["unknown"] == []
 
 
+def test_this_machines_addresses_behind_a_name_have_to_be_listed_too(known: Addresses, monkeypatch: pytest.MonkeyPatch) -> None:
+    known({"db.example": ["8.8.8.8", "8.8.4.4"]})
+    monkeypatch.setattr(access, "is_own", lambda address: address == access.parse("8.8.4.4"))
+    assert network.resolve(wanted(["db.example"]))["names"] == {"db.example": ["8.8.8.8"]}
+    assert network.resolve(wanted(["db.example", "8.8.4.4"]))["names"] == {"db.example": ["8.8.8.8", "8.8.4.4"]}
+
+
 def test_a_blocked_name_keeps_its_private_addresses(known: Addresses) -> None:
     known({"db.example": ["10.0.0.5"]})
     assert network.resolve(wanted(["10.0.0.0/8"], ["db.example"]))["names"] == {"db.example": ["10.0.0.5"]}
