@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     )
     from sandbox.errors import (
         CommitError,
+        ManifestError,
+        PluginError,
         PluginExecutionError,
         ResourceError,
         ResourceLimitExceededError,
@@ -52,7 +54,9 @@ __all__ = [
     "FilesystemWatchdog",
     "IsolationConfig",
     "IsolationLevel",
+    "ManifestError",
     "NetworkIsolationManager",
+    "PluginError",
     "PluginExecutionError",
     "PluginLimitsV2",
     "PluginPermissionsV2",
@@ -85,7 +89,9 @@ _MODULES = {
     "FilesystemWatchdog": "sandbox.monitor.files",
     "IsolationConfig": "sandbox.config",
     "IsolationLevel": "sandbox.config",
+    "ManifestError": "sandbox.errors",
     "NetworkIsolationManager": "sandbox.monitor.network",
+    "PluginError": "sandbox.errors",
     "PluginExecutionError": "sandbox.errors",
     "PluginLimitsV2": "sandbox.config",
     "PluginPermissionsV2": "sandbox.config",

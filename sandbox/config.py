@@ -46,11 +46,11 @@ class SecurityLevel(Enum):
 
 
 def _refuse(where: str, value: object, mend: str, kind: type[Exception] = ValueError) -> NoReturn:
-    named = f"{_show(value)} ({type(value).__name__})" if kind is TypeError and value is not None else _show(value)
+    named = f"{show(value)} ({type(value).__name__})" if kind is TypeError and value is not None else show(value)
     raise kind(f"{where} is {named}: {mend}")
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
     try:
         text = repr(value)
     except Exception:  # somebody else's __repr__, or an int of more digits than Python writes
@@ -190,7 +190,7 @@ _LIMITS: dict[str, Check] = {
     "max_result_mb": _number(0.001, _MB, " of megabytes"),
 }
 
-_WARNINGS = (  # threshold, limit, share of the limit it is when nobody says, as percent
+WARNINGS = (  # threshold, limit, share of the limit it is when nobody says, as percent
     ("memory_warning_threshold_mb", "max_memory_mb", 75),
     ("execution_warning_threshold_seconds", "max_execution_time_seconds", 80),
     ("cpu_warning_threshold_percent", "max_cpu_percent", 80),
@@ -297,7 +297,7 @@ class PluginLimitsV2:
             TypeError, ValueError: as the constructor.
         """
         _check_fields(self, "PluginLimitsV2", _LIMITS)
-        for threshold, limit, percent in _WARNINGS:
+        for threshold, limit, percent in WARNINGS:
             most = getattr(self, limit)
             if getattr(self, threshold) is None:
                 setattr(self, threshold, most * percent / 100)
@@ -340,7 +340,8 @@ class PluginPermissionsV2:
         allow_thread_creation: whether it may start threads.
         allow_environment_variables: whether it gets the clean, listed set of environment variables, never the caller's.
         security_level: how tight the system call filter is at least.
-        require_code_signing: whether a plugin must come with a digest that matches.
+        require_code_signing: whether a plugin must be signed by a trusted key. Only a plugin of a plugin folder can be, so
+            only EnhancedPluginFramework takes it.
         sandbox_user: name of the host user whose id the plugin runs as; without root only oneself.
 
     Raises:
@@ -562,8 +563,8 @@ def log_level_from_env(environ: Mapping[str, str] | None = None) -> str:
 
 # From a file.
 
-_MAX_FILE_BYTES = 1_048_576
-_TABLES: dict[str, dict[str, Check]] = {"isolation": _ISOLATION, "limits": _LIMITS, "permissions": _PERMISSIONS}
+MAX_FILE_BYTES = 1_048_576
+TABLES: dict[str, dict[str, Check]] = {"isolation": _ISOLATION, "limits": _LIMITS, "permissions": _PERMISSIONS}
 _ENUMS: dict[str, type[Enum]] = {"level": IsolationLevel, "security_level": SecurityLevel}
 
 
@@ -583,35 +584,34 @@ def load_config(
         ConfigError: the file cannot be read, is no TOML, or holds something unknown or wrong; one sentence that names file
             and key.
     """
-    name, document = _read_toml(path)
+    name, data = _read_file(path)
+    document = parse_toml(name, decoded(name, data))
     for key, value in document.items():
-        if key not in _TABLES:
+        if key not in TABLES:
             _refuse_key(name, key, value)
         if not isinstance(value, dict):
-            raise ConfigError(f"{name}: {key} is {_show(value)}: make it a table, [{key}]")
+            raise ConfigError(f"{name}: {key} is {show(value)}: make it a table, [{key}]")
     isolation: dict[str, Any] = {} if environ is None else _from_env(_ISOLATION_VARIABLES, environ)
     limits: dict[str, Any] = {} if environ is None else _from_env(_LIMITS_VARIABLES, environ)
-    isolation.update(_read_table(name, "isolation", document))
-    limits.update(_read_table(name, "limits", document))
-    permissions = _read_table(name, "permissions", document)
+    isolation.update(read_table(name, "isolation", document))
+    limits.update(read_table(name, "limits", document))
+    permissions = read_table(name, "permissions", document)
     try:
         return IsolationConfig(**isolation), PluginLimitsV2(**limits), PluginPermissionsV2(**permissions)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {error}") from None
 
 
-def _read_toml(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    import tomllib
-
+def _read_file(path: str | os.PathLike[str]) -> tuple[str, bytes]:
     from sandbox.text import escape_text
 
     given = os.fspath(path)
     if not isinstance(given, str):
-        raise TypeError(f"load_config takes a str or Path, not {_show(given)}: decode it with os.fsdecode")
+        raise TypeError(f"load_config takes a str or Path, not {show(given)}: decode it with os.fsdecode")
     name = escape_text(given, keep="")
     try:
         with open(given, "rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
+            data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{name}: there is no such file: check the path") from None
     except IsADirectoryError:
@@ -620,22 +620,36 @@ def _read_toml(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
     except ValueError as error:  # a NUL, or a surrogate that no file name can have
         raise ConfigError(f"{name} cannot be a file name: {error}") from None
-    if len(data) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{name} is larger than 1 MB: a configuration is a few lines of TOML")
+    return name, data
+
+
+def decoded(name: str, data: bytes) -> str:
+    """The text of a configuration file. Raises ConfigError for too much of it, or another encoding than UTF-8."""
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{name} is larger than 1 MB: a configuration is a few lines")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{name} is not UTF-8 (line {line}, byte {error.start}): save it as UTF-8") from None
+
+
+def parse_toml(name: str, text: str) -> dict[str, Any]:
+    """Raises ConfigError, with the line as tomllib says it, for what is no TOML."""
+    import tomllib
+
+    from sandbox.text import escape_text
+
     try:
-        return name, tomllib.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else escape_text(str(error), keep="")
         raise ConfigError(f"{name} is not valid TOML: {reason}") from None
 
 
-def _read_table(name: str, table: str, document: Mapping[str, Any]) -> dict[str, Any]:
-    checks = _TABLES[table]
+def read_table(name: str, table: str, document: Mapping[str, Any]) -> dict[str, Any]:
+    """What `document` says in `table`, checked key by key; `name` begins the sentence of the ConfigError."""
+    checks = TABLES[table]
     values: dict[str, Any] = {}
     for key, value in document.get(table, {}).items():
         if key not in checks:
@@ -651,21 +665,21 @@ def _read_table(name: str, table: str, document: Mapping[str, Any]) -> dict[str,
 def _refuse_key(name: str, key: str, value: object, table: str | None = None) -> NoReturn:
     """Refuse an unknown table or key with the nearest known one, or with the table where the key belongs."""
     if table is None and isinstance(value, dict):
-        raise ConfigError(f"{name}: unknown table [{_plain(key)}]: {_known(key, _TABLES)}")
-    what = f"{name}: unknown key {_plain(key)}" + (f" in [{table}]" if table else " outside of a table")
-    for other, checks in _TABLES.items():
+        raise ConfigError(f"{name}: unknown table [{plain_key(key)}]: {known(key, TABLES)}")
+    what = f"{name}: unknown key {plain_key(key)}" + (f" in [{table}]" if table else " outside of a table")
+    for other, checks in TABLES.items():
         if key in checks:
             raise ConfigError(f"{what}: put it into [{other}]")
     if table is None:
         raise ConfigError(f"{what}: put keys into [isolation], [limits] or [permissions]")
-    raise ConfigError(f"{what}: {_known(key, _TABLES[table])}")
+    raise ConfigError(f"{what}: {known(key, TABLES[table])}")
 
 
-def _plain(key: str) -> str:
-    return key if key.isidentifier() and key.isascii() and len(key) <= 80 else _show(key)
+def plain_key(key: str) -> str:
+    return key if key.isidentifier() and key.isascii() and len(key) <= 80 else show(key)
 
 
-def _known(word: str, names: Iterable[str]) -> str:
+def known(word: str, names: Iterable[str]) -> str:
     names = list(names)
     return _near(word, names).lstrip(", ") or f"known are {', '.join(names)}"
 

@@ -157,6 +157,34 @@ class CommitError(SandboxException):
         return escape_text(str(self.args[0]) if self.args else "the changes were not committed", keep="")
 
 
+class PluginError(SandboxException):
+    """Raised when the files or the signature of a plugin in a plugin folder are not fit to be run. Nothing of it has run.
+
+    Attributes:
+        path: the file or folder that is the reason, beneath the plugin folder; not escaped.
+    """
+
+    def __init__(self, message: str = "", *, path: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+    def __str__(self) -> str:
+        return escape_text(str(self.args[0]) if self.args else "the plugin is not fit to be run", keep="")
+
+
+class ManifestError(PluginError):
+    """Raised when the manifest of a plugin is wrong.
+
+    Attributes:
+        path: the manifest's name; not escaped.
+        line: where in it, from 1 on; None where it is about the whole of it.
+    """
+
+    def __init__(self, message: str = "", *, path: str | None = None, line: int | None = None) -> None:
+        super().__init__(message, path=path)
+        self.line = line
+
+
 class ResourceLimitExceededError(SandboxException):
     """Raised when resource limits are exceeded.
 

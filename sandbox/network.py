@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 
-from sandbox.engine.access import Network, is_own, is_special, parse, plain
+from sandbox.engine.access import Network, is_public, parse, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def resolve(access: Mapping[str, Any] | None) -> dict[str, Any]:
         found[name], counting[name] = addresses, _ = [], []
         for text in _addresses(name):
             address = parse(text)
-            if not is_special(address) and not is_own(plain(address)):
+            if is_public(plain(address)):
                 counting[name].append(text)
             elif name in allowed and not any(plain(address) in network for network in listed):
                 refused += [[name, join(text, port)] for host, port in access["allowed"] if host == name]

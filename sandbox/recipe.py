@@ -198,12 +198,11 @@ class _Compiler:
 
     def check_contradictions(self) -> None:
         permissions, config, limits = self.permissions, self.config, self.limits
-        later = [
-            (permissions.require_code_signing, "require_code_signing", "the check of signatures"),
-        ]
-        for asked, name, thing in later:
-            if asked:
-                raise ValueError(f"PluginPermissionsV2.{name} is set, but {thing} is not part of this version: leave it out")
+        if permissions.require_code_signing:
+            raise ValueError(
+                "PluginPermissionsV2.require_code_signing is set, but a function or a single file has no signature: put the "
+                "plugin into a plugin folder and run it with EnhancedPluginFramework, or leave it out"
+            )
         if permissions.allow_subprocess_execution and limits.max_subprocess_count == 0:
             raise ValueError(
                 "PluginPermissionsV2.allow_subprocess_execution is True but PluginLimitsV2.max_subprocess_count is 0: "

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from sandbox.errors import (
+    ManifestError,
+    PluginError,
     PluginExecutionError,
     ResourceError,
     ResourceLimitExceededError,
@@ -42,6 +44,8 @@ EXAMPLES: list[SandboxException] = [
     ),
     SecurityViolationError("it broke out", violations=[violation()]),
     ResourceLimitExceededError("out of memory", limit="max_memory_mb", allowed=128.0, used=130.5),
+    PluginError("it.py is no regular file", path="it.py"),
+    ManifestError("it.toml, line 3: no", path="it.toml", line=3),
 ]
 
 

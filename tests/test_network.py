@@ -253,16 +253,16 @@ def test_what_would_have_to_be_listed_has_the_port(known: Addresses) -> None:
     assert [address for _, address in found["refused"]] == ["10.0.0.5:5432", "10.0.0.5", "[fd00::5]:5432", "fd00::5"]
 
 
-def test_an_address_of_this_machine_is_not_public(known: Addresses, monkeypatch: pytest.MonkeyPatch) -> None:
-    known({"evil.example": ["8.8.8.8", "9.9.9.9"]})
-    monkeypatch.setattr(network, "is_own", lambda address: address == access.parse("9.9.9.9"))
-    found = network.resolve(wanted(["evil.example"]))
-    assert (found["allowed"], found["refused"]) == ({"evil.example": ["8.8.8.8"]}, [["evil.example", "9.9.9.9"]])
-
-
 def test_localhost_has_no_address_that_cannot_be_reached() -> None:
     assert network.hosts_file(None) == network.hosts_file(wanted(["127.0.0.1:80"])) == "127.0.0.1 localhost\n"
     assert network.hosts_file(wanted(["[::1]:80"])) == "127.0.0.1 localhost\n::1 localhost\n"
+
+
+def test_this_machines_addresses_behind_a_name_have_to_be_listed_too(known: Addresses, monkeypatch: pytest.MonkeyPatch) -> None:
+    known({"db.example": ["8.8.8.8", "8.8.4.4"]})
+    monkeypatch.setattr(access, "is_own", lambda address: address == access.parse("8.8.4.4"))
+    assert network.resolve(wanted(["db.example"]))["names"] == {"db.example": ["8.8.8.8"]}
+    assert network.resolve(wanted(["db.example", "8.8.4.4"]))["names"] == {"db.example": ["8.8.8.8", "8.8.4.4"]}
 
 
 def test_a_blocked_name_keeps_its_private_addresses(known: Addresses) -> None:

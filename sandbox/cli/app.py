@@ -92,6 +92,55 @@ def gc() -> None:
     sys.exit(command.remove())
 
 
+@group.group()
+def plugins() -> None:
+    """Look at, sign and check the plugins in a plugin folder. Nothing of them is run."""
+
+
+@plugins.command("list")
+@click.argument("folder", metavar="DIR")
+@click.option("--json", "as_json", is_flag=True, help="The list as JSON.")
+def list_plugins(**given: Any) -> None:
+    """List the plugins in DIR, the broken ones with what is wrong."""
+    from sandbox.cli import plugins as command
+
+    sys.exit(command.listed(**given))
+
+
+@plugins.command("check")
+@click.argument("folder", metavar="DIR")
+@click.argument("plugin_id", metavar="[ID]", required=False)
+@click.option("--trusted-keys", metavar="FOLDER", help="NAME.pub files (default: trusted-keys in psie's state folder).")
+def check_plugins(**given: Any) -> None:
+    """Check files, manifest, digests, signature and syntax of one plugin in DIR, or of all.
+
+    The exit status is 1 if something is wrong. That a plugin is not signed is wrong only where its manifest wants it to be.
+    """
+    from sandbox.cli import plugins as command
+
+    sys.exit(command.check(**given))
+
+
+@plugins.command("sign")
+@click.argument("folder", metavar="DIR")
+@click.argument("plugin_id", metavar="ID")
+@click.option("--key", metavar="FILE", required=True, help="The private key, as psie plugins keygen makes it.")
+def sign_plugin(**given: Any) -> None:
+    """Sign a plugin as it is now: every file of it, its manifest and its id."""
+    from sandbox.cli import plugins as command
+
+    sys.exit(command.sign(**given))
+
+
+@plugins.command("keygen")
+@click.argument("file")
+def make_key(file: str) -> None:
+    """Make a private key in FILE, and print the public one: its place is NAME.pub in the folder of trusted keys."""
+    from sandbox.cli import plugins as command
+
+    sys.exit(command.keygen(file))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the group; a mistake on the command line is one sentence and status 125."""
     try:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 
 from sandbox import host, recipe
 from sandbox.cli import settings
 from sandbox.cli.session import complain
+from sandbox.cli.table import print_table
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
 from sandbox.errors import SandboxException
-from sandbox.recipe_data import ENFORCED, MISSING, SUBSTITUTED
+from sandbox.recipe_data import ENFORCED
 from sandbox.text import escape_text
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def explain(level: str | None, config: str | None, as_json: bool) -> int:
@@ -91,20 +87,3 @@ def levels() -> int:
     rows = [[name, *(column.get(name, "-") for column in table)] for name in wanted]
     print_table(["protection", *(each.level for each in compiled)], rows)
     return 0
-
-
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns side by side, wrapped to the terminal where there is one."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    table = Table(box=None, pad_edge=True, show_edge=False, header_style="bold")
-    for title in head:
-        table.add_column(title, overflow="fold")
-    colours = {ENFORCED: "green", SUBSTITUTED: "yellow", MISSING: "red"}
-    for row in rows:
-        cells = [escape_text(cell, keep="").replace("[", "\\[") for cell in row]
-        colour = colours.get(row[0])
-        table.add_row(f"[{colour}]{cells[0]}[/{colour}]" if colour else cells[0], *cells[1:])
-    console.print(table)
