@@ -6,6 +6,7 @@ import os
 
 from sandbox.cgroups import place
 from sandbox.engine import sweep
+from sandbox.plugins import stage
 from sandbox.recovery import commit
 
 
@@ -21,7 +22,9 @@ def remove() -> int:
             leaves = sweep.leaves(opened)
             os.close(opened)
     folders = sweep.workspaces()
+    stages = stage.sweep()
     for line in commit.recover():
         print(line)
-    print(f"removed {len(leaves)} cgroups and {len(folders)} workspace folders of dead sandboxes")
+    counts = f"{len(leaves)} cgroups, {len(folders)} workspace folders and {len(stages)} folders of staged plugins"
+    print(f"removed {counts} of dead sandboxes")
     return 0
