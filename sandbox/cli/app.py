@@ -94,7 +94,7 @@ def gc() -> None:
 
 @group.group()
 def plugins() -> None:
-    """Look at, sign and check the plugins in a plugin folder. Nothing of them is run."""
+    """Look at, sign, check and run the plugins in a plugin folder. Only `run` runs anything of them."""
 
 
 @plugins.command("list")
@@ -130,6 +130,23 @@ def sign_plugin(**given: Any) -> None:
     from sandbox.cli import plugins as command
 
     sys.exit(command.sign(**given))
+
+
+@plugins.command("run")
+@click.argument("folder", metavar="DIR")
+@click.argument("ids", metavar="[ID]...", nargs=-1)
+@click.option("--level", metavar="LEVEL", help="minimal, standard, strict or maximum (default: standard).")
+@click.option("--config", metavar="FILE.toml", help="The most that plugins get: tables [isolation], [limits], [permissions].")
+@click.option("--json", "as_json", is_flag=True, help="What load_plugin_enhanced returns for each, as JSON.")
+@click.option("--trusted-keys", metavar="FOLDER", help="NAME.pub files (default: trusted-keys in psie's state folder).")
+def run_plugins(**given: Any) -> None:
+    """Run plugins in DIR, or all of them, each in a sandbox of its own, and tell what became of each.
+
+    What they print goes to stderr. The exit status is 0 if all have succeeded, else 1.
+    """
+    from sandbox.cli import loads as command
+
+    sys.exit(command.run(**given))
 
 
 @plugins.command("keygen")
