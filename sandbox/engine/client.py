@@ -460,6 +460,8 @@ class Sandbox:
         try:
             channel.instruct(self.hub, instruction, fds)
         except OSError:
+            while self.error is None and not self.closing and self._hub_readable():
+                pass  # why it has gone may be unread still
             self.fail(ResourceError("the sandbox's warden has gone: open a new sandbox"))
 
     def _hub_readable(self) -> bool:

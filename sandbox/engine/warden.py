@@ -313,6 +313,8 @@ class Warden:
         if "cgroup" in self.fds and "pid" not in self.recipe["namespaces"]:
             leaf.remove(self.fds["cgroup"], f"call-{call.number}")
             self.reap_orphans()
+        if call.cause == "exit" and self.supervisor is not None and has_ended(self.supervisor[1]):
+            call.cause = "supervisor"  # what the worker did of late nobody has recorded, nor answered
         if not call.result and call.cause == "exit":
             call.cause = "killed"
             call.result = {"status": str(status)}
@@ -531,6 +533,12 @@ class Warden:
         self.hub.close()
         for name in self.fds.keys() - {"hub"}:
             os.close(self.fds[name])
+
+
+def has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def end_children() -> None:

@@ -346,7 +346,7 @@ def test_a_workspace_full_of_traps_is_removed(level: IsolationLevel) -> None:
         os.makedirs("closed/inner")
         with contextlib.suppress(PermissionError):
             os.chmod("closed", 0)
-        for _ in range(300):
+        for _ in range(250):
             os.mkdir("deep" * 20)
             os.chdir("deep" * 20)
         return 1
