@@ -52,6 +52,7 @@ class Shelf:
         self.pid = os.getpid()
         self._lock = threading.Lock()
         self._users: Counter[str] = Counter()
+        self._name = os.urandom(8).hex()  # always the same: equal paths make equal recipes, which are compiled once
         self._folder = ""
         self._fd = -1
         self._has_swept = False
@@ -118,7 +119,7 @@ class Shelf:
             self._has_swept = True
             sweep()
         for _ in range(TRIES):
-            folder = os.path.join(base, os.urandom(8).hex())
+            folder = os.path.join(base, self._name)
             _make_folder(folder, 0o711)
             fd = _locked(folder)
             if fd is not None:
