@@ -255,8 +255,6 @@ class EnhancedPluginFramework:
             await self._run(load, ready, started)
         finally:
             await asyncio.to_thread(ready.staged.release)
-            if load.error is not None:
-                load.error = load.error.replace(f"{ready.staged.root}/", "")
 
     def _prepare(self, load: Load) -> Ready:
         """Read, check and stage. Raises PluginError, ResourceError."""
@@ -314,6 +312,8 @@ class EnhancedPluginFramework:
             load.failed(LIMIT, error)
         except (PluginExecutionError, CommitError) as error:
             load.failed(ERROR, error)
+        if load.error is not None:
+            load.error = load.error.replace(f"{ready.staged.root}/", "")  # where that is, is nobody's business
 
     async def _opened(self, load: Load, ready: Ready) -> EnhancedPluginSandbox:
         """An open sandbox that sees the plugin; other processes' sandboxes are waited for."""
