@@ -175,7 +175,12 @@ def note_refusals(job: _socket.socket, recipe: dict[str, Any]) -> None:
     global refusals
     if recipe["landlock"] is not None:
         places = [path for path, access in recipe["landlock"]["rules"] if access.startswith("write")]
-        refusals = Refusals(places, lambda fields: send_note(job, fields), lambda fields: send_note(job, fields, "asked"))
+        refusals = Refusals(
+            places,
+            lambda fields: send_note(job, fields),
+            lambda fields: send_note(job, fields, "asked"),
+            [target for _, target, _ in recipe["sandbox_mounts"]],
+        )
         if recipe["watches_refusals"]:
             refusals.watch()
 
