@@ -315,6 +315,14 @@ def test_how_code_is_loaded(name: str, tmp_path: Path) -> None:
         assert (done["error"], done["result"]) == (None, result)
 
 
+def test_a_plugin_without_file_access_has_its_own_files(level: IsolationLevel, tmp_path: Path) -> None:
+    write(tmp_path, FOLDER["data"].sources)
+    permissions = PluginPermissionsV2(allow_file_access=False)
+    with opened(tmp_path, config=IsolationConfig(level=level), permissions=permissions) as framework:
+        (done,) = loads(framework, "data")
+        assert (done.error, done.result) == (None, "three")
+
+
 REFUSED = {
     "gone": ({}, "gone is no plugin of this folder"),
     "../p/one": ({}, "is no plugin id"),

@@ -18,6 +18,7 @@ FILES = [
     "test_file_records.py",
     "test_network.py",
     "test_shared_network.py",
+    "test_framework.py",
 ]
 
 
