@@ -6,7 +6,7 @@ import os
 
 from sandbox.cgroups import place
 from sandbox.engine import sweep
-from sandbox.recovery import commit
+from sandbox.recovery import commit, evidence, private
 
 
 def remove() -> int:
@@ -23,5 +23,7 @@ def remove() -> int:
     folders = sweep.workspaces()
     for line in commit.recover():
         print(line)
+    if evidence.remove_unfinished(os.path.join(private.default_folder(), evidence.FOLDER)):
+        print("removed evidence that was not finished")
     print(f"removed {len(leaves)} cgroups and {len(folders)} workspace folders of dead sandboxes")
     return 0
