@@ -7,7 +7,7 @@ import os
 from sandbox.cgroups import place
 from sandbox.engine import sweep
 from sandbox.plugins import stage
-from sandbox.recovery import commit
+from sandbox.recovery import commit, evidence, private
 
 
 def remove() -> int:
@@ -25,6 +25,8 @@ def remove() -> int:
     stages = stage.sweep()
     for line in commit.recover():
         print(line)
+    if evidence.remove_unfinished(os.path.join(private.default_folder(), evidence.FOLDER)):
+        print("removed evidence that was not finished")
     counts = f"{len(leaves)} cgroups, {len(folders)} workspace folders and {len(stages)} folders of staged plugins"
     print(f"removed {counts} of dead sandboxes")
     return 0

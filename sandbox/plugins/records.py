@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from sandbox.sandbox import EnhancedPluginSandbox
 
 DOOR = BY = "framework"
-EVIDENCE = "evidence"  # folder of the bundles, in that of the store
 CHANGES = 1000  # files that are kept of a plugin's changes
 CHANGE_BYTES = 16 << 20  # of all of them
 
@@ -57,7 +56,7 @@ class Records:
         self, plugin_id: str, sha256: str, reason: str, violations: Sequence[Mapping[str, Any]], found: Evidence
     ) -> None:
         """Quarantine a plugin; what is kept as evidence is on disk before that is."""
-        folder = os.path.join(self.store.folder, EVIDENCE)
+        folder = os.path.join(self.store.folder, evidence.FOLDER)
         name = f"{plugin_id}-{time.time_ns()}-{os.urandom(4).hex()}"
         path = evidence.bundle(folder, name, violations=violations, **found.parts())
         self.store.quarantine(plugin_id, sha256, reason, violations, BY, path)

@@ -104,7 +104,10 @@ class AuditLog:
         is_new = whole == 0
         if is_new:
             last = self._end_of_older(folder)
-        known = self.store.audit_end()
+        try:
+            known = self.store.audit_end()
+        except ResourceError:
+            known = None  # told of when the store is to learn of this line
         found = _position(last)
         seq, digest = max(found, known, key=lambda end: end[0]) if known is not None else found
         if known is not None and known[0] == found[0]:

@@ -26,6 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+FOLDER = "evidence"  # in psie's own folder, where `psie gc` looks
 TOTAL_BYTES = 64 << 20
 PART_BYTES = 8 << 20  # of each of violations, samples, recipe, output, index and SHA256SUMS
 CHANGES = 10_000
