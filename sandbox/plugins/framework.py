@@ -358,8 +358,9 @@ class EnhancedPluginFramework:
         """Where it cannot be stored, the load has not succeeded: nobody would know of it."""
         try:
             await asyncio.to_thread(self._store, load, since)
-        except (ResourceError, OSError) as error:
-            load.failed(ERROR if load.outcome == OK else load.outcome, ResourceError(f"{load.error or 'it ran'}; {error}"))
+        except ResourceError as error:
+            text = f"{load.error or 'it ran'}, but that could not be recorded: {error}"
+            load.failed(ERROR if load.outcome == OK else load.outcome, ResourceError(text))
 
     def _store(self, load: Load, since: float) -> None:
         if load.quarantined:

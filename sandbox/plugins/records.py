@@ -9,6 +9,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from sandbox.errors import ResourceError
 from sandbox.recovery import evidence
 from sandbox.recovery.audit import AuditLog
 from sandbox.recovery.granted import content
@@ -55,16 +56,20 @@ class Records:
     def quarantine(
         self, plugin_id: str, sha256: str, reason: str, violations: Sequence[Mapping[str, Any]], found: Evidence
     ) -> None:
-        """Quarantine a plugin; what is kept as evidence is on disk before that is."""
+        """Quarantine a plugin, with evidence if that can be kept: without it the quarantine holds all the same."""
         folder = os.path.join(self.store.folder, evidence.FOLDER)
         name = f"{plugin_id}-{time.time_ns()}-{os.urandom(4).hex()}"
-        path = evidence.bundle(folder, name, violations=violations, **found.parts())
+        path: str | None = None
+        try:
+            path = os.fspath(evidence.bundle(folder, name, violations=violations, **found.parts()))
+        except ResourceError as error:
+            reason = f"{reason} (no evidence is kept: {error})"
         self.store.quarantine(plugin_id, sha256, reason, violations, BY, path)
-        self.audit.append("quarantine", plugin_id=plugin_id, sha256=sha256, reason=reason, by=BY, evidence=str(path))
+        self.audit.append("quarantine", plugin_id=plugin_id, sha256=sha256, reason=reason, by=BY, evidence=path)
 
     def release(self, plugin_id: str) -> int:
         count = self.store.release(plugin_id, BY)
-        self.audit.append("release", plugin_id=plugin_id, by=BY, count=count)
+        self.audit.append("quarantine-release", plugin_id=plugin_id, by=BY, count=count)
         return count
 
     def is_quarantined(self, plugin_id: str, sha256: str | None) -> Quarantined | None:
