@@ -170,7 +170,7 @@ class EnhancedPluginFramework:
     Raises:
         TypeError: a setting is none.
         ValueError: `plugin_dir` is no folder.
-        ResourceError: the stored records cannot be used.
+        ResourceError: the stored records cannot be used, or PSIE_MAX_SANDBOXES or PSIE_MAX_MEMORY_MB is no number.
     """
 
     def __init__(
@@ -194,6 +194,7 @@ class EnhancedPluginFramework:
             os.close(files.open_folder(self.plugin_dir))
         except PluginError as error:
             raise ValueError(f"EnhancedPluginFramework: {error}") from None
+        self._most = self._count_places()
         self._records = Records(state_folder)
         self._open: Counter[str] = Counter()  # loads that have a sandbox, by level
         self._places: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
@@ -304,13 +305,20 @@ class EnhancedPluginFramework:
         source, job = ready.job()
         try:
             load.result = await sandbox.execute_file(load.plugin_id, source, job)
-            if sandbox.recipe is not None and any(folder["kind"] in KEPT_KINDS for folder in sandbox.recipe.granted):
+            has_layers = sandbox.recipe is not None and any(each["kind"] in KEPT_KINDS for each in sandbox.recipe.granted)
+            reason = self._reason_for_quarantine(load)
+            if reason:
+                load.failed(VIOLATION, SecurityViolationError(reason))
+            if has_layers and reason:
+                with sandbox._granted() as granted:
+                    await asyncio.to_thread(load.evidence.take_granted, granted)
+            elif has_layers:
                 await sandbox.commit_changes()
         except SecurityViolationError as error:
             load.failed(VIOLATION, error)
         except ResourceLimitExceededError as error:
             load.failed(LIMIT, error)
-        except (PluginExecutionError, CommitError) as error:
+        except (PluginExecutionError, CommitError, RuntimeError) as error:  # RuntimeError: its lifetime has just ended
             load.failed(ERROR, error)
         if load.error is not None:
             load.error = load.error.replace(f"{ready.staged.root}/", "")  # where that is, is nobody's business
@@ -390,7 +398,7 @@ class EnhancedPluginFramework:
         """A place among the sandboxes that this process can have open at once; one semaphore for each event loop."""
         loop = asyncio.get_running_loop()
         if loop not in self._places:
-            self._places[loop] = asyncio.Semaphore(self._count_places())
+            self._places[loop] = asyncio.Semaphore(self._most)
         return self._places[loop]
 
     def _count_places(self) -> int:

@@ -112,7 +112,11 @@ class Evidence:
     def take_granted(self, granted: GrantedChanges) -> None:
         """What it has changed in granted folders, before that is discarded."""
         for folder in granted.folders:
-            for difference in folder.differences:
+            try:
+                differences = folder.differences
+            except OSError:
+                continue  # the plugin has made it unreadable
+            for difference in differences:
                 if difference.upper is not None and self.left:
                     found = content(folder.upper, difference, old=False)
                     self.take(os.path.join(folder.path, difference.path), found or b"")

@@ -83,7 +83,7 @@ class Shelf:
             self._users[name] -= 1
             if not self._users[name]:
                 del self._users[name]
-                shutil.rmtree(os.path.join(self._folder, name))
+                shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)  # who removed it has done our work
             self._close_unused()
 
     def _write(self, plugin: PluginFiles, root: str) -> None:
@@ -129,7 +129,7 @@ class Shelf:
 
     def _close_unused(self) -> None:
         if not self._users and self._fd >= 0:
-            shutil.rmtree(self._folder)
+            shutil.rmtree(self._folder, ignore_errors=True)
             os.close(self._fd)
             self._fd = -1
 

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from sandbox import EnhancedPluginFramework, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, state
+from sandbox.errors import ResourceError
 from sandbox.plugins import files, signing, stage
 from sandbox.plugins.framework import Load
 from sandbox.recovery import audit
@@ -507,16 +508,59 @@ def test_switches(tmp_path: Path) -> None:
         assert [each["plugin_id"] for each in framework.get_quarantined_plugins()] == ["bad"]
 
 
+CURIOUS = """
+    def main():
+        for path in ("shadow", "gshadow", "passwd", "group"):
+            try:
+                open(f"/etc/{path}", "a")
+            except OSError:
+                pass
+        with open(%r, "w") as file:
+            file.write("made")
+        return "survived"
+"""
+
+
 def test_violations_that_a_plugin_survives_count(tmp_path: Path) -> None:
-    source = "def main():\n    for path in ('shadow', 'gshadow', 'passwd', 'group'):\n        try: open(f'/etc/{path}', 'a')\n"
-    write(tmp_path, {"curious.py": source + "        except OSError: pass\n    return 'survived'"})
-    config = IsolationConfig(level=IsolationLevel.STANDARD, violation_threshold=3)
-    with opened(tmp_path, config=config) as framework:
+    granted = tmp_path / "granted"
+    granted.mkdir()
+    granted.chmod(0o777)
+    made = str(granted / "made")
+    asked = json.dumps({"permissions": {"allowed_directories": [str(granted)]}})
+    write(tmp_path, {"curious.py": CURIOUS % made, "curious.json": asked})
+    permissions = PluginPermissionsV2(allowed_directories=[str(granted)])
+    config = IsolationConfig(level=IsolationLevel.STANDARD, violation_threshold=3, quarantine_on_violation=False)
+    with opened(tmp_path, config=config, permissions=permissions) as framework:
         (done,) = loads(framework, "curious")
-        assert (done.outcome, done.result) == ("ok", "survived")
-        assert len(done.violations) == 4
+        assert (done.outcome, done.result, len(done.violations)) == ("ok", "survived", 4)
+        assert os.listdir(granted) == ["made"]
+        os.unlink(made)
+    config = IsolationConfig(level=IsolationLevel.STANDARD, violation_threshold=3)
+    with opened(tmp_path, config=config, permissions=permissions) as framework:
+        (done,) = loads(framework, "curious")
+        assert (done.outcome, done.result) == ("violation", None)
+        assert done.error == "it ran into 4 protections, more than violation_threshold=3"
+        assert os.listdir(granted) == []
         (quarantined,) = framework.get_quarantined_plugins()
-        assert "more than violation_threshold=3" in quarantined["reason"]
+        index = Path(quarantined["evidence"], "changes", "index.json").read_text()
+        assert made in index
+        assert (Path(quarantined["evidence"]) / "changes" / "0").read_text() == "made"
+
+
+def test_what_cannot_be_recorded_has_not_succeeded(tmp_path: Path) -> None:
+    write(tmp_path, {"good.py": "def main(): return 1"})
+    with opened(tmp_path) as framework:
+        assert load(framework, "good")["success"]
+        (tmp_path / "state" / "audit.jsonl").chmod(0o666)
+        done = load(framework, "good")
+        assert (done["success"], done["result"]) == (False, None)
+        assert "it ran, but that could not be recorded: " in done["error"]
+
+
+def test_a_bound_that_is_none_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSIE_MAX_SANDBOXES", "many")
+    with pytest.raises(ResourceError, match="PSIE_MAX_SANDBOXES is 'many'"):
+        EnhancedPluginFramework(str(tmp_path), state_folder=tmp_path / "state")
 
 
 def test_telemetry(tmp_path: Path) -> None:
