@@ -305,23 +305,31 @@ class EnhancedPluginFramework:
         source, job = ready.job()
         try:
             load.result = await sandbox.execute_file(load.plugin_id, source, job)
-            has_layers = sandbox.recipe is not None and any(each["kind"] in KEPT_KINDS for each in sandbox.recipe.granted)
             reason = self._reason_for_quarantine(load)
             if reason:
                 load.failed(VIOLATION, SecurityViolationError(reason))
-            if has_layers and reason:
-                with sandbox._granted() as granted:
-                    await asyncio.to_thread(load.evidence.take_granted, granted)
-            elif has_layers:
-                await sandbox.commit_changes()
+            if sandbox.recipe is not None and any(folder["kind"] in KEPT_KINDS for folder in sandbox.recipe.granted):
+                await self._settle(load, sandbox)
         except SecurityViolationError as error:
             load.failed(VIOLATION, error)
         except ResourceLimitExceededError as error:
             load.failed(LIMIT, error)
-        except (PluginExecutionError, CommitError, RuntimeError) as error:  # RuntimeError: its lifetime has just ended
+        except (PluginExecutionError, CommitError) as error:
             load.failed(ERROR, error)
         if load.error is not None:
             load.error = load.error.replace(f"{ready.staged.root}/", "")  # where that is, is nobody's business
+
+    async def _settle(self, load: Load, sandbox: EnhancedPluginSandbox) -> None:
+        """Commit what a plugin has changed in granted folders; what it is quarantined for is evidence instead."""
+        try:
+            if load.outcome == OK:
+                await sandbox.commit_changes()
+            else:
+                with sandbox._granted() as granted:
+                    await asyncio.to_thread(load.evidence.take_granted, granted)
+        except RuntimeError as error:  # the sandbox has come to its end meanwhile
+            if load.outcome == OK:
+                load.failed(ERROR, error)
 
     async def _opened(self, load: Load, ready: Ready) -> EnhancedPluginSandbox:
         """An open sandbox that sees the plugin; other processes' sandboxes are waited for."""
