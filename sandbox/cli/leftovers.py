@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 from sandbox.cgroups import place
+from sandbox.cli.session import complain
 from sandbox.engine import sweep
+from sandbox.errors import ResourceError
 from sandbox.recovery import commit, evidence, private
 
 
@@ -23,7 +25,10 @@ def remove() -> int:
     folders = sweep.workspaces()
     for line in commit.recover():
         print(line)
-    if evidence.remove_unfinished(os.path.join(private.default_folder(), evidence.FOLDER)):
-        print("removed evidence that was not finished")
+    try:
+        if evidence.remove_unfinished(os.path.join(private.default_folder(), evidence.FOLDER)):
+            print("removed evidence that was not finished")
+    except ResourceError as error:
+        return complain(error)
     print(f"removed {len(leaves)} cgroups and {len(folders)} workspace folders of dead sandboxes")
     return 0

@@ -253,10 +253,10 @@ def _locked(folder: int, flags: int, kind: int, path: str) -> Iterator[int | Non
             yield None
             return
         try:
-            private.lock(fd, kind, path)
-            if _is_at(folder, fd):
-                yield fd
-                return
+            with private.locked(fd, kind, path):
+                if _is_at(folder, fd):
+                    yield fd
+                    return
         finally:
             os.close(fd)
 

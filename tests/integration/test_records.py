@@ -151,6 +151,24 @@ def test_killed_at_any_moment_nothing_is_lost(here: Path, monkeypatch: pytest.Mo
     assert_intact(here)
 
 
+def test_killed_while_it_is_made_it_is_made_the_next_time(here: Path) -> None:
+    chance = random.Random()
+    unfinished = 0
+    for attempt in range(KILLS):
+        place = here / str(attempt)
+        pid = forked(lambda place=place: write_without_end(place, "", os.open(os.devnull, os.O_WRONLY)))  # type: ignore[misc]
+        time.sleep(chance.uniform(0, 0.006))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        unfinished += not (place / audit.NAME).exists()
+        with Store(place) as store:
+            store.add_runs([a_run("after all")])
+            assert store.runs(limit=1)[0].sandbox_id == "after all"
+        assert_intact(place)
+        assert verify(place).ok
+    assert unfinished  # else nothing was tried
+
+
 # -- the commands ----------------------------------------------------------------------------------------------------------
 
 
