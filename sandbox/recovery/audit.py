@@ -128,6 +128,8 @@ class AuditLog:
         if torn:
             os.ftruncate(fd, whole)
         _write(fd, lines, whole)
+        if is_new:
+            os.fsync(folder)  # of the file's name
         return seq, digest
 
     def _end_of_older(self, folder: int) -> bytes:

@@ -424,9 +424,9 @@ class Store:
         """
         with private.folder(self.folder) as folder:
             with suppress(FileExistsError):
-                os.close(
-                    os.open(NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
-                )
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                os.close(os.open(NAME, flags, 0o600, dir_fd=folder))
+                os.fsync(folder)  # what is durable needs its name
             for name in (NAME, *(NAME + suffix for suffix in BESIDE)):
                 with suppress(FileNotFoundError):
                     private.check(os.stat(name, dir_fd=folder, follow_symlinks=False), os.path.join(self.folder, name))
