@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from sandbox.errors import ResourceError
-from sandbox.recovery import audit
+from sandbox.recovery import audit, private
 from sandbox.recovery.audit import KEPT, NAME, START, AuditLog, Verdict, verify
 from sandbox.recovery.store import Store
 
@@ -241,6 +242,25 @@ def test_a_full_disk_leaves_no_half_line(file: Path, here: Path) -> None:
     assert (done.stdout, done.stderr) == ("ResourceError\n", "")
     assert file.read_bytes() == before
     assert verify(here) == Verdict(True, LINES)
+
+
+def test_a_fork_meanwhile_does_not_keep_the_lock(
+    file: Path, here: Path, log: AuditLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private, "PATIENCE", 0.2)
+    reading, writing = os.pipe()
+    with private.folder(str(here)) as folder, audit._locked(folder, os.O_RDWR, fcntl.LOCK_EX, str(file)):
+        pid = os.fork()
+        if pid == 0:
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+    try:
+        assert log.append("event") == LINES + 1
+    finally:
+        os.close(writing)
+        os.close(reading)
+        os.waitpid(pid, 0)
 
 
 # -- older files ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 from sandbox.cgroups import place
+from sandbox.cli.session import complain
 from sandbox.engine import sweep
+from sandbox.errors import ResourceError
 from sandbox.plugins import stage
 from sandbox.recovery import commit, evidence, private
 
@@ -25,8 +27,11 @@ def remove() -> int:
     stages = stage.sweep()
     for line in commit.recover():
         print(line)
-    if evidence.remove_unfinished(os.path.join(private.default_folder(), evidence.FOLDER)):
-        print("removed evidence that was not finished")
+    try:
+        if evidence.remove_unfinished(os.path.join(private.default_folder(), evidence.FOLDER)):
+            print("removed evidence that was not finished")
+    except ResourceError as error:
+        return complain(error)
     counts = f"{len(leaves)} cgroups, {len(folders)} workspace folders and {len(stages)} folders of staged plugins"
     print(f"removed {counts} of dead sandboxes")
     return 0

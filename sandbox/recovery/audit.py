@@ -128,6 +128,8 @@ class AuditLog:
         if torn:
             os.ftruncate(fd, whole)
         _write(fd, lines, whole)
+        if is_new:
+            os.fsync(folder)  # of the file's name
         return seq, digest
 
     def _end_of_older(self, folder: int) -> bytes:
@@ -253,10 +255,10 @@ def _locked(folder: int, flags: int, kind: int, path: str) -> Iterator[int | Non
             yield None
             return
         try:
-            private.lock(fd, kind, path)
-            if _is_at(folder, fd):
-                yield fd
-                return
+            with private.locked(fd, kind, path):
+                if _is_at(folder, fd):
+                    yield fd
+                    return
         finally:
             os.close(fd)
 

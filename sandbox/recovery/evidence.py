@@ -107,16 +107,16 @@ def _unfinished(parent: int, place: str) -> Iterator[int]:
         except FileNotFoundError:
             continue
         try:
-            private.lock(fd, fcntl.LOCK_EX, os.path.join(place, UNFINISHED))
-            if not _is_at(parent, fd):  # whoever had it has finished
-                continue
-            for inner in workspace.unlink_files(fd):
-                workspace.remove_folder(fd, inner)
-            try:
-                yield fd
-            finally:
-                if _is_at(parent, fd):
-                    workspace.remove_folder(parent, UNFINISHED)
+            with private.locked(fd, fcntl.LOCK_EX, os.path.join(place, UNFINISHED)):
+                if not _is_at(parent, fd):  # whoever had it has finished
+                    continue
+                for inner in workspace.unlink_files(fd):
+                    workspace.remove_folder(fd, inner)
+                try:
+                    yield fd
+                finally:
+                    if _is_at(parent, fd):
+                        workspace.remove_folder(parent, UNFINISHED)
             return
         finally:
             os.close(fd)

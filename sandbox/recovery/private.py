@@ -92,16 +92,24 @@ def open_file(folder: int, name: str, flags: int, path: str) -> int:
     return fd
 
 
-def lock(fd: int, kind: int, path: str) -> None:
-    """flock(2) of `kind` (LOCK_SH, LOCK_EX), waited for up to PATIENCE. Raises ResourceError."""
+@contextmanager
+def locked(fd: int, kind: int, path: str) -> Iterator[None]:
+    """flock(2) of `kind` (LOCK_SH, LOCK_EX), waited for up to PATIENCE. Raises ResourceError.
+
+    Unlocked explicitly: a fork of another thread may have a copy of the descriptor, and would keep the lock.
+    """
     end = time.monotonic() + PATIENCE
     while True:
         try:
             fcntl.flock(fd, kind | fcntl.LOCK_NB)
-            return
+            break
         except BlockingIOError:
             if time.monotonic() > end:
                 raise ResourceError(
                     f"{path} has been locked by another process for {PATIENCE:g} s: see what holds it (lslocks), then try again"
                 ) from None
             time.sleep(_PAUSE)
+    try:
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 NAME = "psie.db"
 LOCK = "psie.lock"
-BESIDE = ("-wal", "-shm")  # files that SQLite keeps beside it
+BESIDE = ("-wal", "-shm", "-journal")  # files that SQLite keeps beside it, the last only while a new one is made
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 OUTCOMES = ("ok", "error", "limit", "violation", "refused")
@@ -251,7 +251,12 @@ class Store:
         """The runs that all given arguments fit, newest first. `since` is Unix time. Raises ValueError for a limit below 0."""
         if limit < 0:
             raise ValueError(f"runs: limit is {limit}: give how many runs at most")
-        given = {"plugin_id = ?": _text_or_none(plugin), "level = ?": level, "outcome = ?": outcome, "started >= ?": since}
+        given = {
+            "plugin_id = ?": _text_or_none(plugin),
+            "level = ?": _text_or_none(level),
+            "outcome = ?": _text_or_none(outcome),
+            "started >= ?": since,
+        }
         conditions = {condition: value for condition, value in given.items() if value is not None}
         where = "WHERE " + " AND ".join(conditions) if conditions else ""
         query = f"SELECT {_RUN_COLUMNS} FROM runs {where} ORDER BY started DESC, id DESC LIMIT ?"
@@ -290,7 +295,7 @@ class Store:
             raise ValueError("quarantine: plugin_id is empty: give the name of the plugin")
         row = (
             *(_text(plugin_id), _digest(sha256), _text(reason)[:TEXT], _violations(violations), time.time(), _text(by)),
-            None if evidence is None else os.fspath(evidence),
+            None if evidence is None else _text(os.fspath(evidence)),
         )
 
         def work(connection: sqlite3.Connection) -> tuple[Any, ...]:
@@ -419,9 +424,9 @@ class Store:
         """
         with private.folder(self.folder) as folder:
             with suppress(FileExistsError):
-                os.close(
-                    os.open(NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
-                )
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                os.close(os.open(NAME, flags, 0o600, dir_fd=folder))
+                os.fsync(folder)  # what is durable needs its name
             for name in (NAME, *(NAME + suffix for suffix in BESIDE)):
                 with suppress(FileNotFoundError):
                     private.check(os.stat(name, dir_fd=folder, follow_symlinks=False), os.path.join(self.folder, name))
@@ -481,8 +486,8 @@ class Store:
         with private.folder(self.folder) as folder:
             fd = private.open_file(folder, LOCK, os.O_RDWR | os.O_CREAT, path)
         try:
-            private.lock(fd, fcntl.LOCK_EX, path)
-            yield
+            with private.locked(fd, fcntl.LOCK_EX, path):
+                yield
         finally:
             os.close(fd)
 
@@ -506,9 +511,11 @@ class Store:
 # A fork would inherit SQLite's own table of locks, and believe that it has those of its parent: files must be closed before.
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
 _held: list[Store] = []
+_forking = threading.Lock()  # one thread at a time
 
 
 def _before_fork() -> None:
+    _forking.acquire()
     for store in list(_stores):
         store._lock.acquire()
         _held.append(store)
@@ -518,6 +525,7 @@ def _before_fork() -> None:
 def _after_fork() -> None:
     while _held:
         _held.pop()._lock.release()
+    _forking.release()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
