@@ -15,6 +15,7 @@ import tempfile
 import time
 from typing import TYPE_CHECKING
 
+from sandbox import EnhancedPluginFramework
 from sandbox.recovery.audit import AuditLog
 from sandbox.recovery.store import OUTCOMES, Run, Store
 
@@ -71,6 +72,9 @@ def main() -> None:
             history = median(lambda: subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True))
             tell("psie history, as a process", history, target=True)
             tell(f"statistics of {RUNS:,} runs", median(store.statistics), target=True)
+            framework = EnhancedPluginFramework(base, state_folder=folder)
+            tell("telemetry of the framework", median(framework.get_framework_telemetry), target=True)
+            framework.close()
             tell("one run added", median(lambda: store.add_runs([a_run(0)])))
             tell("one plugin quarantined", median(lambda: store.quarantine("bad", None, "", [], "benchmark")))
             log = AuditLog(store)
