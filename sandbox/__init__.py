@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sandbox.monitor.files import FilesystemWatchdog
     from sandbox.monitor.network import NetworkIsolationManager
     from sandbox.monitor.resources import EnhancedResourceMonitor
-    from sandbox.plugins import EnhancedPluginFramework
+    from sandbox.plugins.framework import EnhancedPluginFramework
     from sandbox.recovery import SandboxRecoveryManager
     from sandbox.recovery.changes import FileChange
     from sandbox.sandbox import EnhancedPluginSandbox
@@ -80,7 +80,7 @@ _MODULES = {
     "__version__": "sandbox.version",
     "CommitError": "sandbox.errors",
     "ConfigError": "sandbox.config",
-    "EnhancedPluginFramework": "sandbox.plugins",
+    "EnhancedPluginFramework": "sandbox.plugins.framework",
     "EnhancedPluginSandbox": "sandbox.sandbox",
     "EnhancedResourceMonitor": "sandbox.monitor.resources",
     "Explanation": "sandbox.violations",

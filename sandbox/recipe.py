@@ -342,7 +342,7 @@ class _Compiler:
         elif self.permissions.allow_file_access:
             rules += self.readable()
         else:
-            rules += [[path, "read"] for path in self.libraries()]
+            rules += [[path, "read"] for path in (*self.libraries(), *self.read_only)]
         if self.permissions.allow_file_access and self.permissions.allow_file_creation:
             rules.append([WORKSPACE if own_mounts else "{folder}/files", "write"])
             if own_mounts:

@@ -43,7 +43,7 @@ from sandbox.violations import SandboxViolation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Any, TextIO, TypeVar
 
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from sandbox.recipe_data import Protection, Recipe
 
 MB = 1 << 20
+TAIL_BYTES = 64 << 10  # of the output that are kept
 ACTIVITIES = 10_000  # network operations that are kept; further ones are only counted
 
 
@@ -75,6 +76,7 @@ class EnhancedPluginSandbox:
             on_sandbox_cleanup(telemetry), called on the caller's event loop. A sample is as in sandbox.monitor.watch.Watch.
         environment: further environment variables of the plugin; the caller's own are never passed on by themselves.
         network: a NetworkIsolationManager whose network, enabled before, it shares; None for one of its own.
+        read_only: host paths that the plugin may read, at the same paths, beside what its level shows.
 
     Each call has a fresh process in fresh namespaces; the workspace is kept between the calls of one `async with`.
     Calls may run at the same time. What the plugin prints goes to sys.stdout and sys.stderr, escaped on a terminal.
@@ -90,6 +92,7 @@ class EnhancedPluginSandbox:
         monitoring_handler: object = None,
         environment: Mapping[str, str] | None = None,
         network: NetworkIsolationManager | None = None,
+        read_only: Sequence[str] = (),
     ) -> None:
         for name, value, kind in (
             ("limits", limits, PluginLimitsV2),
@@ -107,6 +110,7 @@ class EnhancedPluginSandbox:
         self.environment = dict(environment or {})
         self.monitoring_handler = monitoring_handler
         self.network = network
+        self.read_only = tuple(read_only)
         self.recipe: Recipe | None = None
         self._read_back: dict[str, str] = {}
         self._telemetry = SandboxTelemetry(sandbox_id=self.sandbox_id, plugin_id="", start_time=datetime.now(UTC))
@@ -129,6 +133,8 @@ class EnhancedPluginSandbox:
         self._resolved: dict[str, Any] = {}  # what names in allowed_hosts stood for when it was opened
         self._activity: list[dict[str, Any]] = []
         self._operations: dict[str, int] = {}  # of the network, by call
+        self._output_tail = bytearray()
+        self._on_taint: Callable[[GrantedChanges], None] | None = None  # sees the changes before they are discarded
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -145,7 +151,7 @@ class EnhancedPluginSandbox:
             raise RuntimeError(f"sandbox {self.sandbox_id} has been opened before: use a new EnhancedPluginSandbox")
         self._loop = asyncio.get_running_loop()
         holder = self.network.holder if self.network is not None else None
-        self.recipe, wire = compiled(self.config, self.limits, self.permissions)
+        self.recipe, wire = compiled(self.config, self.limits, self.permissions, self.read_only)
         if holder is not None and holder.in_user_namespace and not self.recipe.outer_user_namespace:
             raise SandboxInitializationError(
                 "without root a sandbox of level minimal has no user namespace from which it could join a network",
@@ -371,34 +377,65 @@ class EnhancedPluginSandbox:
             SandboxInitializationError: a fresh worker could not be set up.
             RuntimeError: the sandbox is not open.
         """
+        self._check_open()
+        instruction, payload = self._job(plugin_function, args, kwargs)
+        name = getattr(plugin_function, "__qualname__", type(plugin_function).__name__)
+        file = getattr(getattr(plugin_function, "__code__", None), "co_filename", "")
+        call = await self._execute(name, file, instruction, payload)
+        return self._value(call, transport.plain_types(plugin_function, args))
+
+    async def execute_file(self, name: str, source: bytes, job: Mapping[str, object]) -> Any:
+        """Load a file that the sandbox sees as a module, call a function of it, and return its value.
+
+        Args:
+            name: of the plugin, for the telemetry.
+            source: content of the file, which is what is executed.
+            job: `path` of the file, `folder` for sys.path, `module` (its name), `functions` of which the first that there is
+                is called. It gets the dict that `execute_plugin_safe` gives if its first parameter is called env or
+                environment, and nothing else.
+
+        Raises as `execute_plugin_safe` does.
+        """
+        self._check_open()
+        instruction = {**self._instruction("function"), **job, "env": self._environment(), "args": [], "kwargs": {}}
+        call = await self._execute(name, str(job["path"]), instruction, source)
+        return self._value(call, {})
+
+    def _check_open(self) -> None:
         if self._sandbox is None or self.recipe is None or (self._gone is not None and self._gone.done() and not self._expired):
             raise RuntimeError(f"sandbox {self.sandbox_id} is not open: use it inside `async with`")
         if self._busy:
             raise RuntimeError(f"sandbox {self.sandbox_id}: {self._busy}: wait until that is done")
-        instruction, payload = self._job(plugin_function, args, kwargs)
+
+    async def _execute(self, name: str, file: str, instruction: dict[str, object], payload: bytes) -> client.Call:
+        """Run a job to its end; changes of granted folders are discarded if that is a violation."""
         self._running += 1
         try:
-            return await self._execute(plugin_function, args, instruction, payload)
+            return await self._run_job(name, file, instruction, payload)
         except SecurityViolationError as error:
             self._tainted = str(error).splitlines()[0]
             raise
         finally:
             self._running -= 1
             if self._tainted and not self._running and self._has_layers():
-                await self._busy_with("changes are being discarded", self._renew(keep=False))
+                await self._busy_with("changes are being discarded", self._discard_tainted())
                 self._tainted = ""
 
-    async def _execute(
-        self, plugin_function: Callable[..., Any], args: tuple[Any, ...], instruction: dict[str, object], payload: bytes
-    ) -> Any:
+    async def _discard_tainted(self) -> None:
+        if self._on_taint is not None:
+            with self._in_engine(lambda: GrantedChanges(self._opened_sandbox())) as granted:
+                await asyncio.to_thread(self._on_taint, granted)
+        await self._renew(keep=False)
+
+    async def _run_job(self, name: str, file: str, instruction: dict[str, object], payload: bytes) -> client.Call:
         run, self._standby = self._standby or self._new_run(), None
-        self._telemetry.plugin_id = getattr(plugin_function, "__qualname__", type(plugin_function).__name__)
+        self._telemetry.plugin_id = name
         try:
             await run.stands()
         except asyncio.CancelledError:
             self._post(run.give_up)
             raise
-        run.call.source_file = getattr(getattr(plugin_function, "__code__", None), "co_filename", "")
+        run.call.source_file = file
         try:
             await run.execute(instruction, payload, self.limits.max_execution_time_seconds)
         finally:
@@ -411,7 +448,7 @@ class EnhancedPluginSandbox:
         if error is not None:
             self._telemetry.exit_reason = str(error).splitlines()[0]
             raise error
-        return self._value(run.call, plugin_function, args)
+        return run.call
 
     def _job(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -423,28 +460,36 @@ class EnhancedPluginSandbox:
                 f"{function.__qualname__} is a generator: return a list instead", exception_type="TypeError"
             )
         assert self.recipe is not None
-        workspace = str(self.recipe.workspace["path"]).replace("{folder}", self._folder())
-        environment = {**self.recipe.environment, **self.environment}
-        environment = {name: value.replace("{folder}", self._folder()) for name, value in environment.items()}
         if wants_environment(function):
-            args = (self._environment(workspace), *args)
-        instruction: dict[str, object] = {
-            "kind": "call",
-            "cwd": workspace,
-            "environment": environment,
+            args = (self._environment(), *args)
+        instruction = {**self._instruction("call"), "coroutine": inspect.iscoroutinefunction(function)}
+        return instruction, transport.pack(function, args, kwargs, self.recipe.interpreter["path"])
+
+    def _instruction(self, kind: str) -> dict[str, object]:
+        """What every job of this sandbox says."""
+        assert self.recipe is not None
+        environment = {**self.recipe.environment, **self.environment}
+        return {
+            "kind": kind,
+            "cwd": self._workspace_path(),
+            "environment": {name: value.replace("{folder}", self._folder()) for name, value in environment.items()},
             "allowed_modules": self.recipe.modules["allowed"],
             "blocked_modules": self.recipe.modules["blocked"],
             "hosts": network.for_python(self.recipe, self._resolved),
-            "coroutine": inspect.iscoroutinefunction(function),
             "max_bytes": int(self.recipe.limits["result_bytes"]),
         }
-        return instruction, transport.pack(function, args, kwargs, self.recipe.interpreter["path"])
+
+    def _workspace_path(self) -> str:
+        """As the plugin sees it."""
+        assert self.recipe is not None
+        return str(self.recipe.workspace["path"]).replace("{folder}", self._folder())
 
     def _folder(self) -> str:
         return (self._sandbox.folder if self._sandbox is not None else None) or ""
 
-    def _environment(self, workspace: str) -> dict[str, Any]:
+    def _environment(self) -> dict[str, Any]:
         assert self.recipe is not None
+        workspace = self._workspace_path()
         temporary = "/tmp" if "mnt" in self.recipe.namespaces else workspace
         return {
             "sandbox_id": self.sandbox_id,
@@ -462,13 +507,13 @@ class EnhancedPluginSandbox:
         self._service.post(run.start)
         return run
 
-    def _value(self, call: client.Call, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _value(self, call: client.Call, types: Mapping[str, type]) -> Any:
         if call.reply_kind != channel.REPLY_VALUE or not call.reply_complete:
             code, _ = outcome.exit_of(call)
             self._telemetry.exit_reason = "no reply"
             raise PluginExecutionError(f"the plugin exited with status {code} instead of returning", exit_code=code)
         try:
-            value = codec.decode(bytes(call.reply), max_bytes=call.reply_limit, types=transport.plain_types(function, args))
+            value = codec.decode(bytes(call.reply), max_bytes=call.reply_limit, types=types)
         except codec.CodecError as error:
             raise PluginExecutionError(f"the reply of the plugin is not one: {error}", exception_type="CodecError") from None
         self._telemetry.exit_reason = "returned"
@@ -760,6 +805,11 @@ class EnhancedPluginSandbox:
         return list(self._activity)
 
     @property
+    def output_tail(self) -> bytes:
+        """The last 64 KB of what calls have written to stdout and stderr. The plugin's: escape them."""
+        return bytes(self._output_tail)
+
+    @property
     def protections(self) -> tuple[Protection, ...]:
         """The protections with their states, as read back from the running sandbox; none before it was opened."""
         if self.recipe is None or not self._read_back:
@@ -836,6 +886,8 @@ class _Run:
 
     def show(self, fd: int, data: bytes) -> None:
         """On the caller's loop: the plugin's output to sys.stdout or sys.stderr, escaped on a terminal."""
+        self.owner._output_tail += data
+        del self.owner._output_tail[:-TAIL_BYTES]
         stream: TextIO | None = sys.stdout if fd == 1 else sys.stderr
         if stream is None:
             return
@@ -943,14 +995,14 @@ COMPILED = 64  # different settings of a process whose recipes are kept
 
 
 def compiled(
-    config: IsolationConfig, limits: PluginLimitsV2, permissions: PluginPermissionsV2
+    config: IsolationConfig, limits: PluginLimitsV2, permissions: PluginPermissionsV2, read_only: tuple[str, ...] = ()
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe for these settings and its wire form; equal settings have one and the same. Raises what compile() does."""
-    key = repr((config, limits, permissions, state.distrusted))
+    key = repr((config, limits, permissions, read_only, state.distrusted))
     if key not in _compiled:
         if len(_compiled) >= COMPILED:
             _compiled.clear()
-        made = recipe.compile(config, limits, permissions, host.facts())
+        made = recipe.compile(config, limits, permissions, host.facts(), read_only=read_only)
         _compiled[key] = made, client.wire_form(made)
     return _compiled[key]
 

@@ -125,7 +125,6 @@ EXCEPTIONS = {
 }
 
 NOT_YET: dict[str, dict[str, object]] = {
-    "EnhancedPluginFramework": {"plugin_dir": REQUIRED, "config": None},
     "SandboxRecoveryManager": {"config": None},
 }
 
@@ -203,6 +202,17 @@ def test_enhanced_plugin_sandbox(module: ModuleType) -> None:
     assert all(item.default is not item.empty for item in parameters[4:])
 
 
+def test_enhanced_plugin_framework(module: ModuleType) -> None:
+    cls = module.EnhancedPluginFramework
+    parameters = list(inspect.signature(cls).parameters.values())
+    assert [(item.name, item.default) for item in parameters[:2]] == [("plugin_dir", inspect.Parameter.empty), ("config", None)]
+    assert {item.kind for item in parameters[:2]} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert {(item.kind, item.default) for item in parameters[2:]} == {(inspect.Parameter.KEYWORD_ONLY, None)}
+    assert list(inspect.signature(cls.load_plugin_enhanced).parameters) == ["self", "plugin_id", "config"]
+    assert inspect.iscoroutinefunction(cls.load_plugin_enhanced)
+    assert list(inspect.signature(cls.get_framework_telemetry).parameters) == ["self"]
+
+
 def test_enhanced_resource_monitor(module: ModuleType) -> None:
     cls = module.EnhancedResourceMonitor
     assert list(inspect.signature(cls).parameters) == ["limits", "config"]
@@ -219,6 +229,7 @@ def test_all_is_complete_and_the_same_objects() -> None:
         *FIELDS,
         *EXCEPTIONS,
         *NOT_YET,
+        "EnhancedPluginFramework",
         "EnhancedResourceMonitor",
         "SandboxException",
         "EnhancedPluginSandbox",

@@ -52,6 +52,14 @@ def test_what_may_be_written_is_left_to_its_mode(tmp_path: Path) -> None:
     assert [each["path"] for each in told] == [str(tmp_path / "out" / "file"), str(tmp_path) + "-other"]
 
 
+def test_what_may_only_be_read_in_there_is_told(tmp_path: Path) -> None:
+    told: list[dict[str, object]] = []
+    refusals = Refusals([str(tmp_path)], told.append, told.append, [str(tmp_path / "plugin")])
+    for name in ("file", "plugins/file", "plugin/file"):
+        refusals._tell("open", str(tmp_path / name), errno.EROFS, "", 0)
+    assert [each["path"] for each in told] == [str(tmp_path / "plugin" / "file")]
+
+
 class Strange(OSError):
     """Its attributes are the plugin's code."""
 

@@ -94,7 +94,7 @@ def gc() -> None:
 
 @group.group()
 def plugins() -> None:
-    """Look at, sign and check the plugins in a plugin folder. Nothing of them is run."""
+    """Look at, sign, check and run the plugins in a plugin folder. Only `run` runs anything of them."""
 
 
 @plugins.command("list")
@@ -132,6 +132,23 @@ def sign_plugin(**given: Any) -> None:
     sys.exit(command.sign(**given))
 
 
+@plugins.command("run")
+@click.argument("folder", metavar="DIR")
+@click.argument("ids", metavar="[ID]...", nargs=-1)
+@click.option("--level", metavar="LEVEL", help="minimal, standard, strict or maximum (default: standard).")
+@click.option("--config", metavar="FILE.toml", help="The most that plugins get: tables [isolation], [limits], [permissions].")
+@click.option("--json", "as_json", is_flag=True, help="What load_plugin_enhanced returns for each, as JSON.")
+@click.option("--trusted-keys", metavar="FOLDER", help="NAME.pub files (default: trusted-keys in psie's state folder).")
+def run_plugins(**given: Any) -> None:
+    """Run plugins in DIR, or all of them, each in a sandbox of its own, and tell what became of each.
+
+    What they print goes to stderr. The exit status is 0 if all have succeeded, else 1.
+    """
+    from sandbox.cli import loads as command
+
+    sys.exit(command.run(**given))
+
+
 @plugins.command("keygen")
 @click.argument("file")
 def make_key(file: str) -> None:
@@ -139,6 +156,78 @@ def make_key(file: str) -> None:
     from sandbox.cli import plugins as command
 
     sys.exit(command.keygen(file))
+
+
+@group.command()
+@click.option("--plugin", metavar="ID", help="Of this plugin alone.")
+@click.option("--level", metavar="LEVEL", help="minimal, standard, strict or maximum.")
+@click.option("--outcome", metavar="OUTCOME", help="ok, error, limit, violation or refused.")
+@click.option("--since", metavar="WHEN", help="An age, as 24h or 7d, or a time, as 2026-01-31T12:00.")
+@click.option("--limit", metavar="N", type=int, default=100, help="At most so many (default: 100).")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with all that is known.")
+def history(**given: Any) -> None:
+    """Show the runs that are remembered, newest first."""
+    from sandbox.cli import history as command
+
+    sys.exit(command.history(**given))
+
+
+@group.group()
+def quarantine() -> None:
+    """Show, release and export quarantined plugins."""
+
+
+@quarantine.command("list")
+@click.option("--all", "include_released", is_flag=True, help="Also those that were released.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with all that is known.")
+def quarantine_list(**given: Any) -> None:
+    """Show which plugins are quarantined, and why."""
+    from sandbox.cli import quarantine as command
+
+    sys.exit(command.listed(**given))
+
+
+@quarantine.command("show")
+@click.argument("plugin_id", metavar="ID")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def quarantine_show(**given: Any) -> None:
+    """Show what is known of the plugin ID and its newest quarantine."""
+    from sandbox.cli import quarantine as command
+
+    sys.exit(command.show(**given))
+
+
+@quarantine.command("release")
+@click.argument("plugin_id", metavar="ID")
+def quarantine_release(**given: Any) -> None:
+    """Release the plugin ID. The audit keeps who did. The exit status is 1 if it is not quarantined."""
+    from sandbox.cli import quarantine as command
+
+    sys.exit(command.release(**given))
+
+
+@quarantine.command("export")
+@click.argument("plugin_id", metavar="ID")
+@click.argument("target", metavar="DIR")
+def quarantine_export(**given: Any) -> None:
+    """Copy the evidence against the plugin ID to the new folder DIR."""
+    from sandbox.cli import quarantine as command
+
+    sys.exit(command.export(**given))
+
+
+@group.group()
+def audit() -> None:
+    """Check the record of what was decided."""
+
+
+@audit.command("verify")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def audit_verify(**given: Any) -> None:
+    """Check that no line of the audit was changed, taken out or cut off. The exit status is 1 if one was."""
+    from sandbox.cli import audit as command
+
+    sys.exit(command.verify(**given))
 
 
 def main(arguments: Sequence[str]) -> int:

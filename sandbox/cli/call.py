@@ -32,7 +32,10 @@ def call(given: dict[str, Any]) -> int:
         job: dict[str, object] = {
             "kind": "function",
             "path": path,
-            "function": function,
+            "folder": os.path.dirname(path),
+            "module": os.path.splitext(os.path.basename(path))[0],
+            "functions": [function],
+            "env": None,
             "args": args,
             "kwargs": kwargs,
             "max_bytes": int(session.recipe.limits["result_bytes"]),

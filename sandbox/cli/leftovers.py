@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 
 from sandbox.cgroups import place
+from sandbox.cli.session import complain
 from sandbox.engine import sweep
-from sandbox.recovery import commit
+from sandbox.errors import ResourceError
+from sandbox.plugins import stage
+from sandbox.recovery import commit, evidence, private
 
 
 def remove() -> int:
@@ -21,7 +24,14 @@ def remove() -> int:
             leaves = sweep.leaves(opened)
             os.close(opened)
     folders = sweep.workspaces()
+    stages = stage.sweep()
     for line in commit.recover():
         print(line)
-    print(f"removed {len(leaves)} cgroups and {len(folders)} workspace folders of dead sandboxes")
+    try:
+        if evidence.remove_unfinished(os.path.join(private.default_folder(), evidence.FOLDER)):
+            print("removed evidence that was not finished")
+    except ResourceError as error:
+        return complain(error)
+    counts = f"{len(leaves)} cgroups, {len(folders)} workspace folders and {len(stages)} folders of staged plugins"
+    print(f"removed {counts} of dead sandboxes")
     return 0

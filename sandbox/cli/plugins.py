@@ -1,4 +1,4 @@
-"""`psie plugins`: what lies in a plugin folder, whether it is whole, signed and Python. Nothing of a plugin is ever run here.
+"""`psie plugins`: what lies in a plugin folder, whether it is whole, signed and Python. Nothing of a plugin is run here.
 
 What plugins say of themselves is hostile, and escaped. Status 1: something is wrong with a plugin; 125: the command is.
 """

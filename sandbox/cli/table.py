@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 OK, ABSENT, WRONG = "ok", "absent", "wrong"
+LIMIT, FAILURES = "limit", ("error", "violation", "refused", "quarantined")  # of a plugin's run
 COLOURS = {ENFORCED: "green", OK: "green", SUBSTITUTED: "yellow", ABSENT: "yellow", MISSING: "red", WRONG: "red"}
+COLOURS |= {LIMIT: "yellow", **dict.fromkeys(FAILURES, "red")}
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

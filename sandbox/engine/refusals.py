@@ -19,7 +19,7 @@ from _thread import get_ident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import CodeType, FrameType, TracebackType
     from typing import Any
 
@@ -59,12 +59,17 @@ class Refusals:
     """Tells `report` of the 1st, 2nd, 4th, 8th ... of equal refusals: path, operation, errno, file, line, count."""
 
     def __init__(
-        self, places: list[str], report: Callable[[dict[str, object]], None], asked: Callable[[dict[str, object]], None]
+        self,
+        places: list[str],
+        report: Callable[[dict[str, object]], None],
+        asked: Callable[[dict[str, object]], None],
+        read_only: Sequence[str] = (),
     ) -> None:
-        """`places`: the folders and files that may be written, as absolute paths. `asked` is told of a host's name as
-        `report` of a refusal: host, port, file, line, count."""
+        """`places`: the folders and files that may be written, as absolute paths, but for what is below one of `read_only`.
+        `asked` is told of a host's name as `report` of a refusal: host, port, file, line, count."""
         self.places = tuple(places)
         self.below = tuple(os.path.join(place, "") for place in places)
+        self.read_only = tuple(os.path.join(path, "") for path in read_only)
         self.report = report
         self.asked = asked
         self.counts: dict[tuple[str, str, int], int] = {}  # by operation, path, errno; or "", host, port
@@ -216,7 +221,7 @@ class Refusals:
 
     def _tell(self, operation: str, path: str, number: int, file: str, line: int) -> None:
         real = os.path.realpath(path)
-        if real in self.places or real.startswith(self.below):
+        if (real in self.places or real.startswith(self.below)) and not real.startswith(self.read_only):
             return  # there it is a matter of the file's own mode
         count = self._count((operation, path[:TEXT], number))
         if count:

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections import deque
+from concurrent.futures import Future
 from time import monotonic
 
 from sandbox.engine.client import GRACE, VALUE_MODULES, Call, Sandbox, Zygote
@@ -290,6 +291,12 @@ class Service:
         if not zygote.sandboxes and (not self.stocks or zygote not in self.zygotes.values()):
             zygote.close()
 
+    def status(self) -> dict[str, int]:
+        """How many sandboxes stand ready, of how many recipes in use, and how many zygotes there are."""
+        ready = sum(len(stock.ready) for stock in self.stocks.values())
+        zygotes = sum(not zygote.closed for zygote in self.zygotes.values())
+        return {"ready": ready, "recipes": len(self.stocks), "zygotes": zygotes}
+
     def shut_down(self, then: Callable[[], None]) -> None:
         """Let go of what stands ready, and of zygotes that nobody uses; `then` is called when what stood ready has gone."""
         for stock in self.stocks.values():
@@ -318,6 +325,16 @@ def service() -> Service:
         if _service is None or _service.pid != os.getpid():
             _service = Service()
         return _service
+
+
+def status() -> dict[str, int]:
+    """As Service.status says; nothing has been started for it."""
+    running = _service
+    if running is None or running.pid != os.getpid():
+        return {"ready": 0, "recipes": 0, "zygotes": 0}
+    told: Future[dict[str, int]] = Future()
+    running.post(lambda: told.set_result(running.status()))
+    return told.result(GRACE)
 
 
 def shut_down() -> None:

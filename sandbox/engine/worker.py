@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 OWN_RLIMITS = ("RLIMIT_NOFILE", "RLIMIT_NPROC")
 TEXT_CHARACTERS = 8192  # of a message about a value that cannot travel
+WRAPPERS = 100  # decorators around a function
+CO_GENERATOR, CO_ASYNC_GENERATOR = 0x20, 0x200  # the module inspect has them, and is heavy
 
 refusals: Refusals | None = None  # of files, in a worker that has taken on a job
 
@@ -173,7 +175,12 @@ def note_refusals(job: _socket.socket, recipe: dict[str, Any]) -> None:
     global refusals
     if recipe["landlock"] is not None:
         places = [path for path, access in recipe["landlock"]["rules"] if access.startswith("write")]
-        refusals = Refusals(places, lambda fields: send_note(job, fields), lambda fields: send_note(job, fields, "asked"))
+        refusals = Refusals(
+            places,
+            lambda fields: send_note(job, fields),
+            lambda fields: send_note(job, fields, "asked"),
+            [target for _, target, _ in recipe["sandbox_mounts"]],
+        )
         if recipe["watches_refusals"]:
             refusals.watch()
 
@@ -312,23 +319,29 @@ def run_call(job: _socket.socket, instruction: dict[str, Any], payload: bytearra
 
 
 def run_function(job: _socket.socket, instruction: dict[str, Any], source: bytearray) -> int:
-    """Load `source` as a module and call one function of it."""
-    import importlib.util
+    """Load `source` as a module and call the first of its functions that the instruction names.
 
-    path = instruction["path"]
-    name = os.path.splitext(os.path.basename(path))[0]
-    sys.path.insert(0, os.path.dirname(path))
+    With `env` in the instruction it is a plugin of a plugin folder: a function whose first parameter is called env or
+    environment gets that, and the library's modules come before the plugin's, which cannot stand in for those that the worker
+    itself needs.
+    """
+    is_plugin = instruction["env"] is not None
+    place = first_package_folder() if is_plugin else 0
+    sys.path.insert(place, instruction["folder"])
 
     def value() -> object:
-        module = type(sys)(name)
-        module.__file__ = path
-        module.__spec__ = importlib.util.spec_from_loader(name, loader=None, origin=path)
-        sys.modules[name] = module
-        exec(compile(bytes(source), path, "exec", dont_inherit=True), module.__dict__)
-        function = getattr(module, instruction["function"], None)
-        if not callable(function):
-            raise AttributeError(f"{path} has no function {instruction['function']}")
-        result = function(*instruction["args"], **instruction["kwargs"])
+        module = load_module(instruction["module"], instruction["path"], source, keeps_names=is_plugin)
+        found = [getattr(module, name, None) for name in instruction["functions"]]
+        function = next((each for each in found if callable(each)), None)
+        if function is None:
+            raise AttributeError(f"{instruction['path']} has no function {' or '.join(instruction['functions'])}")
+        code = code_of(function)
+        if code is not None and code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR):
+            raise TypeError(f"{code.co_name} is a generator: return a list instead")
+        arguments = instruction["args"]
+        if is_plugin and code is not None and code.co_argcount and code.co_varnames[0] in ("env", "environment"):
+            arguments = [instruction["env"], *arguments]
+        result = function(*arguments, **instruction["kwargs"])
         if hasattr(result, "__await__"):
             import asyncio
 
@@ -336,6 +349,47 @@ def run_function(job: _socket.socket, instruction: dict[str, Any], source: bytea
         return result
 
     return reply(job, value, instruction["max_bytes"], show=True)
+
+
+def first_package_folder() -> int:
+    """The place in sys.path behind the standard library."""
+    library = os.path.dirname(os.__file__)
+    own = [number for number, path in enumerate(sys.path) if path == library or os.path.dirname(path) == library]
+    inside = [number for number in own if os.path.basename(sys.path[number]) not in ("site-packages", "dist-packages")]
+    return inside[-1] + 1 if inside else len(sys.path)
+
+
+def load_module(name: str, path: str, source: bytearray, *, keeps_names: bool) -> Any:
+    """Execute `source`, the content of `path`, as the module `name`, a package if the file is an __init__.py.
+
+    With `keeps_names` one that is called like a module of the library's becomes plugin_NAME.
+    """
+    import importlib.util
+
+    parent, _, last = name.rpartition(".")
+    if parent:
+        importlib.import_module(parent)
+    elif keeps_names and (name in sys.modules or name in sys.stdlib_module_names):
+        name = f"plugin_{name}"
+    folders = [os.path.dirname(path)] if os.path.basename(path) == "__init__.py" else None
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    exec(compile(bytes(source), path, "exec", dont_inherit=True), module.__dict__)
+    if parent:
+        setattr(sys.modules[parent], last, module)
+    return module
+
+
+def code_of(function: Any) -> CodeType | None:
+    """The code that a function comes down to, behind decorators that say what they wrap."""
+    for _ in range(WRAPPERS):
+        if not hasattr(function, "__wrapped__"):
+            break
+        function = function.__wrapped__
+    code = getattr(function, "__code__", None)
+    return code if isinstance(code, type(code_of.__code__)) else None
 
 
 def reply(job: _socket.socket, action: Callable[[], object], max_bytes: int, *, show: bool = False) -> int:

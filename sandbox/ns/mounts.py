@@ -44,14 +44,22 @@ def make_point(root: str, path: str, *, directory: bool) -> str:
     parts = path.strip("/").split("/")
     for part in parts[:-1]:
         current += "/" + part
-        if not os.path.isdir(current):
-            os.mkdir(current, 0o755)
+        make_folder(current)
     if directory:
-        if parts[-1] and not os.path.isdir(target):
-            os.mkdir(target, 0o755)
+        if parts[-1]:
+            make_folder(target)
     elif not os.path.lexists(target):
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
     return target
+
+
+def make_folder(path: str) -> None:
+    """Make it if it is missing. Sandboxes of one template share the file system that it is in: another one may be faster."""
+    if not os.path.isdir(path):
+        try:
+            os.mkdir(path, 0o755)
+        except FileExistsError:
+            pass
 
 
 def attributes_of(flags: str) -> int:

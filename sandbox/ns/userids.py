@@ -52,6 +52,10 @@ def _lock_mutex(fd: int) -> None:
     raise ResourceError("the ledger of sandboxes is locked by another process: look for a stopped psie, or try again")
 
 
+class NoPlaceError(ResourceError):
+    """A bound on open sandboxes or their memory is reached: there will be a place when some have gone."""
+
+
 class Slot:
     """One living sandbox's place in the ledger. `fd` keeps it; hand it to every process that belongs to the sandbox."""
 
@@ -70,10 +74,9 @@ def claim(memory: int, total_memory: int) -> Slot:
     """A free slot for a sandbox of `memory` bytes.
 
     The bounds are PSIE_MAX_SANDBOXES (256) and PSIE_MAX_MEMORY_MB (the host's memory), over all sandboxes of this user.
-    Raises ResourceError if either would be passed.
+    Raises NoPlaceError if either would be passed.
     """
-    most = min(_setting("PSIE_MAX_SANDBOXES", MAX_SANDBOXES), SLOTS)
-    allowed = _setting("PSIE_MAX_MEMORY_MB", total_memory >> 20) << 20
+    most, allowed = bounds(total_memory)
     fd = _open_locks()
     try:
         _lock_mutex(fd)
@@ -84,6 +87,12 @@ def claim(memory: int, total_memory: int) -> Slot:
         os.close(fd)
         raise
     return Slot(slot, fd)
+
+
+def bounds(total_memory: int) -> tuple[int, int]:
+    """How many sandboxes of this user may be open, and how many bytes of memory they may claim. Raises ResourceError."""
+    most = min(_setting("PSIE_MAX_SANDBOXES", MAX_SANDBOXES), SLOTS)
+    return most, _setting("PSIE_MAX_MEMORY_MB", total_memory >> 20) << 20
 
 
 def hold(name: str) -> Slot | None:
@@ -137,7 +146,7 @@ def _choose(fd: int, ledger: int, memory: int, most: int, allowed: int) -> int:
         else:
             _lock(fd, fcntl.F_UNLCK, number)
     if len(alive) >= most:
-        raise ResourceError(
+        raise NoPlaceError(
             f"{len(alive)} sandboxes of this user are open already: close some, or set PSIE_MAX_SANDBOXES above {most}"
         )
     if chosen is None:
@@ -145,7 +154,7 @@ def _choose(fd: int, ledger: int, memory: int, most: int, allowed: int) -> int:
         _lock(fd, fcntl.F_WRLCK, chosen)
     claimed = sum(claims[number] for number in alive)
     if claimed + memory > allowed:
-        raise ResourceError(
+        raise NoPlaceError(
             f"the open sandboxes of this user claim {claimed >> 20} MB and this one wants {memory >> 20} MB "
             f"of {allowed >> 20} MB: close some, lower max_memory_mb, or set PSIE_MAX_MEMORY_MB"
         )

@@ -17,7 +17,9 @@ FILES = [
     "test_explanations.py",
     "test_file_records.py",
     "test_network.py",
+    "test_records.py",
     "test_shared_network.py",
+    "test_framework.py",
 ]
 
 

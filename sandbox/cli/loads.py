@@ -1,0 +1,59 @@
+"""`psie plugins run`: runs plugins of a plugin folder with the framework, and tells what became of each.
+
+What plugins print goes to stderr, so that stdout holds the table, or the JSON, alone; what they say is escaped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from contextlib import redirect_stdout
+
+from sandbox.cli import settings
+from sandbox.cli.call import jsonable
+from sandbox.cli.plugins import complain
+from sandbox.errors import SandboxException
+from sandbox.plugins.framework import OK, EnhancedPluginFramework
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandbox.plugins.framework import Load
+
+
+def run(
+    folder: str, ids: tuple[str, ...], level: str | None, config: str | None, as_json: bool, trusted_keys: str | None
+) -> int:
+    try:
+        isolation, limits, permissions = settings.settings({"level": level, "config": config})
+        framework = EnhancedPluginFramework(
+            folder, isolation, limits=limits, permissions=permissions, trusted_keys=trusted_keys
+        )
+        wanted = list(dict.fromkeys(ids)) or [found.id for found in framework.discover_plugins()]
+        with redirect_stdout(sys.stderr):
+            loads = asyncio.run(load_all(framework, wanted))
+        framework.close()
+    except (SandboxException, ValueError, TypeError) as error:
+        return complain(error)
+    if as_json:
+        print(json.dumps([jsonable(load.to_dict()) for load in loads], indent=2))
+    else:
+        print_loads(loads)
+    return int(any(load.outcome != OK for load in loads))
+
+
+async def load_all(framework: EnhancedPluginFramework, ids: list[str]) -> list[Load]:
+    """All at once: the framework sees to it that no more run than there is room for."""
+    return await asyncio.gather(*map(framework.load, ids))
+
+
+def print_loads(loads: list[Load]) -> None:
+    from sandbox.cli.table import print_table
+
+    rows = []
+    for load in loads:
+        reason = load.error or ""
+        if load.quarantined:
+            reason = f"{reason}; it is quarantined now" if load.error else f"it is quarantined now: {load.quarantined}"
+        rows.append([load.outcome, load.plugin_id, f"{load.seconds:.2f}", f"{load.telemetry.peak_memory_mb:.1f}", reason])
+    print_table(["outcome", "plugin", "seconds", "peak MB", "reason"], rows)

@@ -1,0 +1,734 @@
+"""EnhancedPluginFramework and `psie plugins run` on folders of good, broken and hostile plugins, with and without rights."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox import EnhancedPluginFramework, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, state
+from sandbox.errors import ResourceError
+from sandbox.plugins import files, signing, stage
+from sandbox.plugins.framework import Load
+from sandbox.recovery import audit
+from sandbox.recovery.store import Run, Store
+from sandbox.version import __version__
+
+from . import cli_harness, harness
+from .cli_harness import Caller, Done
+
+pytestmark = [pytest.mark.rootless, pytest.mark.timeout(60 * harness.PATIENCE)]
+
+WRITE_ITSELF = """
+    def main():
+        with open(__file__, "w") as file:
+            file.write("def main(): return 'swapped'")
+"""
+# Refused by every profile, and survived: more different ones than violation_threshold.
+BREAK_OFTEN = """
+    import ctypes, os
+
+    def main():
+        libc = ctypes.CDLL(None, use_errno=True)
+        for name in ("mount", "umount2", "unshare", "setns", "ptrace", "swapon", "swapoff", "acct", "reboot"):
+            getattr(libc, name)(0, 0, 0, 0, 0)
+        return "survived"
+"""
+SCAN = """
+    import socket
+
+    def main():
+        found = []
+        for port in range(1, 1024):
+            with socket.socket() as one:
+                one.connect(("127.0.0.1", port))
+                found.append(port)
+        return found
+"""
+FILL = """
+    def main():
+        for number in range(1000):
+            with open(f"{number}", "wb") as file:
+                file.write(bytes(1 << 20))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plugin:
+    """One plugin of the folder, and what is to become of it. `reason` is part of what is told."""
+
+    sources: dict[str, str]
+    outcome: str
+    reason: str = ""
+    result: Any = None
+
+
+FOLDER = {
+    "good": Plugin({"good.py": "def main(env): return sorted(env)[0]"}, "ok", result="config"),
+    "data": Plugin(
+        {
+            "data/main.py": """
+                import os
+                from parts.words import last
+
+                def run():
+                    with open(os.path.join(os.path.dirname(__file__), "words.txt")) as file:
+                        return last(file.read())
+            """,
+            "data/words.txt": "one two three",
+            "data/parts/__init__.py": "",
+            "data/parts/words.py": "def last(text): return text.split()[-1]",
+        },
+        "ok",
+        result="three",
+    ),
+    "waits": Plugin(
+        {
+            "waits/__init__.py": """
+                from . import inner
+
+                async def execute():
+                    import asyncio
+                    await asyncio.sleep(0.01)
+                    return inner.VALUE
+            """,
+            "waits/inner.py": "VALUE = 42",
+        },
+        "ok",
+        result=42,
+    ),
+    "leak": Plugin(
+        {
+            "leak.py": "def main():\n    held = []\n    while True:\n        held.append(bytearray(b'x') * (1 << 20))",
+            "leak.toml": "[limits]\nmax_memory_mb = 48",
+        },
+        "limit",
+        "memory",
+    ),
+    "spin": Plugin(
+        {"spin.py": "def main():\n    while True: pass", "spin.toml": "[limits]\nmax_execution_time_seconds = 1"},
+        "limit",
+        "the plugin ran longer than 1 s",
+    ),
+    "fork": Plugin({"fork.py": "import os\ndef main(): return os.fork()"}, "violation", "new processes are not permitted"),
+    "fill": Plugin({"fill.py": FILL, "fill.toml": "[limits]\nmax_disk_usage_mb = 2"}, "limit", "disk"),
+    "scan": Plugin({"scan.py": SCAN}, "violation", "127.0.0.1"),
+    "shadow": Plugin(
+        {"shadow.py": "def main(): return open('/etc/shadow').read()"}, "violation", "open of /etc/shadow was refused"
+    ),
+    "swap": Plugin({"swap.py": WRITE_ITSELF}, "violation", "open of swap.py was refused"),
+    "crash": Plugin(
+        {"crash.py": "import ctypes\ndef main(): return ctypes.string_at(0)"}, "error", "the plugin was killed by SIGSEGV"
+    ),
+    "breaks": Plugin({"breaks.py": BREAK_OFTEN}, "violation", "passed the violation threshold"),
+}
+VIOLENT = sorted(name for name, plugin in FOLDER.items() if plugin.outcome == "violation")
+
+
+@pytest.fixture
+def caller(tmp_path: Path) -> Caller:
+    """Whoever runs the tests. As root its records are kept in the test's folder too, by a mount that only it sees."""
+    own = cli_harness.privileged("standard", tmp_path)
+    records = tmp_path / "records"
+    records.mkdir()
+    if not harness.ROOT:
+        return dataclasses.replace(own, environment={**own.environment, "XDG_STATE_HOME": str(records)})
+    cover = f'mount --bind {records} {state.folder("lib")} && exec "$@"'
+    return dataclasses.replace(own, prefix=("unshare", "--mount", "sh", "-c", cover, "sh", *own.prefix))
+
+
+@contextlib.contextmanager
+def opened(folder: Path, **settings: Any) -> Iterator[EnhancedPluginFramework]:
+    """A framework on the folder "p" in `folder`, with its records beside it."""
+    settings.setdefault("config", IsolationConfig(level=IsolationLevel.STANDARD))
+    framework = EnhancedPluginFramework(str(folder / "p"), state_folder=folder / "state", **settings)
+    try:
+        yield framework
+    finally:
+        framework.close()
+
+
+def write(folder: Path, sources: dict[str, str]) -> None:
+    """Files of plugins in `folder`/p."""
+    for name, source in sources.items():
+        path = folder / "p" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(source))
+
+
+def loads(framework: EnhancedPluginFramework, *ids: str) -> list[Load]:
+    """All at once."""
+
+    async def go() -> list[Load]:
+        return await asyncio.gather(*map(framework.load, ids))
+
+    return asyncio.run(go())
+
+
+def load(framework: EnhancedPluginFramework, plugin_id: str, config: IsolationConfig | None = None) -> dict[str, Any]:
+    return asyncio.run(framework.load_plugin_enhanced(plugin_id, config))
+
+
+def told(done: Done) -> dict[str, dict[str, Any]]:
+    return {each["plugin_id"]: each for each in json.loads(done.out)}
+
+
+def outcomes(done: Done) -> dict[str, str]:
+    """By plugin; a long reason goes on in further lines."""
+    rows = [line.split() for line in done.out.splitlines()[1:] if line[1:2] != " "]
+    return {row[1]: row[0] for row in rows}
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_good_and_hostile_plugins(caller: Caller) -> None:
+    for plugin in FOLDER.values():
+        for name, source in plugin.sources.items():
+            caller.write(f"p/{name}", source)
+    before = {path: path.read_bytes() for path in (caller.folder / "p").rglob("*") if path.is_file()}
+
+    done = caller.run("plugins", "run", "p", "--json")
+    assert done.status == 1, done
+    found = told(done)
+    assert sorted(found) == sorted(FOLDER)
+    for name, plugin in FOLDER.items():
+        assert found[name]["success"] is (plugin.outcome == "ok"), found[name]
+        assert found[name]["result"] == plugin.result, name
+        assert (found[name]["error"] is None) is (plugin.outcome == "ok"), name
+        assert plugin.reason in (found[name]["error"] or ""), (name, found[name]["error"])
+        assert found[name]["performance_metrics"]["seconds"] > 0
+    assert {path: path.read_bytes() for path in (caller.folder / "p").rglob("*") if path.is_file()} == before
+
+    done = caller.run("plugins", "run", "p")
+    assert done.status == 1
+    again = {name: "quarantined" if name in VIOLENT else plugin.outcome for name, plugin in FOLDER.items()}
+    assert outcomes(done) == again, done.out
+
+    listed = json.loads(caller.run("quarantine", "list", "--json").out)
+    assert sorted(each["plugin_id"] for each in listed) == VIOLENT
+    kept = {path.name for path in (caller.folder / "records").rglob("evidence/*")}
+    assert kept == {Path(each["evidence"]).name for each in listed}
+    assert caller.run("quarantine", "release", "fork").status == 0
+    assert outcomes(caller.run("plugins", "run", "p", "fork")) == {"fork": "violation"}
+    assert outcomes(caller.run("plugins", "run", "p", "fork", "good")) == {"fork": "quarantined", "good": "ok"}
+    assert caller.run("plugins", "run", "p", "good", "waits").status == 0
+    assert caller.run("audit", "verify").status == 0
+
+
+def test_what_plugins_print_does_not_touch_the_table(caller: Caller) -> None:
+    caller.write("p/loud.py", "def main():\n    print('printed')\n    raise ValueError('\\x1b[2J')")
+    done = caller.run("plugins", "run", "p", "loud", "--json")
+    assert told(done)["loud"]["error"] == "ValueError: \\x1b[2J"
+    assert "printed" in done.err
+    assert "\x1b" not in caller.run("plugins", "run", "p", "loud").out
+
+
+def test_mistakes_on_the_command_line(caller: Caller) -> None:
+    for words in (["gone"], ["p", "--level", "high"], ["p", "--config", "gone.toml"]):
+        done = caller.run("plugins", "run", *words)
+        assert (done.status, done.out) == (125, "")
+        assert done.err.count("\n") == 1
+    caller.write("p/one.py", "def main(): return 1")
+    done = caller.run("plugins", "run", "p", "tow")
+    assert done.status == 1
+    assert "tow is no plugin of this folder" in done.out
+
+
+# -- what is run -------------------------------------------------------------------------------------------------------
+
+
+def test_plugins_at_every_level(level: IsolationLevel, tmp_path: Path) -> None:
+    for name in ("good", "data", "waits"):
+        write(tmp_path, FOLDER[name].sources)
+    with opened(tmp_path, config=IsolationConfig(level=level)) as framework:
+        assert [found.id for found in framework.discover_plugins()] == ["data", "good", "waits"]
+        for name in ("good", "data", "waits"):
+            done = load(framework, name)
+            assert (done["success"], done["error"], done["result"]) == (True, None, FOLDER[name].result)
+            assert done["telemetry"]["plugin_id"] == name
+            assert done["telemetry"]["cleanup_successful"]
+            assert done["recovery"] == done["violations"] == []
+            metrics = done["performance_metrics"]
+            assert 0 < metrics["start_ms"] < metrics["seconds"] * 1000
+            assert metrics["peak_memory_mb"] > 1
+        health = asyncio.run(framework.health_check_sandboxes())
+        assert (health["ok"], health["error"]) == (True, None)
+        assert "no_new_privs" in health["protections"]["enforced"]
+    assert not list(Path(state.folder("run"), stage.FOLDER).iterdir())
+
+
+WRAPPED = """
+    import functools
+
+    def wrap(function):
+        return functools.wraps(function)(lambda *arguments: function(*arguments))
+
+    @wrap
+    def main(environment):
+        return len(environment)
+"""
+LOADING = {
+    "entry": (
+        {
+            "entry/main.py": "",
+            "entry/lib/work.py": "def go(): return __name__",
+            "entry/plugin.toml": 'entry_point = "lib.work:go"',
+        },
+        "lib.work",
+    ),
+    "json": ({"json.py": "import json\ndef main(): return json.dumps([1])"}, "[1]"),
+    "shadows": (
+        {
+            "shadows/main.py": "async def main(): return 1",
+            "shadows/asyncio.py": "raise SystemExit",
+            "shadows/pickle.py": "1 / 0",
+            "shadows/sandbox.py": "1 / 0",
+        },
+        1,
+    ),
+    "names": ({"names/main.py": "import main\ndef run(): return main.run is run"}, True),
+    "wraps": ({"wraps.py": WRAPPED}, 7),
+    "dash-ed": ({"dash-ed/__init__.py": "from .inner import v\ndef main(): return v", "dash-ed/inner.py": "v = 5"}, 5),
+}
+
+
+@pytest.mark.parametrize("name", LOADING)
+def test_how_code_is_loaded(name: str, tmp_path: Path) -> None:
+    sources, result = LOADING[name]
+    write(tmp_path, sources)
+    with opened(tmp_path) as framework:
+        done = load(framework, name)
+        assert (done["error"], done["result"]) == (None, result)
+
+
+def test_a_plugin_without_file_access_has_its_own_files(level: IsolationLevel, tmp_path: Path) -> None:
+    write(tmp_path, FOLDER["data"].sources)
+    permissions = PluginPermissionsV2(allow_file_access=False)
+    with opened(tmp_path, config=IsolationConfig(level=level), permissions=permissions) as framework:
+        (done,) = loads(framework, "data")
+        assert (done.error, done.result) == (None, "three")
+
+
+REFUSED = {
+    "gone": ({}, "gone is no plugin of this folder"),
+    "../p/one": ({}, "is no plugin id"),
+    "x\0\x1b[2J": ({}, "is no plugin id"),
+    "broken": ({"broken.py": "", "broken.toml": "[limits]\nmax_memory_mb = -5"}, "broken.toml, line 2: "),
+    "digest": ({"digest.py": "", "digest.toml": f'sha256 = {{ "digest.py" = "{"0" * 64}" }}'}, "is not the file whose sha256"),
+    "wants": ({"wants.py": "", "wants.toml": "[permissions]\nrequire_code_signing = true"}, "it is not signed"),
+    "gen": ({"gen.py": "def main(): yield 1"}, "main is a generator: return a list instead"),
+    "agen": ({"agen.py": "async def main(): yield 1"}, "main is a generator: return a list instead"),
+    "nothing": ({"nothing.py": "x = 1"}, "has no function main or run or execute"),
+    "syntax": ({"syntax.py": "def main(:"}, "SyntaxError"),
+    "exits": ({"exits.py": "raise SystemExit(3)"}, "exited with status 3"),
+    "value": ({"value.py": "def main(): return object()"}, "object"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_or_broken_is_told_in_one_sentence(name: str, tmp_path: Path) -> None:
+    sources, why = REFUSED[name]
+    write(tmp_path, {"other.py": "", **sources})
+    with opened(tmp_path) as framework:
+        done = load(framework, name)
+        assert (done["success"], done["result"]) == (False, None)
+        assert why in done["error"]
+        assert done["error"].isprintable()
+        assert done["plugin_id"] == name
+        (row,) = framework.get_plugin_performance_history(name)
+        assert (row["outcome"], row["door"]) == ("refused" if done["sandbox_id"] == "" else "error", "framework")
+
+
+def test_misuse_raises(tmp_path: Path) -> None:
+    for wrong, kind in (({"config": 1}, TypeError), ({"limits": {}}, TypeError), ({"permissions": 1}, TypeError)):
+        with pytest.raises(kind):
+            EnhancedPluginFramework(str(tmp_path), state_folder=tmp_path / "state", **wrong)
+    with pytest.raises(ValueError, match="cannot be opened as a plugin folder"):
+        EnhancedPluginFramework(str(tmp_path / "gone"))
+    with pytest.raises(TypeError):
+        EnhancedPluginFramework(3)  # type: ignore[arg-type]
+    write(tmp_path, FOLDER["good"].sources)
+    with opened(tmp_path) as framework:
+        with pytest.raises(TypeError, match="plugin_id"):
+            load(framework, 3)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="config"):
+            load(framework, "good", 3)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="not quarantined"):
+            framework.release_plugin("good")
+
+
+def test_a_manifest_gets_no_more_than_the_host_allows(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "greedy.py": "def main(env): return env['limits']['max_memory_mb'], env['config']['level'], env['permissions']",
+            "greedy.toml": "[limits]\nmax_memory_mb = 4096\n[isolation]\nlevel = 'minimal'\n"
+            "[permissions]\nallow_subprocess_execution = true\nallow_network_access = true\nallowed_hosts = ['*']",
+        },
+    )
+    with opened(tmp_path, limits=PluginLimitsV2(max_memory_mb=64)) as framework:
+        memory, level, permissions = load(framework, "greedy")["result"]
+        assert (memory, level) == (64, "standard")
+        assert not permissions["allow_subprocess_execution"]
+        assert not permissions["allow_network_access"]
+        assert load(framework, "greedy", IsolationConfig(level=IsolationLevel.STRICT))["result"][1] == "strict"
+
+
+def test_settings_that_cannot_be_had_are_told(tmp_path: Path) -> None:
+    write(tmp_path, {"one.py": "def main(): return 1", "one.toml": "[isolation]\nenable_process_isolation = false"})
+    config = IsolationConfig(level=IsolationLevel.STRICT, enable_process_isolation=False)
+    with opened(tmp_path, config=config) as framework:
+        done = load(framework, "one")
+        assert not done["success"]
+        assert "level strict needs a" in done["error"]
+    blocked = PluginPermissionsV2(blocked_directories=["/etc"])
+    with opened(tmp_path, config=IsolationConfig(level=IsolationLevel.MINIMAL), permissions=blocked) as framework:
+        assert "blocked_directories needs a mount namespace" in load(framework, "one")["error"]
+
+
+def test_changes_are_committed_when_a_plugin_has_succeeded_and_only_then(tmp_path: Path) -> None:
+    granted = tmp_path / "granted"
+    granted.mkdir()
+    granted.chmod(0o777)
+    text = "    with open({path!r}, 'w') as file: file.write('made')\n"
+    write(tmp_path, {"good.py": "def main():\n" + text.format(path=str(granted / "good"))})
+    write(tmp_path, {"bad.py": "import os\ndef main():\n" + text.format(path=str(granted / "bad")) + "    os.fork()"})
+    write(tmp_path, {"fails.py": "def main():\n" + text.format(path=str(granted / "fails")) + "    1 / 0"})
+    for name in ("good", "bad", "fails"):
+        write(tmp_path, {f"{name}.json": json.dumps({"permissions": {"allowed_directories": [str(granted)]}})})
+    with opened(tmp_path, permissions=PluginPermissionsV2(allowed_directories=[str(granted)])) as framework:
+        assert [each.outcome for each in loads(framework, "good", "bad", "fails")] == ["ok", "violation", "error"]
+        assert os.listdir(granted) == ["good"]
+        (quarantined,) = framework.get_quarantined_plugins()
+        evidence = Path(quarantined["evidence"])
+        index = json.loads((evidence / "changes" / "index.json").read_text())
+        assert str(granted / "bad") in json.dumps(index)
+
+
+# -- swapping ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_was_checked_is_run(tmp_path: Path) -> None:
+    """One version is signed, the other is not, and they are exchanged all the time."""
+    trusted = tmp_path / "trusted"
+    trusted.mkdir(mode=0o755)
+    (trusted / "me.pub").write_text(signing.make_key(tmp_path / "key"))
+    trusted.chmod(0o755)
+    (trusted / "me.pub").chmod(0o644)
+    source = "import os\ndef main():\n    with open(__file__) as file: return '{0}', '{0}' in file.read()"
+    versions = [source.format("signed"), source.format("swapped")]
+    write(tmp_path, {"one/main.py": versions[0]})
+    folder = files.open_folder(tmp_path / "p")
+    signing.write_signature(
+        tmp_path / "p", files.read(folder, "one"), signing.sign(files.read(folder, "one"), str(tmp_path / "key"))
+    )
+    digest = files.read(folder, "one").sha256
+    os.close(folder)
+    stop = threading.Event()
+
+    def swap() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            (tmp_path / "new").write_text(versions[number % 2])
+            os.replace(tmp_path / "new", tmp_path / "p" / "one" / "main.py")
+
+    permissions = PluginPermissionsV2(require_code_signing=True)
+    swapping = threading.Thread(target=swap)
+    with opened(tmp_path, permissions=permissions, trusted_keys=trusted) as framework:
+        seen: dict[str, int] = {"ok": 0, "refused": 0}
+        swapping.start()
+        try:
+            while min(seen.values()) < 20:
+                for each in loads(framework, *["one"] * 10):
+                    seen[each.outcome] += 1
+                    assert (each.result, each.sha256) == (("signed", True), digest) or each.outcome == "refused", each
+        finally:
+            stop.set()
+            swapping.join()
+
+
+# -- records -----------------------------------------------------------------------------------------------------------
+
+
+def test_quarantine_by_name_and_by_content(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {"bad/main.py": "import os\nprint('last words')\ndef main(): os.fork()", "again/main.py": "def main(): return 1"},
+    )
+    with opened(tmp_path) as framework:
+        assert load(framework, "bad")["success"] is False
+        (quarantined,) = framework.get_quarantined_plugins()
+        assert (quarantined["plugin_id"], quarantined["by"]) == ("bad", "framework")
+        evidence = Path(quarantined["evidence"])
+        assert (evidence / "output.txt").read_bytes().count(b"last words\n") == 1
+        assert json.loads((evidence / "recipe.json").read_text())["level"] == "standard"
+        check = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+        assert subprocess.run(check, cwd=evidence, capture_output=True, check=False).returncode == 0
+        shutil.copy(tmp_path / "p/bad/main.py", tmp_path / "p/again/main.py")
+        done = load(framework, "again")
+        assert done["error"].startswith("it is quarantined as bad, which it equals (")
+        write(tmp_path, {"bad/main.py": "def main(): return 'mended'"})
+        done = load(framework, "bad")
+        assert done["error"].startswith("it is quarantined (")
+        assert done["sandbox_id"] == ""
+    with opened(tmp_path) as framework:  # a later one remembers
+        assert framework.release_plugin("bad") == 1
+        assert load(framework, "bad")["result"] == "mended"
+        assert framework.get_quarantined_plugins() == []
+    assert audit.verify(tmp_path / "state").ok
+
+
+def test_switches(tmp_path: Path) -> None:
+    write(tmp_path, {"bad.py": "import os\ndef main(): os.fork()", "good.py": "def main(): return 1"})
+    config = IsolationConfig(level=IsolationLevel.STANDARD, quarantine_on_violation=False)
+    with opened(tmp_path, config=config) as framework:
+        assert [each.outcome for each in loads(framework, "bad", "bad")] == ["violation"] * 2
+        assert framework.get_quarantined_plugins() == []
+        assert len(framework.get_plugin_performance_history("bad")) == 2
+    config = IsolationConfig(level=IsolationLevel.STANDARD, telemetry_enabled=False)
+    with opened(tmp_path, config=config) as framework:
+        assert [each.outcome for each in loads(framework, "bad", "good")] == ["violation", "ok"]
+        assert len(framework.get_plugin_performance_history("bad")) == 2
+        assert [each["plugin_id"] for each in framework.get_quarantined_plugins()] == ["bad"]
+
+
+CURIOUS = """
+    def main():
+        for path in ("shadow", "gshadow", "passwd", "group"):
+            try:
+                open(f"/etc/{path}", "a")
+            except OSError:
+                pass
+        with open(%r, "w") as file:
+            file.write("made")
+        return "survived"
+"""
+
+
+def test_violations_that_a_plugin_survives_count(tmp_path: Path) -> None:
+    granted = tmp_path / "granted"
+    granted.mkdir()
+    granted.chmod(0o777)
+    made = str(granted / "made")
+    asked = json.dumps({"permissions": {"allowed_directories": [str(granted)]}})
+    write(tmp_path, {"curious.py": CURIOUS % made, "curious.json": asked})
+    permissions = PluginPermissionsV2(allowed_directories=[str(granted)])
+    config = IsolationConfig(level=IsolationLevel.STANDARD, violation_threshold=3, quarantine_on_violation=False)
+    with opened(tmp_path, config=config, permissions=permissions) as framework:
+        (done,) = loads(framework, "curious")
+        assert (done.outcome, done.result, len(done.violations)) == ("ok", "survived", 4)
+        assert os.listdir(granted) == ["made"]
+        os.unlink(made)
+    config = IsolationConfig(level=IsolationLevel.STANDARD, violation_threshold=3)
+    with opened(tmp_path, config=config, permissions=permissions) as framework:
+        (done,) = loads(framework, "curious")
+        assert (done.outcome, done.result) == ("violation", None)
+        assert done.error == "it ran into 4 protections, more than violation_threshold=3"
+        assert os.listdir(granted) == []
+        (quarantined,) = framework.get_quarantined_plugins()
+        index = Path(quarantined["evidence"], "changes", "index.json").read_text()
+        assert made in index
+        assert (Path(quarantined["evidence"]) / "changes" / "0").read_text() == "made"
+
+
+def test_what_cannot_be_recorded_has_not_succeeded(tmp_path: Path) -> None:
+    write(tmp_path, {"good.py": "def main(): return 1"})
+    with opened(tmp_path) as framework:
+        assert load(framework, "good")["success"]
+        (tmp_path / "state" / "audit.jsonl").chmod(0o666)
+        done = load(framework, "good")
+        assert (done["success"], done["result"]) == (False, None)
+        assert "it ran, but that could not be recorded: " in done["error"]
+
+
+def test_a_bound_that_is_none_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSIE_MAX_SANDBOXES", "many")
+    with pytest.raises(ResourceError, match="PSIE_MAX_SANDBOXES is 'many'"):
+        EnhancedPluginFramework(str(tmp_path), state_folder=tmp_path / "state")
+
+
+def test_telemetry(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {"good.py": "def main(): return 1", "bad.py": "import os\ndef main(): os.fork()", "fails.py": "def main(): 1 / 0"},
+    )
+    with opened(tmp_path) as framework:
+        assert framework.get_framework_telemetry()["success_rate"] is None
+        loads(framework, "good", "good", "bad", "fails")
+        found = framework.get_framework_telemetry()
+        assert (found["runs"], found["success_rate"], found["quarantined"]) == (4, 0.5, 1)
+        assert found["outcomes"] == {"ok": 2, "violation": 1, "error": 1}
+        assert found["violations"] == {"permission_denied": 1}
+        assert found["plugins"]["good"]["runs"] == 2
+        seconds = found["plugins"]["good"]["seconds"]
+        assert 0 < seconds["p50"] <= seconds["p95"] <= seconds["p99"]
+        assert found["sandboxes_open"] == {}
+        assert found["pool"]["zygotes"] >= 1
+        newest, older = framework.get_plugin_performance_history("good")
+        assert newest["started"] >= older["started"]
+        assert (newest["level"], newest["version"], newest["outcome"]) == ("standard", __version__, "ok")
+        assert len(framework.get_plugin_performance_history("good", limit=1)) == 1
+
+
+def test_telemetry_of_many_rows(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    now = time.time()
+    rows = [Run(now - n, f"plugin{n % 50}", "", "standard", "ok", "framework", seconds=n / 1000) for n in range(10_000)]
+    with opened(tmp_path) as framework, Store(tmp_path / "state") as store:
+        store.add_runs(rows)
+        found = framework.get_framework_telemetry()
+        assert (found["runs"], found["success_rate"], len(found["plugins"])) == (10_000, 1.0, 50)
+
+
+# -- many at once ------------------------------------------------------------------------------------------------------
+
+MANY = """
+import asyncio, sys
+from sandbox import EnhancedPluginFramework
+
+async def main():
+    framework = EnhancedPluginFramework(sys.argv[1], state_folder=sys.argv[2])
+    done = await asyncio.gather(*[framework.load_plugin_enhanced("good") for _ in range(int(sys.argv[3]))])
+    wrong = [each["error"] for each in done if not each["success"]]
+    sys.exit(f"{len(wrong)} failed: {wrong[:3]}" if wrong else 0)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.timeout(180 * harness.PATIENCE)
+def test_two_hundred_at_once_from_two_processes(tmp_path: Path) -> None:
+    write(tmp_path, {"good.py": "def main(): return 1"})
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(harness.REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    command = [sys.executable, "-c", MANY, str(tmp_path / "p"), str(tmp_path / "state"), "200"]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True) for _ in range(2)]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    with Store(tmp_path / "state") as store:
+        assert len({run.id for run in store.runs(outcome="ok", limit=1000)}) == 400
+    verdict = audit.verify(tmp_path / "state")
+    assert (verdict.ok, verdict.lines >= 400) == (True, True)
+
+
+def test_places_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"good.py": "def main(): return 1"})
+    monkeypatch.setenv("PSIE_MAX_SANDBOXES", "2")
+    with opened(tmp_path) as framework:
+        most = 0
+
+        async def go() -> list[Load]:
+            nonlocal most
+
+            async def look() -> None:
+                nonlocal most
+                while True:
+                    most = max(most, sum(framework.get_framework_telemetry()["sandboxes_open"].values()))
+                    await asyncio.sleep(0)
+
+            looking = asyncio.ensure_future(look())
+            try:
+                return await asyncio.gather(*[framework.load("good") for _ in range(20)])
+            finally:
+                looking.cancel()
+
+        assert [each.outcome for each in asyncio.run(go())] == ["ok"] * 20
+        assert 1 <= most <= 2
+
+
+def test_a_cancelled_load_leaves_nothing(tmp_path: Path) -> None:
+    write(tmp_path, {"waits.py": "import time\ndef main(): time.sleep(60)"})
+    shelves = Path(state.folder("run"), stage.FOLDER)
+    with opened(tmp_path) as framework:
+
+        async def go() -> None:
+            for seconds in (0.0, 0.001, 0.003, 0.01, 0.3):
+                task = asyncio.ensure_future(framework.load("waits"))
+                await asyncio.sleep(seconds)
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+                assert not list(shelves.iterdir())
+
+        asyncio.run(go())
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+KEEPS = """
+import sys, time
+from sandbox.plugins import files, stage
+staged = stage.shelf().take(files.read(files.open_folder(sys.argv[1]), "data"))
+print(staged.root, flush=True)
+time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def keeper(folder: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A process that has a plugin staged, and where."""
+    environment = {**os.environ, "PYTHONPATH": str(harness.REPOSITORY)}
+    with subprocess.Popen(
+        [sys.executable, "-c", KEEPS, str(folder / "p")], stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield process, Path(process.stdout.readline().strip())
+        finally:
+            process.kill()
+
+
+def test_stages_of_the_dead_are_swept_and_no_others(tmp_path: Path) -> None:
+    write(tmp_path, FOLDER["data"].sources)
+    with keeper(tmp_path) as (process, root):
+        assert (root / "data" / "words.txt").read_text() == "one two three"
+        modes = {oct(path.stat().st_mode & 0o7777) for path in root.rglob("*") if path.is_file()}
+        assert modes == {"0o444"}
+        assert stage.sweep() == []
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert root.exists()
+        assert stage.sweep() == [root.parent.name]
+        assert not root.exists()
+
+
+def test_the_command_sweeps_stages(tmp_path: Path, caller: Caller) -> None:
+    write(tmp_path, FOLDER["data"].sources)
+    with keeper(tmp_path) as (process, root):
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert "1 folders of staged plugins" in caller.run("gc").out
+        assert not root.exists()
+
+
+def test_equal_plugins_share_a_stage(tmp_path: Path) -> None:
+    write(tmp_path, FOLDER["data"].sources)
+    folder = files.open_folder(tmp_path / "p")
+    plugin = files.read(folder, "data")
+    os.close(folder)
+    shelf = stage.Shelf()
+    first, second = shelf.take(plugin), shelf.take(plugin)
+    assert first.root == second.root
+    first.release()
+    assert os.path.isdir(second.root)
+    second.release()
+    assert not os.path.exists(os.path.dirname(second.root))
