@@ -303,8 +303,10 @@ class FileWatch(FileTree):
     def _enter(self, folder: Node, report: bool) -> int:
         """Watches it as well."""
         fd = super()._enter(folder, report)
-        if fd >= 0 and self.notify is not None and not self._watch(folder, f"/proc/self/fd/{fd}", self.mask):
-            self.complete = False  # fs.inotify.max_user_watches
+        is_missed = fd >= 0 and self.notify is not None and not self._watch(folder, f"/proc/self/fd/{fd}", self.mask)
+        if is_missed and self.complete:  # fs.inotify.max_user_watches
+            self.complete = False
+            self._tell(OVERFLOW, "", None)
         return fd
 
     def _learn(self, folder: Node, name: str, now: Seen, report: bool = True) -> Node:
@@ -360,9 +362,9 @@ class FilesystemWatchdog:
     """Monitors what is done to the files in a folder and below it, in a thread of its own.
 
     A record has `timestamp` (ISO 8601), `operation` ("create", "modify" when a file that was written to is closed, "delete",
-    "move" with `from`, "attributes"; where some are missing "overflow", when the kernel has lost them - the state after it is
-    still told -, or "hidden", for a folder that cannot be looked into any more, or lies more than 256 deep), `path` (relative,
-    escaped), `is_directory` and `size` (bytes; of a deletion those that were there; None where nobody knows).
+    "move" with `from`, "attributes"; where some are missing "overflow", when the kernel has lost them or has no watch left and
+    looks alone tell the state, or "hidden", for a folder that cannot be looked into any more, or lies more than 256 deep),
+    `path` (relative, escaped), `is_directory` and `size` (bytes; of a deletion those that were there; None where nobody knows).
     What is done again to the same file within a few hundredths of a second is one operation. Reading is not monitored. Safe to
     use from several threads.
 

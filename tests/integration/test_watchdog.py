@@ -296,6 +296,7 @@ def test_what_cannot_be_watched_is_compared(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "folder" / "file").write_text("x")
     assert not watch.complete
     watch.close()
+    assert [each["operation"] for each in records].count("overflow") == 1
     assert replayed(records) == {"folder", "folder/file"}
 
 
