@@ -323,9 +323,10 @@ def test_network_is_cut_off(level: IsolationLevel) -> None:
 LINKS = """
 import fcntl, os, socket, sys
 from sandbox.ns import syscalls as sc
-for kind, flag in (("user", sc.CLONE_NEWUSER), ("net", sc.CLONE_NEWNET)):
-    if kind == "net" or sys.argv[2] == "rootless":
-        sc.setns(os.open(f"/proc/{sys.argv[1]}/ns/{kind}", os.O_RDONLY), flag)
+wanted = {"user": sc.CLONE_NEWUSER, "net": sc.CLONE_NEWNET} if sys.argv[2] == "rootless" else {"net": sc.CLONE_NEWNET}
+opened = {name: os.open(f"/proc/{sys.argv[1]}/ns/{name}", os.O_RDONLY) for name in wanted}
+for name, fd in opened.items():
+    sc.setns(fd, wanted[name])
 control = socket.socket()
 for _, name in socket.if_nameindex():
     print(int.from_bytes(fcntl.ioctl(control, 0x8913, name.encode().ljust(40, b"\\0"))[16:18], "little"))
