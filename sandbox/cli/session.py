@@ -122,6 +122,7 @@ class Session:
         self.zygote.set_up(self.recipe, client.VALUE_MODULES if job["kind"] == "function" else ())
         sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, "run", self._resolve())
         sandbox.on_network = self._network_operation
+        sandbox.begin_lifetime()
         self.warn()
         try:
             self._start(sandbox, job, payload)
@@ -383,7 +384,7 @@ class Session:
         if self.settled is not None:
             if self.settled.error is not None:
                 say(str(self.settled.error))
-                status = run_command.FAILED
+                status = TIMED_OUT if isinstance(self.settled.error, ResourceLimitExceededError) else FAILED
             elif self.settled.said:
                 say(self.settled.said)
             violations += self.settled.violations()
@@ -420,7 +421,8 @@ class Session:
         if isinstance(error, SecurityViolationError):
             return VIOLATED
         if isinstance(error, ResourceLimitExceededError):
-            known = {"time": TIMED_OUT, "memory": OUT_OF_MEMORY, "output": OUTPUT_EXCEEDED, "cpu": 128 + int(signal.SIGXCPU)}
+            known = {"memory": OUT_OF_MEMORY, "output": OUTPUT_EXCEEDED, "cpu": 128 + int(signal.SIGXCPU)}
+            known |= {"time": TIMED_OUT, "lifetime": TIMED_OUT}
             return known.get(error.limit, code or 1)
         if self.call.error is not None or self.call.outcome is None:
             return FAILED
