@@ -1,7 +1,7 @@
 """What all tests share: which half of them a process runs, and which of them want the host for themselves.
 
-`make test` runs two pytest processes side by side (tools/run_tests.py): "library" has the integration tests, "rest" what is
-left of all, so that nothing is ever left out of both. A test marked `alone` changes what other sandboxes of this user depend
+`make test` runs two pytest processes side by side (tools/run_tests.py): "library" has most integration tests, "rest" all that
+is left, so that nothing is ever left out of both. A test marked `alone` changes what other sandboxes of this user depend
 on, or would be disturbed by their end: meanwhile the other process runs none that opens sandboxes of this user.
 """
 
@@ -16,6 +16,8 @@ import pytest
 from sandbox import state
 
 HALVES = ("library", "rest")
+# Integration tests that are none of the first half's, which takes longer: those of a user without rights, and one more file.
+AMONG_THE_REST = ("test_rootless.py", "test_bad_input.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,8 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def half_of(item: pytest.Item) -> str:
-    """By time: either half takes about as long. The tests of a user without rights count among the rest."""
-    return "library" if item.path.parent.name == "integration" and item.path.name != "test_rootless.py" else "rest"
+    """Either half takes about as long."""
+    return "library" if item.path.parent.name == "integration" and item.path.name not in AMONG_THE_REST else "rest"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ from integration import harness, plugins
 from sandbox import IsolationLevel
 from sandbox.engine import client
 
-LIFETIME = 2.0 * harness.PATIENCE
+LIFETIME = 1.0 * harness.PATIENCE
 
 
 async def main(level: IsolationLevel, folder: Path) -> None:

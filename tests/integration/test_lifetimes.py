@@ -22,7 +22,7 @@ from sandbox.engine import client, loop, service
 from . import harness, plugins, stopped_caller
 from .test_life import gone, run_script, zygote_of_a_warden
 
-pytestmark = pytest.mark.rootless
+rootless = pytest.mark.rootless
 
 WAIT = 5  # watchdog_timeout_seconds
 LIFETIME = "sandbox was open for its whole lifetime of 60 minutes"
@@ -106,6 +106,7 @@ def all_gone() -> bool:
 # -- lifetimes ---------------------------------------------------------------------------------------------------------
 
 
+@rootless
 def test_a_lifetime_ends(level: IsolationLevel, clock: Clock) -> None:
     """For the call that runs, for those that come, and for everything that the sandbox had; what is known of it stays."""
 
@@ -143,6 +144,7 @@ def test_a_worker_that_stands_goes_with_it(level: IsolationLevel, clock: Clock) 
     asyncio.run(main())
 
 
+@rootless
 def test_changes_cannot_be_committed_after_it(level: IsolationLevel, clock: Clock, tmp_path: Path) -> None:
     folder = tmp_path / "granted"
     folder.mkdir()
@@ -162,6 +164,7 @@ def test_changes_cannot_be_committed_after_it(level: IsolationLevel, clock: Cloc
     assert os.listdir(folder) == []
 
 
+@rootless
 def test_a_caller_that_is_blocked_keeps_nothing(level: IsolationLevel, clock: Clock) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox, running(sandbox) as task:
@@ -250,6 +253,7 @@ WARDEN = rf"warden did not answer for {WAIT} s \(watchdog_timeout_seconds\) when
 ZYGOTE = rf"zygote did not answer for {WAIT} s \(watchdog_timeout_seconds\) when {{}}, and was killed: its sandboxes are gone"
 
 
+@rootless
 def test_a_stopped_warden_at_a_deadline(level: IsolationLevel, clock: Clock) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level, config=CONFIG) as sandbox, running(sandbox) as task:
@@ -282,6 +286,7 @@ def test_a_stopped_warden_and_a_call_that_is_cancelled(level: IsolationLevel, cl
     asyncio.run(main())
 
 
+@rootless
 def test_a_stopped_warden_while_it_is_closed(level: IsolationLevel, clock: Clock) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level, config=CONFIG) as sandbox:
@@ -333,6 +338,7 @@ def test_a_stopped_warden_and_granted_folders(level: IsolationLevel, clock: Cloc
     asyncio.run(main())
 
 
+@rootless
 def test_stopped_wardens_when_one_is_to_stand(level: IsolationLevel, clock: Clock) -> None:
     """Those that were idle; they are killed one by one, and then there are new ones."""
 
@@ -353,6 +359,7 @@ def test_stopped_wardens_when_one_is_to_stand(level: IsolationLevel, clock: Cloc
     asyncio.run(main())
 
 
+@rootless
 def test_a_stopped_zygote_when_one_is_to_stand(level: IsolationLevel, clock: Clock) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level):
@@ -369,6 +376,7 @@ def test_a_stopped_zygote_when_one_is_to_stand(level: IsolationLevel, clock: Clo
     asyncio.run(main())
 
 
+@rootless
 def test_a_stopped_zygote_while_a_sandbox_is_open(level: IsolationLevel, clock: Clock) -> None:
     """Calls do not need it, but the end does."""
 
@@ -401,10 +409,11 @@ def test_a_stopped_zygote_that_is_let_go(clock: Clock) -> None:
         assert harness.wait_until(lambda: not Path(f"/proc/{zygote}").exists())
 
 
+@rootless
 @pytest.mark.parametrize("victim", ["supervisor", "init", "worker"])
 def test_what_else_is_stopped_ends_at_the_deadline(level: IsolationLevel, victim: str) -> None:
     """The warden kills them like any other; nothing has to be waited for."""
-    seconds = 0.7 * harness.PATIENCE
+    seconds = 0.4 * harness.PATIENCE
     plugin = plugins.be_refused_and_sleep if victim == "supervisor" else plugins.signal_and_sleep
 
     async def main() -> None:
@@ -459,6 +468,7 @@ def plugin(tmp_path: Path) -> Path:
     return file
 
 
+@rootless
 @pytest.mark.parametrize("command", ["run", "call"])
 def test_the_command_ends_with_its_sandbox(level: IsolationLevel, command: str, plugin: Path) -> None:
     target = [str(plugin)] if command == "run" else [f"{plugin}:sleep"]
