@@ -335,10 +335,15 @@ class Session:
             self._end(signal.SIGHUP)
 
     def _end(self, number: int) -> None:
-        """Kill the call; if even that leads to nothing, leave: the zygote sees it and ends everything."""
+        """Kill the call; if even that leads to nothing, leave: the zygote sees it and ends everything, stopped or not."""
         self.ended_by = number
         self._kill("interrupt")
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+
+        def leave(_: int, frame: object) -> None:
+            self.zygote.wake()
+            os._exit(128 + number)
+
+        signal.signal(signal.SIGALRM, leave)
         signal.alarm(int(client.GRACE))
 
     def _catch_signals(self) -> None:

@@ -201,9 +201,16 @@ class Zygote:
         """It does not answer either: end it, and so all of its sandboxes, which are told as when it dies by itself."""
         if self.error is None:
             self.error = error
+        self._signal(signal.SIGKILL)
+
+    def wake(self) -> None:
+        """We leave it to clean up: if it was stopped it goes on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
         try:
             if self.pidfd >= 0:
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(self.pidfd, number)
         except ProcessLookupError:
             pass  # somebody in this process waits for all children
 

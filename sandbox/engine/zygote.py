@@ -28,6 +28,10 @@ net helper   -                                            nothing: its message i
                                                           socket of the zygote
 ============ ============================================ ===========================================================
 
+A part that is stopped (SIGSTOP) rather than killed: init and worker die at the call's deadline like any other, and a worker
+waits for a stopped supervisor until then. A warden that does not answer within watchdog_timeout_seconds is killed by its zygote
+when the caller says so, and a zygote that does not do that by the caller.
+
 Must not import anything heavy, and nothing of the host's side.
 """
 

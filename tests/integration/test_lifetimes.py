@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 from sandbox import EnhancedPluginSandbox, IsolationLevel, ResourceError, ResourceLimitExceededError
 from sandbox.engine import client, loop, service
 
-from . import harness, plugins, stopped_caller
+from . import cli_harness, harness, plugins, stopped_caller
 from .test_life import gone, run_script, zygote_of_a_warden
 
 rootless = pytest.mark.rootless
@@ -46,8 +47,8 @@ class Clock:
 
     def wait_out(self, seconds: float) -> None:
         """In steps that leave nobody late."""
-        for _ in range(int(seconds / loop.LATE * 2) + 2):
-            self.put_forward(loop.LATE / 2)
+        for _ in range(int(seconds) + 2):
+            self.put_forward(1.0)
 
     @staticmethod
     def _served() -> None:
@@ -60,6 +61,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     fake = Clock()
     monkeypatch.setattr(loop, "monotonic", fake)
+    monkeypatch.setattr(loop, "LATE", 4.0)  # more than a step of this clock takes
     yield fake
     assert harness.call(IsolationLevel.STANDARD, plugins.give_back, 2) == 2  # whatever happened, the next one works
     service.shut_down()  # what waits by that clock would wait for ever
@@ -438,7 +440,7 @@ def test_who_was_stopped_with_all_the_rest_waits_once_more(clock: Clock) -> None
             with stopped(*harness.roles(os.getpid())["warden"]):
                 task.cancel()
                 await asyncio.sleep(0.1)
-                clock.put_forward(WAIT + 2)
+                clock.put_forward(WAIT + 2 * loop.LATE)
             async with asyncio.timeout(harness.SETTLE):
                 with pytest.raises(asyncio.CancelledError):
                     await task
@@ -450,6 +452,9 @@ def test_who_was_stopped_with_all_the_rest_waits_once_more(clock: Clock) -> None
 # -- the command -------------------------------------------------------------------------------------------------------
 
 SHORT = "from sandbox.engine import client; client.Sandbox.lifetime = {}; from sandbox.cli import main; main()"
+
+
+ASKED = "import sys; del sys.argv[1:3]; " + SHORT  # for a caller whose command goes on with -m sandbox.cli
 
 
 def psie(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -492,3 +497,35 @@ def test_the_command_does_not_wait_for_a_stopped_warden(plugin: Path) -> None:
     assert process.returncode == 125, errors
     (line,) = errors.splitlines()
     assert f"warden did not answer for {WAIT} s" in line
+
+
+def test_the_command_that_is_ended_lets_a_stopped_zygote_clean_up(plugin: Path) -> None:
+    code = "from sandbox.cli import main; main()"
+    with psie(code, "run", "--quiet", str(plugin)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        with stopped(*harness.roles(process.pid, harness.TOKEN + "-cli")["zygote"]):
+            process.terminate()
+            process.communicate(timeout=client.GRACE + harness.SETTLE)
+            assert harness.wait_until(lambda: gone(harness.TOKEN + "-cli"))
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_question_that_nobody_answers(tmp_path: Path) -> None:
+    """It is asked for no longer than the sandbox may live, and then nothing is committed."""
+    folder = tmp_path / "granted"
+    folder.mkdir()
+    caller = cli_harness.privileged("strict", tmp_path)
+    caller = dataclasses.replace(caller, prefix=(*caller.prefix, "-c", ASKED.format(1.0 * harness.PATIENCE)))
+    file = caller.write("plugin.py", "import sys\nopen(sys.argv[1] + '/made', 'w').close()\n")
+    line = ("run", "--quiet", "--level", "strict", "--ask", "--rw", str(folder), str(file), str(folder))
+    with cli_harness.Session(caller, *line) as session:
+        session.until(b"commit 1 change? [y/N] ")
+        session.until(b"psie: the sandbox was open for its whole lifetime")
+        assert session.status() == 124
+    assert os.listdir(folder) == []
+    with cli_harness.Session(caller, *line) as session:
+        session.until(b"commit 1 change? [y/N] ")
+        session.type(b"y\n")
+        assert session.status() == 0
+    assert os.listdir(folder) == ["made"]
