@@ -397,7 +397,8 @@ class IsolationConfig:
             the start of its zygote, and its preloads), for a call to end once its time is over or it is killed, for granted
             folders to be attached anew, for a closed sandbox to leave. After that the sandbox's warden is killed, or if its
             zygote does not answer for 5 more seconds that, with all of its sandboxes; calls end with a ResourceError. A
-            plugin is not waited for: its time is max_execution_time_seconds.
+            plugin is not waited for: its time is max_execution_time_seconds. A plugin framework waits as long for a place
+            among the sandboxes of this user.
         resource_check_interval_seconds: time between two samples, in seconds, 0.1 to 60.
         max_sandbox_lifetime_minutes: how long a sandbox may stay open, in minutes, 1 to 1440. Then running and later calls
             end with a ResourceLimitExceededError (limit "lifetime"), all of the sandbox goes, and changes that were not
