@@ -632,6 +632,7 @@ def test_two_hundred_at_once_from_two_processes(tmp_path: Path) -> None:
     assert (verdict.ok, verdict.lines >= 200) == (True, True)
 
 
+@pytest.mark.usefixtures("own_ledger")
 def test_places_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, {"good.py": "def main(): return 1"})
     monkeypatch.setenv("PSIE_MAX_SANDBOXES", "2")
