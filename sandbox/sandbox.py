@@ -138,6 +138,7 @@ class EnhancedPluginSandbox:
         self._activity: list[dict[str, Any]] = []
         self._operations: dict[str, int] = {}  # of the network, by call
         self._output_tail = bytearray()
+        self._was_beyond = False  # whether a call was killed for more violations than the threshold
         self._on_taint: Callable[[GrantedChanges], None] | None = None  # sees the changes before they are discarded
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -437,6 +438,7 @@ class EnhancedPluginSandbox:
         finally:
             outcome.locate(run.call, run.violations)
             self._record(run)
+        self._was_beyond = self._was_beyond or run.call.cause == "violations"
         error = outcome.judge(run.call, run.violations)
         is_violation = isinstance(error, SecurityViolationError)
         if self._has_layers() and not self.permissions.allow_file_deletion and not is_violation and self._running == 1:
