@@ -53,6 +53,10 @@ def print_loads(loads: list[Load]) -> None:
     rows = []
     for load in loads:
         reason = load.error or ""
+        for step in load.recovery:
+            if step["action"] == "retry":
+                reason = f"{reason}; " if reason else ""
+                reason += f"at the second try, with {step['after']['max_memory_mb']:g} MB"
         if load.quarantined:
             reason = f"{reason}; it is quarantined now" if load.error else f"it is quarantined now: {load.quarantined}"
         rows.append([load.outcome, load.plugin_id, f"{load.seconds:.2f}", f"{load.telemetry.peak_memory_mb:.1f}", reason])

@@ -33,124 +33,37 @@ from .cli_harness import Caller, Done
 
 pytestmark = [pytest.mark.rootless, pytest.mark.timeout(60 * harness.PATIENCE)]
 
-WRITE_ITSELF = """
-    def main():
-        with open(__file__, "w") as file:
-            file.write("def main(): return 'swapped'")
-"""
-# Refused by every profile, and survived: more different ones than violation_threshold.
-BREAK_OFTEN = """
-    import ctypes, os
-
-    def main():
-        libc = ctypes.CDLL(None, use_errno=True)
-        for name in ("mount", "umount2", "unshare", "setns", "ptrace", "swapon", "swapoff", "acct", "reboot"):
-            getattr(libc, name)(0, 0, 0, 0, 0)
-        return "survived"
-"""
-# The same after what a plugin has done before, in its main function.
+# More different system calls that every profile refuses than violation_threshold allows: the end of a main function.
 AND_BREAK = """
     import ctypes
     for name in ("mount", "umount2", "unshare", "setns", "ptrace", "swapon"):
         getattr(ctypes.CDLL(None), name)(0, 0, 0, 0, 0)
 """
-SCAN = """
-    import socket
-
-    def main():
-        found = []
-        for port in range(1, 1024):
-            with socket.socket() as one:
-                if not one.connect_ex(("127.0.0.1", port)):
-                    found.append(port)
-        return found
-"""
-FORK = """
-    import os
-
-    def main():
-        while True:
-            try:
-                os.fork()
-            except OSError:
-                pass
-"""
-FILL = """
-    def main():
-        for number in range(1000):
-            with open(f"{number}", "wb") as file:
-                file.write(bytes(1 << 20))
-"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plugin:
-    """One plugin of the folder, and what is to become of it. `reason` is part of what is told."""
+    """What is to become of a plugin of examples/plugins. `reason` is part of what is told."""
 
-    sources: dict[str, str]
     outcome: str
     reason: str = ""
     result: Any = None
 
 
+EXAMPLES = harness.REPOSITORY / "examples" / "plugins"
 FOLDER = {
-    "good": Plugin({"good.py": "def main(env): return sorted(env)[0]"}, "ok", result="config"),
-    "data": Plugin(
-        {
-            "data/main.py": """
-                import os
-                from parts.words import last
-
-                def run():
-                    with open(os.path.join(os.path.dirname(__file__), "words.txt")) as file:
-                        return last(file.read())
-            """,
-            "data/words.txt": "one two three",
-            "data/parts/__init__.py": "",
-            "data/parts/words.py": "def last(text): return text.split()[-1]",
-        },
-        "ok",
-        result="three",
-    ),
-    "waits": Plugin(
-        {
-            "waits/__init__.py": """
-                from . import inner
-
-                async def execute():
-                    import asyncio
-                    await asyncio.sleep(0.01)
-                    return inner.VALUE
-            """,
-            "waits/inner.py": "VALUE = 42",
-        },
-        "ok",
-        result=42,
-    ),
-    "leak": Plugin(
-        {
-            "leak.py": "def main():\n    held = []\n    while True:\n        held.append(bytearray(b'x') * (1 << 20))",
-            "leak.toml": "[limits]\nmax_memory_mb = 48",
-        },
-        "limit",
-        "memory",
-    ),
-    "spin": Plugin(
-        {"spin.py": "def main():\n    while True: pass", "spin.toml": "[limits]\nmax_execution_time_seconds = 1"},
-        "limit",
-        "the plugin ran longer than 1 s",
-    ),
-    "fork": Plugin({"fork.py": FORK}, "violation", "passed the violation threshold"),
-    "fill": Plugin({"fill.py": FILL, "fill.toml": "[limits]\nmax_disk_usage_mb = 2"}, "limit", "disk"),
-    "scan": Plugin({"scan.py": SCAN}, "violation", "passed the violation threshold"),
-    "shadow": Plugin(
-        {"shadow.py": "def main(): return open('/etc/shadow').read()"}, "violation", "open of /etc/shadow was refused"
-    ),
-    "swap": Plugin({"swap.py": WRITE_ITSELF}, "violation", "open of swap.py was refused"),
-    "crash": Plugin(
-        {"crash.py": "import ctypes\ndef main(): return ctypes.string_at(0)"}, "error", "the plugin was killed by SIGSEGV"
-    ),
-    "breaks": Plugin({"breaks.py": BREAK_OFTEN}, "violation", "passed the violation threshold"),
+    "good": Plugin("ok", result="config"),
+    "data": Plugin("ok", result="three"),
+    "waits": Plugin("ok", result=42),
+    "leak": Plugin("limit", "memory"),
+    "spin": Plugin("limit", "the plugin ran longer than 1 s"),
+    "fork": Plugin("violation", "passed the violation threshold"),
+    "fill": Plugin("limit", "disk"),
+    "scan": Plugin("violation", "passed the violation threshold"),
+    "shadow": Plugin("violation", "open of /etc/shadow was refused"),
+    "swap": Plugin("violation", "open of swap.py was refused"),
+    "crash": Plugin("error", "the plugin was killed by SIGSEGV"),
+    "breaks": Plugin("violation", "passed the violation threshold"),
 }
 WORST = ["breaks", "fork", "scan"]  # which are quarantined: shadow and swap have given up at once
 
@@ -186,6 +99,14 @@ def write(folder: Path, sources: dict[str, str]) -> None:
         path.write_text(textwrap.dedent(source))
 
 
+def write_example(folder: Path, name: str) -> None:
+    """A plugin of examples/plugins, by its id."""
+    for path in EXAMPLES.rglob("*"):
+        place = path.relative_to(EXAMPLES)
+        if path.is_file() and path.suffix != ".pyc" and place.parts[0].partition(".")[0] == name:
+            write(folder, {str(place): path.read_text()})
+
+
 def loads(framework: EnhancedPluginFramework, *ids: str) -> list[Load]:
     """All at once."""
 
@@ -213,9 +134,9 @@ def outcomes(done: Done) -> dict[str, str]:
 
 
 def test_a_folder_of_good_and_hostile_plugins(caller: Caller) -> None:
-    for plugin in FOLDER.values():
-        for name, source in plugin.sources.items():
-            caller.write(f"p/{name}", source)
+    for path in EXAMPLES.rglob("*"):
+        if path.is_file() and path.suffix != ".pyc":
+            caller.write(f"p/{path.relative_to(EXAMPLES)}", path.read_text())
     before = {path: path.read_bytes() for path in (caller.folder / "p").rglob("*") if path.is_file()}
 
     done = caller.run("plugins", "run", "p", "--json")
@@ -270,7 +191,7 @@ def test_mistakes_on_the_command_line(caller: Caller) -> None:
 
 def test_plugins_at_every_level(level: IsolationLevel, tmp_path: Path) -> None:
     for name in ("good", "data", "waits"):
-        write(tmp_path, FOLDER[name].sources)
+        write_example(tmp_path, name)
     with opened(tmp_path, config=IsolationConfig(level=level)) as framework:
         assert [found.id for found in framework.discover_plugins()] == ["data", "good", "waits"]
         for name in ("good", "data", "waits"):
@@ -334,7 +255,7 @@ def test_how_code_is_loaded(name: str, tmp_path: Path) -> None:
 
 
 def test_a_plugin_without_file_access_has_its_own_files(level: IsolationLevel, tmp_path: Path) -> None:
-    write(tmp_path, FOLDER["data"].sources)
+    write_example(tmp_path, "data")
     permissions = PluginPermissionsV2(allow_file_access=False)
     with opened(tmp_path, config=IsolationConfig(level=level), permissions=permissions) as framework:
         (done,) = loads(framework, "data")
@@ -379,7 +300,7 @@ def test_misuse_raises(tmp_path: Path) -> None:
         EnhancedPluginFramework(str(tmp_path / "gone"))
     with pytest.raises(TypeError):
         EnhancedPluginFramework(3)  # type: ignore[arg-type]
-    write(tmp_path, FOLDER["good"].sources)
+    write_example(tmp_path, "good")
     with opened(tmp_path) as framework:
         with pytest.raises(TypeError, match="plugin_id"):
             load(framework, 3)  # type: ignore[arg-type]
@@ -486,7 +407,7 @@ def test_only_what_was_checked_is_run(tmp_path: Path) -> None:
 def test_quarantine_by_name_and_by_content(tmp_path: Path) -> None:
     write(
         tmp_path,
-        {"bad/main.py": f"print('last words')\ndef main():{AND_BREAK}", "again/main.py": "def main(): return 1"},
+        {"bad/main.py": f"print('last words', flush=True)\ndef main():{AND_BREAK}", "again/main.py": "def main(): return 1"},
     )
     with opened(tmp_path) as framework:
         assert load(framework, "bad")["success"] is False
@@ -717,9 +638,9 @@ def keeper(folder: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
 
 
 def test_stages_of_the_dead_are_swept_and_no_others(tmp_path: Path) -> None:
-    write(tmp_path, FOLDER["data"].sources)
+    write_example(tmp_path, "data")
     with keeper(tmp_path) as (process, root):
-        assert (root / "data" / "words.txt").read_text() == "one two three"
+        assert (root / "data" / "words.txt").read_text() == "one two three\n"
         modes = {oct(path.stat().st_mode & 0o7777) for path in root.rglob("*") if path.is_file()}
         assert modes == {"0o444"}
         assert stage.sweep() == []
@@ -731,7 +652,7 @@ def test_stages_of_the_dead_are_swept_and_no_others(tmp_path: Path) -> None:
 
 
 def test_the_command_sweeps_stages(tmp_path: Path, caller: Caller) -> None:
-    write(tmp_path, FOLDER["data"].sources)
+    write_example(tmp_path, "data")
     with keeper(tmp_path) as (process, root):
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -740,7 +661,7 @@ def test_the_command_sweeps_stages(tmp_path: Path, caller: Caller) -> None:
 
 
 def test_equal_plugins_share_a_stage(tmp_path: Path) -> None:
-    write(tmp_path, FOLDER["data"].sources)
+    write_example(tmp_path, "data")
     folder = files.open_folder(tmp_path / "p")
     plugin = files.read(folder, "data")
     os.close(folder)

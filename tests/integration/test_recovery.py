@@ -575,7 +575,7 @@ def test_memory_of_files_is_taken_back() -> None:
             assert await sandbox.execute_plugin_safe(read_much, 48) == 48
             reclaim = next(step for step in sandbox.get_recovery_history() if step["action"] == "reclaim")
             assert reclaim["success"]
-            assert reclaim["after"]["memory_mb"] < 40 < reclaim["before"]["memory_mb"]
+            assert reclaim["after"]["memory_mb"] <= 36 < reclaim["before"]["memory_mb"]
             assert int(reclaim["after"]["memory.high"]) <= 36 << 20
 
     asyncio.run(main())

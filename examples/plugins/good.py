@@ -1,0 +1,5 @@
+"""Does what it should."""
+
+
+def main(env):
+    return sorted(env)[0]

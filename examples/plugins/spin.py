@@ -1,0 +1,6 @@
+"""Uses all the CPU time that it can get."""
+
+
+def main():
+    while True:
+        pass

@@ -1,0 +1,3 @@
+"""A module of the plugin's own."""
+
+VALUE = 42
