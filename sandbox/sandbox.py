@@ -1053,7 +1053,7 @@ class _Run:
         if self.call.offences > self.owner.config.violation_threshold:
             self.call.kill("violations")
         else:
-            self.owner._react(violation, self.call.offences)
+            self.owner._react(violation, self.call.offences if fields["nr"] not in client.TOLD else 0)
 
 
 def promise() -> concurrent.futures.Future[None]:

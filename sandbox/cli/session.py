@@ -298,7 +298,7 @@ class Session:
         threshold = self.recipe.monitoring["violation_threshold"]
         if call.offences > threshold:
             call.kill("violations")
-        elif call.offences == threshold:
+        elif call.offences == threshold and fields["nr"] not in client.TOLD:
             from sandbox.engine import outcome
 
             self._react(outcome.describe_violation(fields, call.sandbox), call.offences)
