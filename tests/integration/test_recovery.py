@@ -305,7 +305,8 @@ def test_network_is_cut_off(level: IsolationLevel) -> None:
             manager = Manager()
             task = await running_call(sandbox, talk, port, 20 * harness.PATIENCE)
             assert await manager.auto_recovery_violation(violation(sandbox, Kind.NETWORK_VIOLATION)) is True
-            (step,) = manager.get_recovery_history()
+            freeze, step = manager.get_recovery_history()
+            assert freeze["after"] == {"frozen": True}
             links = {IsolationLevel.STRICT: 1, IsolationLevel.MAXIMUM: 2}.get(level, 0)
             assert (step["action"], step["after"]) == ("cut off", {"links_down": links, "connections_ended": 1})
             assert [flags & 1 for flags in link_flags(sandbox)] == [0] * links
@@ -607,8 +608,10 @@ def test_at_the_threshold_it_is_contained(level: IsolationLevel, recovers: bool)
         async with harness.open_sandbox(level, permissions=permissions, config=config) as sandbox:
             assert await sandbox.execute_plugin_safe(connect_to, [1, port]) == [1, "connected"]
             assert await sandbox.execute_plugin_safe(connect_to, [1, 2]) == [1, 1]
-            await harness.wait_for(lambda: not recovers or sandbox.get_recovery_history())
-            assert actions(sandbox.get_recovery_history()) == [("cut off", True)] * recovers
+            if recovers:
+                await harness.wait_for(lambda: ("cut off", True) in actions(sandbox.get_recovery_history()))
+            else:
+                assert sandbox.get_recovery_history() == []
             if recovers:
                 with pytest.raises(SecurityViolationError, match="the network is not permitted"):
                     await sandbox.execute_plugin_safe(talk, port, 0)
