@@ -108,25 +108,18 @@ def _unfinished(parent: int, place: str) -> Iterator[int]:
             continue
         try:
             with private.locked(fd, fcntl.LOCK_EX, os.path.join(place, UNFINISHED)):
-                if not _is_at(parent, fd):  # whoever had it has finished
+                if not private.is_at(parent, UNFINISHED, fd):  # whoever had it has finished
                     continue
                 for inner in workspace.unlink_files(fd):
                     workspace.remove_folder(fd, inner)
                 try:
                     yield fd
                 finally:
-                    if _is_at(parent, fd):
+                    if private.is_at(parent, UNFINISHED, fd):
                         workspace.remove_folder(parent, UNFINISHED)
             return
         finally:
             os.close(fd)
-
-
-def _is_at(parent: int, fd: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(UNFINISHED, dir_fd=parent, follow_symlinks=False), os.fstat(fd))
-    except FileNotFoundError:
-        return False
 
 
 def _write(folder: int, name: str, data: bytes) -> None:
