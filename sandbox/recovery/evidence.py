@@ -10,11 +10,13 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sandbox import files
 from sandbox.errors import ResourceError
 from sandbox.ns import syscalls as sc
 from sandbox.ns import workspace
@@ -32,6 +34,9 @@ PART_BYTES = 8 << 20  # of each of violations, samples, recipe, output, index an
 CHANGES = 10_000
 NAME_BYTES = 200
 UNFINISHED = ".unfinished"
+MAX_AGE_DAYS = 90.0
+MAX_BYTES = 1 << 30
+YOUNG = 3600.0  # seconds: its quarantine may still be on its way into the store
 
 
 def bundle(
@@ -92,6 +97,54 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> bool:
         return False
     with private.folder(place) as parent, _unfinished(parent, place):
         return True
+
+
+def trim(
+    folder: str | os.PathLike[str],
+    keep: Iterable[str],
+    *,
+    max_age_days: float = MAX_AGE_DAYS,
+    max_bytes: int = MAX_BYTES,
+) -> int:
+    """Remove evidence that is older, and of the rest the oldest until all have at most `max_bytes`; returns how many.
+
+    Never the folders `keep` (paths), and none of the last hour. Each goes as a whole. Raises ResourceError.
+    """
+    place = os.path.abspath(os.fspath(folder))
+    if not os.path.isdir(place):
+        return 0
+    kept = {os.path.abspath(path) for path in keep}
+    now, count = time.time(), 0
+    try:
+        with private.folder(place) as parent:
+            found = sorted(_bundles(parent))
+            total = sum(size for _, _, size in found)
+            for changed, name, size in found:
+                is_old = changed < now - max_age_days * 86400
+                if (is_old or total > max_bytes) and changed < now - YOUNG and os.path.join(place, name) not in kept:
+                    with _unfinished(parent, place) as inside:
+                        os.rename(name, name, src_dir_fd=parent, dst_dir_fd=inside)
+                    total -= size
+                    count += 1
+    except OSError as error:
+        raise ResourceError(
+            f"{place}: old evidence cannot be removed ({error.strerror}): see to the disk and its rights"
+        ) from None
+    return count
+
+
+def _bundles(parent: int) -> Iterator[tuple[float, str, int]]:
+    """(when it was made, name, bytes) of each."""
+    for name in os.listdir(parent):
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        try:
+            if not name.startswith("."):
+                yield os.fstat(fd).st_mtime, name, sum(entry.size for entry in files.walk(fd, ""))
+        finally:
+            os.close(fd)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def open_folder(path: str) -> int:
     return fd
 
 
-class folder:  # noqa: N801  (contextlib, which would make it of a function, costs 2 ms at the start)
+class folder:  # no function by contextlib, which costs 2 ms at the start
     """`open_folder` for the time of a `with`."""
 
     def __init__(self, path: str) -> None:
@@ -99,7 +99,7 @@ def is_at(folder: int, name: str, fd: int) -> bool:
         return False
 
 
-class locked:  # noqa: N801
+class locked:
     """flock(2) of `kind` (LOCK_SH, LOCK_EX) for the time of a `with`, waited for up to PATIENCE. Raises ResourceError.
 
     Unlocked explicitly: a fork of another thread may have a copy of the descriptor, and would keep the lock.
