@@ -43,7 +43,8 @@ TEXT = 4000  # characters of a name or a reason
 def append(folder: str, *, violations: Sequence[dict[str, Any]] = (), **fields: Any) -> bool:
     """Record a run that has ended: the fields of sandbox.recovery.store.Run as plain data, but id, run_id and version.
 
-    True: so much waits now that `Store(folder).collect()` should be called. Raises ResourceError: then nothing is recorded.
+    True, once every MUCH_BYTES: so much waits now that `Store(folder).collect()` should be called. Raises ResourceError: then
+    nothing is recorded.
     """
     types: dict[str, int] = {}
     for violation in violations:
@@ -96,7 +97,7 @@ def _append(fd: int, record: bytes, path: str) -> bool:
         raise ResourceError(f"{path} cannot be written ({error.strerror}): see to the disk and its rights") from None
     if written < len(record):  # others may have appended behind it: it stays, as a damaged one
         raise ResourceError(f"{path} cannot be written (the disk is full): see to the disk")
-    return size + written > MUCH_BYTES
+    return size // MUCH_BYTES < (size + written) // MUCH_BYTES
 
 
 def waits(place: str) -> bool:
