@@ -1,6 +1,7 @@
 """One run of the command, as it is remembered: refused where its file is quarantined, and a row, or a quarantine, in the end.
 
-On the start path of `psie run`: what only a refusal, a violation or a full spool needs is imported there.
+On the start path of `psie run`: what can be done while the plugin runs is done then, and what only a refusal, a violation or a
+full spool needs is imported there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sandbox.errors import (
     SandboxInitializationError,
     SecurityViolationError,
 )
-from sandbox.recovery import in_force, private, spool
+from sandbox.state import folder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sandbox.recovery.records import Evidence
 
 DOOR = BY = "command"
+QUARANTINED = "quarantined"  # as sandbox.recovery.in_force calls its file
 
 
 class Quarantined(Failed):
@@ -55,19 +57,25 @@ class Remembered:
         self.started, self.begun = time(), monotonic()
         self.session: Session | None = None
         self.is_written = False
+        self.sha256 = ""
 
     def refuse_quarantined(self) -> None:
         """Raises Quarantined; ResourceError where the records are there, but cannot be believed."""
         try:
-            folder = private.default_folder()
-        except ResourceError:
+            place = folder("lib")
+        except OSError:
             return  # nobody has been able to keep anything there
-        entries = in_force.read(folder)
+        if not os.path.lexists(os.path.join(place, QUARANTINED)):
+            return
+        from sandbox.recovery import in_force
+
+        entries = in_force.read(place)
         if entries is None:
             entries = self._ask_store()
         if not entries:
             return
-        found = in_force.find(entries, self.path, in_force.sha256(self.source))
+        self.hash()
+        found = in_force.find(entries, self.path, self.sha256)
         if found is not None:
             from shlex import quote
 
@@ -78,6 +86,12 @@ class Remembered:
                 f"{self.path} is quarantined{which} since {since} ({found['reason']}): look into it, "
                 f"then psie quarantine release {quote(name)}"
             )
+
+    def hash(self) -> None:
+        """And import what the row needs; called while the plugin runs."""
+        from sandbox.recovery import in_force, spool  # noqa: F401
+
+        self.sha256 = self.sha256 or in_force.sha256(self.source)
 
     def _ask_store(self) -> list[dict[str, Any]]:
         """Where the file of quarantines is damaged; to open the store writes it anew."""
@@ -108,9 +122,10 @@ class Remembered:
 
         assert self.session is not None
         violations = [each.to_dict() for each in self.session.found]
+        self.hash()
         try:
             records = Records(None, BY, self.say)
-            records.quarantine(self.path, in_force.sha256(self.source), reason, violations, evidence)
+            records.quarantine(self.path, self.sha256, reason, violations, evidence)
             records.close()
         except ResourceError as error:
             self.say(f"{self.path} could not be quarantined: {error}")
@@ -125,13 +140,16 @@ class Remembered:
         facts = session.facts() if session is not None else self._asked()
         if not facts.pop("telemetry"):
             return
+        self.hash()
+        from sandbox.recovery import private, spool
+
         try:
-            folder = private.default_folder()
+            place = private.default_folder()
             is_much = spool.append(
-                folder,
+                place,
                 started=self.started,
                 plugin_id=self.plugin_id,
-                sha256=in_force.sha256(self.source),
+                sha256=self.sha256,
                 outcome=outcome,
                 door=DOOR,
                 seconds=monotonic() - self.begun,
@@ -143,7 +161,7 @@ class Remembered:
             if is_much:
                 from sandbox.recovery.store import Store
 
-                with Store(folder, on_trouble=self.say) as store:
+                with Store(place, on_trouble=self.say) as store:
                     store.collect()
         except ResourceError as error:
             if not self.given["quiet"]:

@@ -99,6 +99,7 @@ def remember(
     try:
         run.refuse_quarantined()
         session = run.session = Session(given, started, read_only=run_command.siblings(path, source))
+        session.meanwhile = run.hash
         status = session.finish(job(session), source) or reply(session)
     except Exception as error:
         run.failed(error)
@@ -140,6 +141,7 @@ class Session:
         self.ended_by: int | None = None
         self.reader_gone = False
         self.job_sent = 0.0
+        self.meanwhile: Callable[[], None] = lambda: None  # what there is time for while the plugin runs
         self.output_tail = bytearray()
         self.evidence: Evidence | None = None
         self.error: SandboxException | None = None  # what its end was, and all that it ran into
@@ -166,6 +168,7 @@ class Session:
             self._start(sandbox, job, payload)
             from sandbox.engine import outcome, recording  # noqa: F401  (needed soon; now there is time)
 
+            self.meanwhile()
             self.loop.run_until(lambda: bool(self.call and self.call.done))
         finally:
             if self.streams is not None:

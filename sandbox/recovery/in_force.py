@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import marshal
 import os
+import sys
 import zlib
 
 from sandbox.errors import ResourceError
@@ -92,12 +93,11 @@ def _digests(digest: str, plugin_id: str) -> Iterable[str]:
 def sha256(data: bytes) -> str:
     """In hex. hashlib loads OpenSSL, which costs 3 ms, and is worth it only for much."""
     if len(data) < _LARGE:
-        for module in ("_sha2", "_sha256"):  # from Python 3.12 on, and before
-            try:
-                digest: str = __import__(module).sha256(data).hexdigest()
-            except ImportError:
-                continue
+        try:
+            digest: str = __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256").sha256(data).hexdigest()
             return digest
+        except ImportError:
+            pass  # a Python that was built without
     import hashlib
 
     return hashlib.sha256(data).hexdigest()
