@@ -142,13 +142,9 @@ VIOLENT = sorted(name for name, plugin in FOLDER.items() if plugin.outcome == "v
 @pytest.fixture
 def caller(tmp_path: Path) -> Caller:
     """Whoever runs the tests. As root its records are kept in the test's folder too, by a mount that only it sees."""
-    own = cli_harness.privileged("standard", tmp_path)
     records = tmp_path / "records"
     records.mkdir()
-    if not harness.ROOT:
-        return dataclasses.replace(own, environment={**own.environment, "XDG_STATE_HOME": str(records)})
-    cover = f'mount --bind {records} {state.folder("lib")} && exec "$@"'
-    return dataclasses.replace(own, prefix=("unshare", "--mount", "sh", "-c", cover, "sh", *own.prefix))
+    return cli_harness.remembering(cli_harness.privileged("standard", tmp_path), records)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import pwd
@@ -179,13 +178,8 @@ def test_killed_while_it_is_made_it_is_made_the_next_time(here: Path) -> None:
 
 @pytest.fixture
 def caller(here: Path) -> Caller:
-    """Whoever runs the tests, with records of its own: as root they are mounted where root's are."""
-    caller = cli_harness.privileged("standard", here.parent)
-    if not harness.ROOT:
-        return dataclasses.replace(caller, environment={**caller.environment, "XDG_STATE_HOME": str(here.parent)})
-    Path("/var/lib/psie").mkdir(0o711, exist_ok=True)
-    mounted = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" /var/lib/psie && exec "$@"', str(here))
-    return dataclasses.replace(caller, prefix=(*mounted, *caller.prefix))
+    """Whoever runs the tests, with records of its own."""
+    return cli_harness.remembering(cli_harness.privileged("standard", here.parent), here.parent)
 
 
 @pytest.fixture
