@@ -24,7 +24,7 @@ from sandbox import EnhancedPluginFramework, IsolationConfig, IsolationLevel, Pl
 from sandbox.errors import ResourceError
 from sandbox.plugins import files, signing, stage
 from sandbox.plugins.framework import Load
-from sandbox.recovery import audit
+from sandbox.recovery import audit, spool
 from sandbox.recovery.store import Run, Store
 from sandbox.version import __version__
 
@@ -548,7 +548,7 @@ def test_what_cannot_be_recorded_has_not_succeeded(tmp_path: Path) -> None:
     write(tmp_path, {"good.py": "def main(): return 1"})
     with opened(tmp_path) as framework:
         assert load(framework, "good")["success"]
-        (tmp_path / "state" / "audit.jsonl").chmod(0o666)
+        (tmp_path / "state" / spool.NAME).chmod(0o666)
         done = load(framework, "good")
         assert (done["success"], done["result"]) == (False, None)
         assert "it ran, but that could not be recorded: " in done["error"]
