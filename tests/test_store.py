@@ -151,11 +151,11 @@ def test_a_plugin_cannot_fill_the_disk(store: Store) -> None:
 def test_trimmed_by_age_and_by_number(store: Store) -> None:
     now = time.time()
     store.add_runs([a_run(number, started=now - number * 86400) for number in range(20)])
-    assert store.trim(max_age_days=9.5) == 10
+    assert store.trim(max_age_days=9.5) == (10, 0)
     assert ids(store.runs()) == [str(number) for number in range(10)]
-    assert store.trim(max_rows=4) == 6
+    assert store.trim(max_rows=4) == (6, 0)
     assert ids(store.runs()) == ["0", "1", "2", "3"]
-    assert store.trim() == 0
+    assert store.trim() == (0, 0)
 
 
 def test_old_runs_go_by_themselves(here: Path) -> None:
@@ -749,7 +749,7 @@ def test_old_evidence_goes_with_old_runs(here: Path, store: Store) -> None:
             then = time.time() - (evidence.MAX_AGE_DAYS + 1) * 86400
             os.utime(path, (then, then))
     store.quarantine("bad", None, "", [], "manager", evidence=made[1])
-    store.trim()
+    assert store.trim() == (0, 1)
     assert sorted(os.listdir(here / evidence.FOLDER)) == ["kept", "new"]
     store.release("bad", "somebody")
     store.trim()

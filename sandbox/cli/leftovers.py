@@ -32,11 +32,11 @@ def remove() -> int:
     for line in commit.recover():
         print(line)
     try:
-        place = private.default_folder()
-        if evidence.remove_unfinished(os.path.join(place, evidence.FOLDER)):
+        records = private.default_folder()
+        if evidence.remove_unfinished(os.path.join(records, evidence.FOLDER)):
             print("removed evidence that was not finished")
-        if os.path.lexists(os.path.join(place, NAME)) or spool.waits(place):
-            with Store(place, on_trouble=say) as store:
+        if os.path.lexists(os.path.join(records, NAME)) or spool.waits(records):
+            with Store(records, on_trouble=say) as store:
                 runs, folders_of_evidence = store.trim()
             if runs or folders_of_evidence:
                 print(f"removed {runs} old runs and {folders_of_evidence} folders of old evidence")

@@ -301,26 +301,24 @@ class Store:
         rows = self._do(lambda connection: connection.execute(query, (*conditions.values(), limit)).fetchall(), write=False)
         return [_run(row) for row in rows]
 
-    def trim(self, max_age_days: float = MAX_AGE_DAYS, max_rows: int = MAX_ROWS) -> int:
-        """Remove runs that are older, and of the others the oldest beyond `max_rows`; evidence likewise, see `evidence.trim`.
+    def trim(self, max_age_days: float = MAX_AGE_DAYS, max_rows: int = MAX_ROWS) -> tuple[int, int]:
+        """Remove runs that are older, and of the others the oldest beyond `max_rows`; and old evidence, see `evidence.trim`.
 
-        Returns how many runs.
+        Returns how many runs and how many folders of evidence.
         """
         self._collect_waiting()
         count = self._do(lambda connection: _trim(connection, max_age_days, max_rows), write=True)
-        self._trim_evidence()
-        return count
+        return count, self._trim_evidence()
 
     def _collect_waiting(self) -> None:
         if spool.waits(self.folder):
             self.collect()
 
-    def _trim_evidence(self) -> None:
+    def _trim_evidence(self) -> int:
         from sandbox.recovery import evidence
 
-        evidence.trim(
-            os.path.join(self.folder, evidence.FOLDER), [each.evidence for each in self.quarantined() if each.evidence]
-        )
+        keep = [each.evidence for each in self.quarantined() if each.evidence]
+        return evidence.trim(os.path.join(self.folder, evidence.FOLDER), keep)
 
     def statistics(self, since: float | None = None) -> dict[str, Statistics]:
         """The stored runs since then (Unix time), by plugin."""
