@@ -108,12 +108,12 @@ def trim(
 ) -> int:
     """Remove evidence that is older, and of the rest the oldest until all have at most `max_bytes`; returns how many.
 
-    Never the folders `keep` (paths), and none of the last hour. Each goes as a whole. Raises ResourceError.
+    Never those at the paths `keep`, by their names, and none of the last hour. Each goes as a whole. Raises ResourceError.
     """
     place = os.path.abspath(os.fspath(folder))
     if not os.path.isdir(place):
         return 0
-    kept = {os.path.abspath(path) for path in keep}
+    kept = {os.path.basename(path) for path in keep}
     now, count = time.time(), 0
     try:
         with private.folder(place) as parent:
@@ -121,7 +121,7 @@ def trim(
             total = sum(size for _, _, size in found)
             for changed, name, size in found:
                 is_old = changed < now - max_age_days * 86400
-                if (is_old or total > max_bytes) and changed < now - YOUNG and os.path.join(place, name) not in kept:
+                if (is_old or total > max_bytes) and changed < now - YOUNG and name not in kept:
                     with _unfinished(parent, place) as inside:
                         os.rename(name, name, src_dir_fd=parent, dst_dir_fd=inside)
                     total -= size
