@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from sandbox.monitor.network import NetworkIsolationManager
     from sandbox.monitor.resources import EnhancedResourceMonitor
     from sandbox.plugins.framework import EnhancedPluginFramework
-    from sandbox.recovery import SandboxRecoveryManager
     from sandbox.recovery.changes import FileChange
+    from sandbox.recovery.manager import SandboxRecoveryManager
     from sandbox.sandbox import EnhancedPluginSandbox
     from sandbox.telemetry import SandboxTelemetry
     from sandbox.text import TerminalEscaper, escape_text
@@ -99,7 +99,7 @@ _MODULES = {
     "ResourceLimitExceededError": "sandbox.errors",
     "SandboxException": "sandbox.errors",
     "SandboxInitializationError": "sandbox.errors",
-    "SandboxRecoveryManager": "sandbox.recovery",
+    "SandboxRecoveryManager": "sandbox.recovery.manager",
     "SandboxTelemetry": "sandbox.telemetry",
     "SandboxViolation": "sandbox.violations",
     "SandboxViolationType": "sandbox.violations",

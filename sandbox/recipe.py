@@ -31,6 +31,7 @@ WORKSPACE = "/workspace"
 PROBE = "/run/probe"  # in the scratch tmpfs, beside the folders that appear at SCRATCH
 SCRATCH = ("/tmp", "/var/tmp", "/dev/shm")
 CPU_WEIGHT = 50  # half of what others have by default, where there is not enough for all
+GRACE_SECONDS = 1.0  # at most, from the SIGTERM at the end of a call's time to SIGKILL
 # The processes of a call that are not the plugin's: init. The worker is the first of the plugin's own.
 OWN_PROCESSES = 1
 
@@ -856,10 +857,12 @@ class _Compiler:
     def monitoring(self) -> dict[str, object]:
         """Settings of the parts that watch a sandbox; those of later versions are carried along and listed."""
         config, limits = self.config, self.limits
+        grace = min(GRACE_SECONDS, limits.max_execution_time_seconds / 10)
         return {
             "real_time": config.enable_real_time_monitoring,
             "telemetry": config.telemetry_enabled,
             "auto_recovery": config.auto_recovery_enabled,
+            "grace_seconds": grace if config.auto_recovery_enabled else 0.0,
             "violation_threshold": config.violation_threshold,
             "quarantine": config.quarantine_on_violation,
             "watchdog_timeout_seconds": config.watchdog_timeout_seconds,

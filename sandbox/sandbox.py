@@ -13,6 +13,7 @@ import inspect
 import os
 import sys
 import uuid
+import weakref
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -59,10 +60,15 @@ if TYPE_CHECKING:
     from sandbox.monitor.network import Holder, NetworkIsolationManager
     from sandbox.monitor.watch import Watched
     from sandbox.recipe_data import Protection, Recipe
+    from sandbox.recovery.measures import Recovery
 
 MB = 1 << 20
 TAIL_BYTES = 64 << 10  # of the output that are kept
 ACTIVITIES = 10_000  # network operations that are kept; further ones are only counted
+
+
+# The open sandboxes of this process, for SandboxRecoveryManager: a violation tells in which one it was.
+live: weakref.WeakValueDictionary[str, EnhancedPluginSandbox] = weakref.WeakValueDictionary()
 
 
 class EnhancedPluginSandbox:
@@ -132,6 +138,7 @@ class EnhancedPluginSandbox:
         self._tainted = ""  # the violation for which changes of granted folders are not kept
         self._deletions: set[str] = set()  # in granted folders, told already
         self._resolved: dict[str, Any] = {}  # what names in allowed_hosts stood for when it was opened
+        self._recovery: Recovery | None = None  # likewise
         self._activity: list[dict[str, Any]] = []
         self._operations: dict[str, int] = {}  # of the network, by call
         self._output_tail = bytearray()
@@ -177,6 +184,7 @@ class EnhancedPluginSandbox:
         except BaseException:
             await self._close()
             raise
+        live[self.sandbox_id] = self
         self._read_back = self._standby.call.read_back or {}
         self._plain_limits = _plain(asdict(self.limits))
         seconds = self.config.max_sandbox_lifetime_minutes * 60
@@ -261,7 +269,7 @@ class EnhancedPluginSandbox:
             return None
         if self._recorder is None:
             self._recorder = Recorder(self._sandbox)
-            self._recorder.on_violation = lambda violation: self._tell(self._violated, violation)
+            self._recorder.on_violation = self._seen
         return self._recorder.begin(call)
 
     def _recording_ends(self, run: Recorded) -> None:
@@ -280,7 +288,7 @@ class EnhancedPluginSandbox:
 
             self._watch = SandboxWatch(self._sandbox)
             self._watch.on_sample = lambda sample: self._tell(self._sampled, sample)
-            self._watch.on_violation = lambda violation: self._tell(self._violated, violation)
+            self._watch.on_violation = self._seen
             self._watch.counted = self._counted
         return self._watch.begin()
 
@@ -309,7 +317,13 @@ class EnhancedPluginSandbox:
             self._telemetry.resource_samples.append(sample)
         self._notify("on_resource_sample", sample)
 
+    def _seen(self, violation: SandboxViolation) -> None:
+        """In the engine's thread: a violation that is none of one call alone."""
+        self._react(violation)
+        self._tell(self._violated, violation)
+
     def _violated(self, violation: SandboxViolation) -> None:
+        violation.details["sandbox_id"] = self.sandbox_id
         self._telemetry.violations.append(violation)
         self._notify("on_violation_detected", violation)
 
@@ -559,13 +573,94 @@ class EnhancedPluginSandbox:
         known = {id(violation) for violation in self._telemetry.violations}
         for violation in run.violations:
             if id(violation) not in known:
-                self._telemetry.violations.append(violation)
-                self._notify("on_violation_detected", violation)
+                self._violated(violation)
 
     def _notify(self, name: str, value: object) -> None:
         handler = getattr(self.monitoring_handler, name, None)
         if handler is not None:
             handler(value)
+
+    # -- recovery ----------------------------------------------------------------------------------------------------
+
+    def get_recovery_history(self) -> list[dict[str, Any]]:
+        """What has been done about violations so far, step by step, oldest first, by itself (auto_recovery_enabled) or by a
+        SandboxRecoveryManager: each as SandboxRecoveryManager.get_recovery_history has it."""
+        return list(self._recovery.history) if self._recovery is not None else []
+
+    def _recover(self, violation: SandboxViolation, *, end: bool = False) -> concurrent.futures.Future[bool] | None:
+        """Begin to do what there is to be done about a violation, or with `end` to end its calls for it.
+
+        For SandboxRecoveryManager. Returns a Future of whether that worked; None where the sandbox is not open.
+        """
+        if self._service is None or self._sandbox is None or self._sandbox.closing:
+            return None
+        worked: concurrent.futures.Future[bool] = concurrent.futures.Future()
+        worked.set_running_or_notify_cancel()
+
+        def begin() -> None:
+            if self._sandbox is None or self._sandbox.closing:
+                worked.set_result(False)
+            else:
+                self._recoveries(self._sandbox).recover(violation, worked.set_result, end=end)
+
+        self._post(begin)
+        return worked
+
+    def _recoveries(self, sandbox: client.Sandbox) -> Recovery:
+        """In the engine's thread."""
+        if self._recovery is None:
+            from sandbox.recovery.measures import Recovery
+
+            self._recovery = Recovery(sandbox, self.sandbox_id)
+            self._recovery.discard = lambda: self._on_loop(self._discard) if self._has_layers() else None
+            if self.config.telemetry_enabled:
+                self._recovery.evidence = lambda violation: self._on_loop(self._keep_evidence, violation)
+        return self._recovery
+
+    def _react(self, violation: SandboxViolation, offences: int = 0) -> None:
+        """In the engine's thread: `violation` has just been seen, of `offences` in its call."""
+        if self.config.auto_recovery_enabled and self._sandbox is not None and not self._sandbox.closing:
+            self._recoveries(self._sandbox).automatic(violation, offences)
+
+    def _on_loop(
+        self, work: Callable[..., Coroutine[Any, Any, dict[str, Any]]], *args: Any
+    ) -> concurrent.futures.Future[dict[str, Any]] | None:
+        """Have `work(*args)` done on the caller's loop; None where that is closed."""
+        assert self._loop is not None
+        if self._loop.is_closed():
+            return None
+        return asyncio.run_coroutine_threadsafe(work(*args), self._loop)
+
+    async def _discard(self) -> dict[str, Any]:
+        """Have changes of granted folders discarded: now, or when the calls that run have ended."""
+        if self._running or self._busy:
+            self._tainted = self._tainted or "recovery discards them"
+            return {"before": {"are_kept": True}, "after": {"are_kept": False}}
+        before = await asyncio.to_thread(self._changed)
+        await self.discard_changes()
+        return {"before": before, "after": await asyncio.to_thread(self._changed)}
+
+    def _changed(self) -> dict[str, Any]:
+        with self._in_engine(lambda: GrantedChanges(self._opened_sandbox())) as granted, self._workspace() as root:
+            room = os.fstatvfs(root)
+            return {"changes": len(granted.found()), "quota_mb": room.f_blocks * room.f_frsize / MB}
+
+    async def _keep_evidence(self, violation: SandboxViolation) -> dict[str, Any]:
+        from sandbox.recovery import records
+
+        found = records.Evidence()
+        found.samples = list(self._telemetry.resource_samples)
+        found.recipe = self.recipe.to_dict() if self.recipe is not None else {}
+        found.output_tail = self.output_tail
+
+        def keep() -> str:
+            if self._has_layers():
+                with self._in_engine(lambda: GrantedChanges(self._opened_sandbox())) as granted:
+                    found.take_granted(granted)
+            found.take_workspace(self)
+            return found.keep(self.sandbox_id, [*self._telemetry.violations, violation])
+
+        return {"evidence": await asyncio.to_thread(keep)}
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -972,6 +1067,8 @@ class _Run:
                 self.owner._watch_ends(self._watched)
             else:
                 self.owner._count(self.call.outcome or {})
+            if self.owner._recovery is not None:
+                self.owner._recovery.ended(self.call, self.violations)
         finally:
             if not self._done.done():
                 self._done.set_result(None)
@@ -982,6 +1079,8 @@ class _Run:
         self.violations.append(violation)
         if self.call.offences > self.owner.config.violation_threshold:
             self.call.kill("violations")
+        else:
+            self.owner._react(violation, self.call.offences)
 
 
 def promise() -> concurrent.futures.Future[None]:

@@ -124,10 +124,6 @@ EXCEPTIONS = {
     "ResourceLimitExceededError": {"limit", "allowed", "used", "explanation"},
 }
 
-NOT_YET: dict[str, dict[str, object]] = {
-    "SandboxRecoveryManager": {"config": None},
-}
-
 
 @pytest.fixture(params=MODULES)
 def module(request: pytest.FixtureRequest) -> ModuleType:
@@ -184,22 +180,26 @@ def test_exceptions(module: ModuleType, name: str) -> None:
     assert module.SandboxException.__bases__ == (Exception,)
 
 
-@pytest.mark.parametrize("name", NOT_YET)
-def test_later_classes_say_so(module: ModuleType, name: str) -> None:
-    cls = getattr(module, name)
-    parameters = inspect.signature(cls).parameters
-    defaults = {key: REQUIRED if item.default is item.empty else item.default for key, item in parameters.items()}
-    assert defaults == NOT_YET[name]
-    with pytest.raises(NotImplementedError, match=f"^{name} is not part of this version yet$"):
-        cls(**dict.fromkeys(parameters))
-
-
 def test_enhanced_plugin_sandbox(module: ModuleType) -> None:
     parameters = list(inspect.signature(module.EnhancedPluginSandbox).parameters.values())
     assert [item.name for item in parameters[:4]] == ["limits", "permissions", "config", "sandbox_id"]
     assert [item.default for item in parameters[:4]] == [inspect.Parameter.empty] * 3 + [None]
     assert {item.kind for item in parameters[:4]} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
     assert all(item.default is not item.empty for item in parameters[4:])
+
+
+def test_sandbox_recovery_manager(module: ModuleType) -> None:
+    cls = module.SandboxRecoveryManager
+    parameters = list(inspect.signature(cls).parameters.values())
+    assert [(item.name, item.default, item.kind) for item in parameters] == [
+        ("config", None, inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        ("state_folder", None, inspect.Parameter.KEYWORD_ONLY),
+    ]
+    assert list(inspect.signature(cls.auto_recovery_violation).parameters) == ["self", "violation"]
+    assert inspect.iscoroutinefunction(cls.auto_recovery_violation)
+    assert list(inspect.signature(cls.quarantine_plugin).parameters) == ["self", "plugin_id", "reason"]
+    assert list(inspect.signature(cls.get_recovery_history).parameters) == ["self"]
+    assert cls().get_recovery_history() == []
 
 
 def test_enhanced_plugin_framework(module: ModuleType) -> None:
@@ -228,7 +228,7 @@ def test_all_is_complete_and_the_same_objects() -> None:
         *ENUMS,
         *FIELDS,
         *EXCEPTIONS,
-        *NOT_YET,
+        "SandboxRecoveryManager",
         "EnhancedPluginFramework",
         "EnhancedResourceMonitor",
         "SandboxException",

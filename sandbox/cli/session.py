@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sandbox.engine.recording import Recorder
     from sandbox.engine.streams import Streams
     from sandbox.engine.watching import SandboxWatch
+    from sandbox.recovery.measures import Recovery
     from sandbox.recovery.records import Evidence
     from sandbox.violations import SandboxViolation
 
@@ -133,6 +134,7 @@ class Session:
         self.watch: SandboxWatch | None = None
         self.recorder: Recorder | None = None  # of file operations
         self.watched: list[SandboxViolation] = []  # by both
+        self.recovery: Recovery | None = None
         self.samples: list[dict[str, Any]] = []
         self.activity: list[dict[str, str]] = []  # what it wanted of the network, as the supervisor says
         self.network_operations = 0
@@ -309,7 +311,7 @@ class Session:
         from sandbox.engine.recording import Recorder
 
         recorder = self.recorder = Recorder(call.sandbox)
-        recorder.on_violation = self.watched.append
+        recorder.on_violation = self._seen
         run = recorder.begin(call)
         call.on_done = lambda _: recorder.end(run)
 
@@ -322,7 +324,7 @@ class Session:
         if self.recorder is not None:
             self.recorder.watch()
         watch = self.watch = SandboxWatch(self.call.sandbox)
-        watch.on_violation = self.watched.append
+        watch.on_violation = self._seen
         watch.on_sample = self.samples.append
         run, recorded = watch.begin(), self.call.on_done
 
@@ -335,8 +337,29 @@ class Session:
         self.call.on_done = end
 
     def _violation(self, call: client.Call, fields: dict[str, str]) -> None:
-        if call.offences > self.recipe.monitoring["violation_threshold"]:
+        threshold = self.recipe.monitoring["violation_threshold"]
+        if call.offences > threshold:
             call.kill("violations")
+        elif call.offences == threshold:
+            from sandbox.engine import outcome
+
+            self._react(outcome.describe_violation(fields, call.sandbox), call.offences)
+
+    def _seen(self, violation: SandboxViolation) -> None:
+        """A violation that no system call tells of."""
+        self.watched.append(violation)
+        self._react(violation)
+
+    def _react(self, violation: SandboxViolation, offences: int = 0) -> None:
+        if self.call is not None and self.recipe.monitoring["auto_recovery"]:
+            self._recoveries(self.call.sandbox).automatic(violation, offences)
+
+    def _recoveries(self, sandbox: client.Sandbox) -> Recovery:
+        if self.recovery is None:
+            from sandbox.recovery.measures import Recovery
+
+            self.recovery = Recovery(sandbox, "run")
+        return self.recovery
 
     def _kill(self, cause: str) -> None:
         if self.call is not None:
@@ -418,6 +441,8 @@ class Session:
         assert self.call is not None
         violations = [outcome.describe_violation(fields, self.call.sandbox) for fields in self.call.violations.values()]
         outcome.locate(self.call, violations)
+        if self.recovery is not None or self.call.cause == "violations":
+            self._recoveries(self.call.sandbox).ended(self.call, violations)
         error = outcome.judge(self.call, violations)
         status = self._exit_code(error)
         unasked = self.call.reply_kind == channel.REPLY_UNFIT and not self._is_unfit()
@@ -570,6 +595,8 @@ def write_result(
         "telemetry": telemetry.to_dict(),
         "network": [outcome.activity(fields) for fields in session.activity],
     }
+    if session.recovery is not None:
+        result["recovery"] = session.recovery.history
     if session.settled is not None:
         changes = [dict(vars(change)) for change in session.settled.found]
         result |= {"changes": changes, "committed": session.settled.is_committed}
@@ -589,3 +616,5 @@ def print_summary(session: Session, status: int) -> None:
     for state, names in states.items():
         if names:
             say(f"{state}: {', '.join(names)}")
+    if session.recovery is not None and session.recovery.history:
+        say(f"recovery: {', '.join(step['action'] for step in session.recovery.history)}")

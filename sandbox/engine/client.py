@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from sandbox.engine.loop import Loop, Timer
     from sandbox.recipe_data import Recipe
+    from sandbox.violations import SandboxViolation
 
 ZYGOTE_DIED = "the zygote has died: its sandboxes are gone; open new ones"
 WARDEN_DIED = "the sandbox's warden has died, and all of its calls with it: open a new sandbox"
@@ -313,6 +314,7 @@ class Sandbox:
         self.on_network: Callable[[dict[str, str]], None] | None = None  # for each network operation of a call
         self.layers: int | None = None  # O_PATH fd of the folder with what the plugin has changed in them
         self.on_renewed: Callable[[], None] | None = None
+        self.cut: dict[str, int] = {}  # what became of its links and connections when it was cut off
         self.error: SandboxException | None = None
         self.is_gone = False
         self.left = ""  # what could not be removed
@@ -489,6 +491,8 @@ class Sandbox:
                 folder.begin()
             if self.on_renewed is not None:
                 self.on_renewed()
+        elif kind == "cut_off":
+            self.cut |= {name: int(value) for name, value in fields.items()}
         elif kind == "failed" and call is None:
             self.fail(failed_line(fields))
         elif kind == "failed" and call is not None:
@@ -518,7 +522,9 @@ class Sandbox:
         """One message of the supervisor."""
         kind, fields = channel.unpack(data)
         call = self.calls.get(int(fields["call"]))
-        if kind == "violation" and call is not None:
+        if kind == "cut_off":
+            self.cut["connections"] = int(fields["connections"])
+        elif kind == "violation" and call is not None:
             call.violation(fields)
         elif kind == "network" and self.on_network is not None:
             self.on_network(fields)
@@ -559,6 +565,12 @@ class Sandbox:
         self.workspace = self.layers = None
         for folder in self.granted:
             folder.close()
+
+    def cut_off(self) -> None:
+        """Have its links taken down and every connection ended and refused from now on; `cut` tells when that has been done:
+        then it has `links`, and `connections` if `supervised` is 1."""
+        self.cut.clear()
+        self._instruct({"op": "cut_off"})
 
     def renew(self, *, keep: bool) -> None:
         """Have granted folders attached anew, and what was changed in them forgotten unless `keep`; running calls end.
@@ -636,7 +648,9 @@ class Call:
         self.read_back: dict[str, str] | None = None
         self.error: SandboxException | None = None
         self.outcome: dict[str, str] | None = None
-        self.cause = ""  # why the host itself ended it: output, result, violations, file_operations, cancelled
+        # Why the host itself ended it: output, result, violations, file_operations, recovery, cancelled
+        self.cause = ""
+        self.recovered: SandboxViolation | None = None  # from which, where recovery is the cause
         self.file_operations = 0  # where that is the cause
         self.hidden = ""  # a folder in which nobody could count them, where that is
         self.reply_kind = b""
@@ -678,8 +692,9 @@ class Call:
 
     def send_job(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
         """Let the worker begin; from now on the warden's clock runs for `seconds`."""
-        self.sandbox._instruct({"op": "deadline", "call": self.number, "seconds": seconds})
-        self._timer = self.loop.call_later(seconds + GRACE, self._overdue)
+        grace = float(self.sandbox.recipe.monitoring["grace_seconds"])
+        self.sandbox._instruct({"op": "deadline", "call": self.number, "seconds": seconds, "grace": grace})
+        self._timer = self.loop.call_later(seconds + grace + GRACE, self._overdue)
         header = marshal.dumps(instruction)
         view = memoryview(header + payload)
         try:
@@ -816,6 +831,11 @@ class Call:
             self.kill("violations")
         if is_new and self.on_violation is not None:
             self.on_violation(self, fields)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has been given a job, and has not ended."""
+        return self._timer is not None and not self.done
 
     def kill(self, cause: str) -> None:
         """End everything of the call now; `on_done` tells when it has gone."""

@@ -321,6 +321,8 @@ def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | 
         return _limit("file_operations", allowed, used, text)
     if call.cause == "violations":
         return SecurityViolationError("the plugin passed the violation threshold and was killed", violations=violations)
+    if call.cause == "recovery" and call.recovered is not None:
+        return _recovered(call.recovered, violations)
     if cause == "supervisor":
         return ResourceError("the sandbox's supervisor has died, so the sandbox was killed: open a new one")
     code, number = exit_of(call)
@@ -341,6 +343,18 @@ def _limit(
 
         explanation = explanations.limited(name, allowed / MB if name in BYTES else allowed)
     return ResourceLimitExceededError(text, limit=name, allowed=allowed, used=used, explanation=explanation)
+
+
+def _recovered(violation: SandboxViolation, violations: list[SandboxViolation]) -> SandboxException:
+    """Recovery has ended the plugin, because of this violation."""
+    from sandbox.violations import SandboxViolationType
+
+    text = f"recovery ended the plugin: {violation.message}"
+    explanation, details = violation.explanation, violation.details
+    if violation.type in (SandboxViolationType.RESOURCE_EXCEEDED, SandboxViolationType.EXECUTION_TIMEOUT):
+        name, allowed, used = str(details.get("limit", "")), details.get("allowed"), details.get("used")
+        return ResourceLimitExceededError(text, limit=name, allowed=allowed, used=used, explanation=explanation)
+    return SecurityViolationError(text, violations=violations, explanation=explanation)
 
 
 def _killed(number: int, limits: dict[str, float], violations: list[SandboxViolation]) -> SandboxException:

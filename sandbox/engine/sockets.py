@@ -19,6 +19,7 @@ import errno
 import os
 
 from sandbox.engine import access
+from sandbox.ns import processes
 from sandbox.ns import syscalls as sc
 from sandbox.seccomp import notifier
 
@@ -153,6 +154,13 @@ class Sockets:
         self.requests.pop(call, None)
         self.late |= self.waiting.pop(call, set())
         self.hurry()
+
+    def cut_off(self, pids: list[int]) -> int:
+        """Nothing may be connected any more, and what the processes `pids` and those below them have connected is shut down;
+        returns how many connections. What lies in a message that nobody has received yet is not among them."""
+        self.access = access.Access(None, {})
+        self.is_apart = False
+        return sum(shut_down(process) for pid in pids for process in processes.tree(pid))
 
     def are_waiting(self) -> bool:
         """Whether there is something to `hurry`."""
@@ -380,6 +388,28 @@ def socket_of(pid: int, fd: int) -> _socket.socket:
     except OSError:
         os.close(copy)
         raise
+
+
+def shut_down(pid: int) -> int:
+    """Shut down every TCP socket of a process, for all who have it; returns how many were connected, or about to be."""
+    count = 0
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return 0  # it has ended
+    for name in names:
+        try:
+            if os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
+                sock = socket_of(pid, int(name))
+                try:
+                    if sock.family in access.BITS:  # what is none of ours leads nowhere
+                        count += is_under_way(sock)
+                        sock.shutdown(_socket.SHUT_RDWR)
+                finally:
+                    sock.close()
+        except OSError:
+            continue  # closed meanwhile, or not connected
+    return count
 
 
 def process_of(thread: int) -> int:

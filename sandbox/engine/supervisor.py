@@ -105,6 +105,10 @@ class Supervisor:
                     instruction, fds = channel.receive_instruction(self.warden, 1)
                     if instruction is None:
                         return
+                    if "cut_off" in instruction:
+                        ended = self.sockets.cut_off(instruction["cut_off"])  # type: ignore[arg-type]
+                        self.send("cut_off", {"call": 0, "connections": ended})
+                        continue
                     self.listeners[fds[0]] = int(instruction["call"])  # type: ignore[call-overload]
                     self.poll.register(fds[0], select.POLLIN)
                 elif event & select.POLLIN:

@@ -59,6 +59,7 @@ class Call:
         self.mounts: int | None = None  # init's mount namespace, held until its end has been told
         self.worker: int | None = None  # a pidfd
         self.deadline: float | None = None
+        self.grace = 0.0  # seconds from SIGTERM at the deadline to SIGKILL; 0: SIGKILL at once
         self.cause = "exit"
         self.used = 0  # bytes of memory, where that is the cause
         self.counted: dict[str, int] = {}  # events of the cgroup before it began
@@ -88,6 +89,7 @@ class Warden:
         self.supervisor: tuple[int, int, _socket.socket] | None = None  # pid, pidfd, socket
         self.tasks_for = 1  # calls that pids.max allows for
         self.sample_at = 0.0  # when memory is looked at next
+        self.is_cut_off = False  # from the network, for the rest of the sandbox's life
         self.granted = granted.Granted(
             recipe["granted"],
             instruction["granted"],
@@ -216,12 +218,41 @@ class Warden:
             network.add_link(self.link_socket, self.recipe["network"]["request"], call.pid)
             channel.instruct(call.report, {"linked": True})
 
+    def cut_off(self) -> None:
+        """No call of this sandbox reaches anything any more: its own links go down, and the supervisor refuses all."""
+        self.is_cut_off = True
+        pids = [call.pid for call in self.calls.values()]
+        links = 0
+        if "net" in self.recipe["namespaces"] and not self.shares_network:
+            links = sum(self.links_down(pid) for pid in pids)
+        if self.supervisor is not None:
+            try:
+                channel.instruct(self.supervisor[2], {"cut_off": pids})
+            except OSError:
+                pass  # it has just died, which is noticed by its pidfd
+        channel.send(self.hub, "cut_off", {"links": links, "supervised": int(self.supervisor is not None)})
+
+    def links_down(self, call: int) -> int:
+        """Take the links of a call's network namespace down, from a process that goes there; returns how many those are."""
+        pid, pidfd = sc.clone3(0)
+        if pid == 0:
+            try:
+                sc.setns(os.open(f"/proc/{call}/ns/net", os.O_RDONLY | os.O_CLOEXEC), sc.CLONE_NEWNET)
+                os._exit(sum(network.set_down(name) for name in ("lo", network.INNER)))
+            except OSError:
+                os._exit(0)  # the call has just ended
+            finally:
+                os._exit(0)
+        os.close(pidfd)
+        return os.waitstatus_to_exitcode(self.reap(pid))
+
     def start_supervisor(self) -> None:
         here, there = channel.pair()
         own_pid = os.getpid()
         pid, pidfd = sc.clone3(0)
         if pid == 0:
-            supervisor.run(there, self.fds["violations"], own_pid, self.recipe["network"], self.instruction["resolved"])
+            wanted = {**self.recipe["network"], "access": None} if self.is_cut_off else self.recipe["network"]
+            supervisor.run(there, self.fds["violations"], own_pid, wanted, self.instruction["resolved"])
         there.close()
         self.supervisor = pid, pidfd, here
         self.poll.register(pidfd, select.POLLIN)
@@ -446,23 +477,36 @@ class Warden:
         if operation == "renew":
             self.renew(keep=bool(instruction["keep"]))
             return True
+        if operation == "cut_off":
+            self.cut_off()
+            return True
         call = self.find(int(instruction["call"]))  # type: ignore[call-overload]
         if call is None:
             return True  # it has ended meanwhile
         if operation == "kill":
             self.kill(call, str(instruction["cause"]))
         elif operation == "deadline":
-            self.begin_clock(call, float(instruction["seconds"]))  # type: ignore[arg-type]
+            self.begin_clock(call, float(instruction["seconds"]), float(instruction["grace"]))  # type: ignore[arg-type]
         elif operation == "signal" and call.worker is not None:
             sc.pidfd_send_signal(call.worker, int(instruction["signal"]))  # type: ignore[call-overload]
         return True
 
-    def begin_clock(self, call: Call, seconds: float) -> None:
+    def begin_clock(self, call: Call, seconds: float, grace: float) -> None:
         """The job is on its way: from now on the call's time counts, and its memory is looked at."""
         now = monotonic()
         if all(other.deadline is None for other in self.calls.values()):
             self.sample_at = now + SAMPLE_SECONDS
         call.deadline = now + seconds
+        call.grace = grace
+
+    def overdue(self, call: Call, now: float) -> None:
+        """Its time is over: whoever handles SIGTERM may tidy up for a moment."""
+        grace, call.grace, call.deadline = call.grace, 0.0, None
+        if grace and call.worker is not None:
+            call.cause, call.deadline = "timeout", now + grace
+            sc.pidfd_send_signal(call.worker, signal.SIGTERM)
+        else:
+            self.kill(call, "timeout")
 
     def wait_ms(self) -> int | None:
         deadlines = [call.deadline for call in self.calls.values() if call.deadline is not None]
@@ -504,8 +548,7 @@ class Warden:
                 self.sample_at = now + SAMPLE_SECONDS
             for call in list(self.calls.values()):
                 if call.deadline is not None and call.deadline <= now:
-                    call.deadline = None
-                    self.kill(call, "timeout")
+                    self.overdue(call, now)
 
     def supervisor_died(self) -> None:
         """Fail closed: without a supervisor nobody records what is refused, so nothing may run."""

@@ -81,10 +81,26 @@ def counters() -> dict[str, int]:
 
 def set_up(name: str) -> None:
     """Bring the interface `name` of this network namespace up (netdevice(7))."""
+    _set_flags(name, up=True)
+
+
+def set_down(name: str) -> bool:
+    """Take it down; False where there is none. Raises OSError."""
+    try:
+        _set_flags(name, up=False)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        return False
+    return True
+
+
+def _set_flags(name: str, *, up: bool) -> None:
     control = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
     try:
         request = name.encode().ljust(16, b"\0") + bytes(24)
         flags = int.from_bytes(fcntl.ioctl(control.fileno(), SIOCGIFFLAGS, request)[16:18], "little")
-        fcntl.ioctl(control.fileno(), SIOCSIFFLAGS, request[:16] + (flags | IFF_UP).to_bytes(2, "little") + bytes(22))
+        flags = flags | IFF_UP if up else flags & ~IFF_UP
+        fcntl.ioctl(control.fileno(), SIOCSIFFLAGS, request[:16] + flags.to_bytes(2, "little") + bytes(22))
     finally:
         control.close()

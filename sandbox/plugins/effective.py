@@ -183,6 +183,11 @@ def effective(
     return IsolationConfig(**_combined(config, manifest.isolation)), least, allowed
 
 
+def retry_memory(manifest: Manifest, limits: PluginLimitsV2) -> float:
+    """The memory in MB that a plugin may have for a second try, never more than the host's limit; 0: there is none."""
+    return min(manifest.retry_memory_mb or 0.0, limits.max_memory_mb)
+
+
 def _combined(host: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
     values = {field.name: getattr(host, field.name) for field in fields(host)}
     for name, value in asked.items():

@@ -30,7 +30,7 @@ from sandbox.errors import (
 )
 from sandbox.ns.userids import NoPlaceError, bounds
 from sandbox.plugins import discovery, files, manifest, signing, stage
-from sandbox.plugins.effective import effective
+from sandbox.plugins.effective import effective, retry_memory
 from sandbox.plugins.files import PluginFiles
 from sandbox.recipe import under
 from sandbox.recipe_data import ENFORCED, MISSING, SUBSTITUTED
@@ -78,6 +78,9 @@ class Load:
         result: what the plugin returned.
         error: why it has not succeeded: one sentence, safe for a terminal; None if it has.
         quarantined: why it has been quarantined for this load; "" if it has not.
+        recovery: what was done about violations, as SandboxRecoveryManager.get_recovery_history has it, and a second try with
+            more memory (the action "retry").
+        limit: which limit has ended it; "" for none.
         telemetry: of its sandbox.
         seconds: from the call to the end of the sandbox.
         start_ms: from the call to the plugin's first line, waiting for a place left out.
@@ -94,6 +97,8 @@ class Load:
     result: Any = None
     error: str | None = None
     quarantined: str = ""
+    recovery: list[dict[str, Any]] = field(default_factory=list)
+    limit: str = ""
     seconds: float = 0.0
     start_ms: float = 0.0
     evidence: Evidence = field(default_factory=Evidence)
@@ -115,7 +120,7 @@ class Load:
             "error": self.error,
             "telemetry": self.telemetry.to_dict(),
             "violations": self.violations,
-            "recovery": [],
+            "recovery": self.recovery,
             "performance_metrics": {
                 "seconds": self.seconds,
                 "start_ms": self.start_ms,
@@ -221,8 +226,12 @@ class EnhancedPluginFramework:
 
         Returns:
             plugin_id, sandbox_id, success, result, error (one sentence, or None), telemetry and violations as their to_dict()
-            gives them, recovery (a list), and performance_metrics: seconds and start_ms, peak_memory_mb (of 2**20 bytes),
-            peak_cpu_percent (of one CPU), file_operations, network_operations.
+            gives them, recovery (steps as SandboxRecoveryManager.get_recovery_history has them), and performance_metrics:
+            seconds and start_ms, peak_memory_mb (of 2**20 bytes), peak_cpu_percent (of one CPU), file_operations,
+            network_operations.
+
+        A plugin that was ended for want of memory is run once more if its manifest has more for this case ([recovery]) and
+        auto_recovery_enabled is True; what is returned is of the second try, `recovery` of both.
 
         Raises:
             TypeError: an argument is of another type. For what a plugin is or does nothing is raised.
@@ -254,8 +263,21 @@ class EnhancedPluginFramework:
         ready = await _staged(lambda: self._prepare(load))
         try:
             await self._run(load, ready, started)
+            more = retry_memory(ready.manifest, self.limits)
+            if load.limit == "memory" and load.config.auto_recovery_enabled and more > load.limits.max_memory_mb:
+                await self._retry(load, ready, more)
         finally:
             await asyncio.to_thread(ready.staged.release)
+
+    async def _retry(self, load: Load, ready: Ready, memory_mb: float) -> None:
+        """Once more, in a fresh sandbox with as much memory as the manifest asks for in this case."""
+        before = {"max_memory_mb": load.limits.max_memory_mb, "ended_by": load.error}
+        load.limits = replace(load.limits, max_memory_mb=memory_mb, memory_warning_threshold_mb=None)  # type: ignore[arg-type]
+        load.outcome, load.error, load.limit, load.evidence = OK, None, "", Evidence()
+        step = {"timestamp": _now().isoformat(), "violation": None, "action": "retry", "before": before}
+        await self._run(load, ready, monotonic())
+        after = {"max_memory_mb": memory_mb, "ended_by": load.error}
+        load.recovery.append({**step, "sandbox_id": load.sandbox_id, "after": after, "success": load.outcome == OK, "note": ""})
 
     def _prepare(self, load: Load) -> Ready:
         """Read, check and stage. Raises PluginError, ResourceError."""
@@ -300,6 +322,7 @@ class EnhancedPluginFramework:
         finally:
             self._open[level] -= 1
             await sandbox.cleanup_sandbox()
+            load.recovery += sandbox.get_recovery_history()
 
     async def _call(self, load: Load, ready: Ready, sandbox: EnhancedPluginSandbox) -> None:
         source, job = ready.job()
@@ -314,6 +337,7 @@ class EnhancedPluginFramework:
             load.failed(VIOLATION, error)
         except ResourceLimitExceededError as error:
             load.failed(LIMIT, error)
+            load.limit = error.limit
         except (PluginExecutionError, CommitError) as error:
             load.failed(ERROR, error)
         if load.error is not None:

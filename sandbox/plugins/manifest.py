@@ -11,8 +11,10 @@
     [limits]                                # the fields of PluginLimitsV2
     [permissions]                           # of PluginPermissionsV2
     [isolation]                             # of IsolationConfig
+    [recovery]
+    max_memory_mb = 256                     # for a second try, after it was ended for want of memory
 
-The three tables are checked by sandbox.config, as a --config file is. What they can do is in effective.py.
+The first three tables are checked by sandbox.config, as a --config file is. What they can do is in effective.py.
 
 Host side. It must not know where a manifest came from, nor believe what it says.
 """
@@ -53,6 +55,7 @@ class Manifest:
         module: the module of the entry point, dotted; None: the main file.
         functions: the entry points to try, in this order.
         limits, permissions, isolation: the fields it asks for, checked, by name; what it does not ask for is not in them.
+        retry_memory_mb: the memory it asks for where that of its limits was too little; None: there is no second try.
         sha256: digests in lower case hex by the file's path; empty: it does not say.
     """
 
@@ -64,6 +67,7 @@ class Manifest:
     limits: Mapping[str, Any] = field(default_factory=dict)
     permissions: Mapping[str, Any] = field(default_factory=dict)
     isolation: Mapping[str, Any] = field(default_factory=dict)
+    retry_memory_mb: float | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -259,10 +263,21 @@ def _sha256(key: str, value: object) -> dict[str, Any]:
     return {key: {path: text.lower() for path, text in value.items()}}
 
 
+def _recovery(key: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict) or set(value) != {"max_memory_mb"}:
+        raise ValueError(f"make it a table, [{key}], with max_memory_mb alone")
+    try:
+        limits = config.PluginLimitsV2(max_memory_mb=value["max_memory_mb"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"max_memory_mb {str(error).partition('max_memory_mb ')[2]}") from None
+    return {"retry_memory_mb": limits.max_memory_mb}
+
+
 _FIELDS: dict[str, Callable[[str, object], dict[str, Any]]] = {
     "name": _line_of_text,
     "version": _line_of_text,
     "description": _description,
     "entry_point": _entry_point,
     "sha256": _sha256,
+    "recovery": _recovery,
 }

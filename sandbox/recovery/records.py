@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from sandbox.errors import ResourceError
-from sandbox.recovery import evidence, spool
+from sandbox.recovery import evidence, private, spool
 from sandbox.recovery.audit import AuditLog
 from sandbox.recovery.granted import content
 from sandbox.recovery.store import Store
@@ -59,11 +59,9 @@ class Records:
         self, plugin_id: str, sha256: str, reason: str, violations: Sequence[Mapping[str, Any]], found: Evidence
     ) -> None:
         """Quarantine a plugin, with evidence if that can be kept: without it the quarantine holds all the same."""
-        folder = os.path.join(self.store.folder, evidence.FOLDER)
-        name = f"{plain(plugin_id)}-{time.time_ns()}-{os.urandom(4).hex()}"
         path: str | None = None
         try:
-            path = os.fspath(evidence.bundle(folder, name, violations=violations, **found.parts()))
+            path = found.keep(plugin_id, violations, self.store.folder)
         except ResourceError as error:
             reason = f"{reason} (no evidence is kept: {error})"
         self.store.quarantine(plugin_id, sha256, reason, violations, self.by, path)
@@ -104,6 +102,12 @@ class Evidence:
             "recipe": self.recipe,
             "output_tail": self.output_tail,
         }
+
+    def keep(self, name: str, violations: Sequence[Any], folder: str | None = None) -> str:
+        """Keep it in a bundle of its own in the state folder; returns its path. Raises ResourceError."""
+        place = os.path.join(folder if folder is not None else private.default_folder(), evidence.FOLDER)
+        unique = f"{plain(name)}-{time.time_ns()}-{os.urandom(4).hex()}"
+        return os.fspath(evidence.bundle(place, unique, violations=violations, **self.parts()))
 
     def take(self, path: str, data: bytes) -> None:
         if len(self.changes) < CHANGES:

@@ -30,6 +30,8 @@ from sandbox import (
     SandboxViolation,
     SandboxViolationType,
 )
+from sandbox.recovery import private
+from sandbox.recovery.store import Store
 
 from . import harness, plugins
 
@@ -515,10 +517,22 @@ def test_advanced_example_of_the_reference(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().out == "Detected 1 violations\n"
 
 
-def test_recovery_example_of_the_reference() -> None:
-    violation = SandboxViolation(SandboxViolationType.SECURITY_BREACH, "breach", datetime.datetime.now(datetime.UTC))
-    with pytest.raises(NotImplementedError, match="SandboxRecoveryManager is not part of this version yet"):
-        asyncio.run(example(RECOVERY, violations=[violation], plugin_id="p")())
+def test_recovery_example_of_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """The sandbox is closed by then, so nothing is left to recover: it ends in quarantine."""
+    values = executed(monkeypatch)
+    monkeypatch.setattr(private, "default_folder", lambda: str(tmp_path / "state"))
+
+    async def main() -> list[SandboxViolation]:
+        async with EnhancedPluginSandbox(PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig()) as sandbox:
+            await sandbox.execute_plugin_safe(plugins.connect_out)
+        return sandbox.get_violations()
+
+    violations = asyncio.run(main())
+    asyncio.run(example(RECOVERY, violations=violations, plugin_id="p")())
+    with Store() as store:
+        (found,) = store.quarantined()
+    assert (found.plugin_id, found.reason, len(values)) == ("p", "Auto-recovery failed", 1)
+    assert found.violations[0]["type"] == "network_violation"
 
 
 def test_positional_construction() -> None:

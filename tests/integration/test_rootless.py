@@ -20,6 +20,7 @@ FILES = [
     "test_records.py",
     "test_shared_network.py",
     "test_framework.py",
+    "test_recovery.py",
 ]
 
 

@@ -1,0 +1,398 @@
+"""What is done about a violation in an open sandbox: measures that the kernel carries out, each told with what was before
+and what is after.
+
+Works in the engine's thread, a step at a time: a measure is a generator that yields the seconds until it goes on, so that
+nothing is waited for. Both doors use it. Must not know asyncio, nor what is stored. Sources: the kernel's cgroup-v2
+document, getrlimit(2), setpriority(2).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from datetime import UTC, datetime
+
+from sandbox.cgroups import leaf
+from sandbox.engine.watching import source_of
+from sandbox.ns import processes
+from sandbox.violations import SandboxViolationType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+    from concurrent.futures import Future
+    from typing import Any
+
+    from sandbox.engine.client import Call, Sandbox
+    from sandbox.engine.loop import Loop
+    from sandbox.violations import SandboxViolation
+
+    Steps = Generator[float, None, bool]
+    Finding = Future[dict[str, Any]]
+
+MB = 1 << 20
+SOON = 0.005  # seconds between two looks at what the kernel does at once
+ANSWER = 2.0  # seconds that a part of the sandbox gets for an answer
+LOW = 0.9  # of the warning threshold: what memory is brought below while the plugin stands still
+RECLAIM_BYTES = 8 * MB  # at a time, so that the engine's thread is soon free again
+SETTLE_SECONDS, SETTLE_LOOK = 3.0, 0.1  # that memory is looked at after a measure, to tell whether it still grows
+GROWS = 1 * MB
+SHARE = 4  # of its CPU limit a plugin keeps a fourth ...
+SLOW_SECONDS = 5.0  # ... for so long
+NICEST = 19
+
+DONE_BY_KERNEL = "memory.max"
+FILES = ("disk", "file_size", "file_operations", "inodes")
+
+
+def action_of(violation: SandboxViolation) -> str:
+    """Which measure a violation calls for: memory, cpu, processes, files, network, time or end."""
+    kind, limit = violation.type, str(violation.details.get("limit", ""))
+    if kind is SandboxViolationType.RESOURCE_EXCEEDED:
+        if limit.startswith("memory"):
+            return "memory"
+        if limit in FILES:
+            return "files"
+        return {"cpu": "cpu", "pids": "processes", "network_requests": "network"}.get(limit, "end")
+    return {
+        SandboxViolationType.FILESYSTEM_VIOLATION: "files",
+        SandboxViolationType.NETWORK_VIOLATION: "network",
+        SandboxViolationType.EXECUTION_TIMEOUT: "time",
+    }.get(kind, "end")
+
+
+def is_memory_warning(violation: SandboxViolation) -> bool:
+    return violation.details.get("limit") == "memory" and violation.severity == "warning"
+
+
+class Recovery:
+    """The recoveries of one open sandbox, one after the other.
+
+    `history` has a step for each thing done: timestamp (ISO 8601), sandbox_id, violation (as its to_dict gives it), action,
+    before, after (both by name), success, and note, which says why where it was not. `discard()` and `evidence(violation)`
+    are the owner's, and give a Future of what came of it; None where there is nothing to discard, or nothing is kept.
+    """
+
+    def __init__(self, sandbox: Sandbox, sandbox_id: str) -> None:
+        self.sandbox = sandbox
+        self.sandbox_id = sandbox_id
+        self.history: list[dict[str, Any]] = []
+        self.discard: Callable[[], Finding | None] = lambda: None
+        self.evidence: Callable[[SandboxViolation], Finding | None] = lambda violation: None
+        self.waiting: list[tuple[SandboxViolation, Callable[[bool], object], str]] = []
+        self.is_busy = False
+        self.settings: dict[str, str] = {}  # of the cgroup, as they were before a measure
+        self.squeezed: SandboxViolation | None = None  # the warning of memory that was acted on in the calls that run
+
+    def recover(self, violation: SandboxViolation, then: Callable[[bool], object] = bool, *, end: bool = False) -> None:
+        """Do what there is to be done about it, or with `end` end its calls; `then(worked)` is called when that is known."""
+        self.waiting.append((violation, then, "end" if end else action_of(violation)))
+        if not self.is_busy:
+            self.is_busy = True
+            self.sandbox.loop.call_later(0, self._next)
+
+    def automatic(self, violation: SandboxViolation, offences: int) -> None:
+        """A violation has just been seen, of `offences` so far that count. Memory is seen to at once, as it can be without
+        harm; what else there is when violation_threshold is reached, which is the last warning before the end."""
+        threshold = int(self.sandbox.recipe.monitoring["violation_threshold"])
+        if is_memory_warning(violation) or (offences == threshold and action_of(violation) not in ("memory", "end")):
+            self.recover(violation)
+
+    def ended(self, call: Call, violations: Sequence[SandboxViolation] = ()) -> None:
+        """A call has ended, with `violations`. What was set for it is set back after the last one."""
+        if call.cause == "violations" and violations:
+            allowed, note = self.sandbox.recipe.monitoring["violation_threshold"], "violation_threshold was passed"
+            self._tell(violations[-1], "kill", {"violations": call.offences, "allowed": allowed}, {"calls": 0}, True, note)
+        violation = self.squeezed
+        if violation is not None and call.outcome is not None and call.outcome.get("cause") == "memory":
+            after = {"used_mb": int(call.outcome.get("used", "0")) / MB, "ended_by": DONE_BY_KERNEL}
+            before = {"limit_mb": self.sandbox.recipe.limits["memory_bytes"] / MB}
+            self._tell(violation, "kill", before, after, True, "it went on to grow up to its limit")
+            violation.resolved = False
+        if not self._running():
+            self.squeezed = None
+            self._relieve()
+
+    # -- one after the other -----------------------------------------------------------------------------------------
+
+    def _next(self) -> None:
+        if not self.waiting:
+            self.is_busy = False
+            return
+        violation, then, action = self.waiting.pop(0)
+        violation.auto_recovery_attempted = True
+
+        def finished(worked: bool) -> None:
+            violation.resolved = worked
+            then(worked)
+            self._next()
+
+        drive(self.sandbox.loop, self._steps(violation, action), finished)
+
+    def _steps(self, violation: SandboxViolation, action: str) -> Steps:
+        measures: dict[str, Callable[[SandboxViolation], Steps]] = {
+            "memory": self._memory,
+            "cpu": self._cpu,
+            "processes": self._processes,
+            "files": self._files,
+            "network": self._network,
+            "time": self._time,
+            "end": self._end,
+        }
+        try:
+            return (yield from measures[action](violation))
+        except OSError as error:  # the sandbox is at its end, or the host does not let us
+            self._tell(violation, action, {}, {}, False, error.strerror or str(error))
+            return False
+
+    def _tell(
+        self,
+        violation: SandboxViolation,
+        action: str,
+        before: dict[str, Any],
+        after: dict[str, Any],
+        success: bool,
+        note: str = "",
+    ) -> bool:
+        step = {"timestamp": datetime.now(UTC).isoformat(), "sandbox_id": self.sandbox_id, "violation": violation.to_dict()}
+        self.history.append({**step, "action": action, "before": before, "after": after, "success": success, "note": note})
+        return success
+
+    # -- what they are made of ---------------------------------------------------------------------------------------
+
+    def _has(self, controller: str) -> bool:
+        return self.sandbox.leaf_fd >= 0 and controller in (self.sandbox.recipe.cgroup or {}).get("controllers", ())
+
+    def _get(self, name: str) -> str:
+        return leaf.read(self.sandbox.leaf_fd, name).strip()
+
+    def _set(self, name: str, value: str) -> None:
+        """A setting of the cgroup, until `_relieve`."""
+        self.settings.setdefault(name, self._get(name))
+        leaf.write(self.sandbox.leaf_fd, name, value)
+
+    def _relieve(self, *names: str) -> dict[str, str]:
+        """Set these settings, or all, back to what they were."""
+        restored = {name: self.settings.pop(name) for name in names or list(self.settings) if name in self.settings}
+        for name, value in restored.items():
+            try:
+                leaf.write(self.sandbox.leaf_fd, name, value)
+            except OSError:
+                continue  # the cgroup has gone, and its settings with it
+        return restored
+
+    def _pids(self) -> list[int]:
+        """Every process of the calls that run, without their inits."""
+        workers = [int(call.read_back["NSpid"].split()[0]) for call in self.sandbox.calls.values() if call.read_back]
+        return [pid for worker in workers for pid in processes.tree(worker)]
+
+    def _running(self, number: int = 0) -> list[Call]:
+        """The calls that run; only the one with this number, if it does."""
+        running = [call for call in self.sandbox.calls.values() if call.is_running]
+        return [call for call in running if call.number == number] or running
+
+    def _freeze(self, violation: SandboxViolation) -> Steps:
+        """Stop everything in the sandbox: cgroup.freeze, or where it has no cgroup SIGSTOP."""
+        if self.sandbox.leaf_fd < 0:
+            pids = self._pids()
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            return self._tell(violation, "freeze", {}, {"stopped": len(pids)}, bool(pids), "by SIGSTOP: there is no cgroup")
+        before = {"frozen": self._is_frozen()}
+        leaf.write(self.sandbox.leaf_fd, "cgroup.freeze", "1")
+        for _ in range(int(ANSWER / SOON)):
+            if self._is_frozen():
+                break
+            yield SOON
+        after = {"frozen": self._is_frozen()}
+        return self._tell(violation, "freeze", before, after, after["frozen"])
+
+    def _is_frozen(self) -> bool:
+        return "frozen 1" in self._get("cgroup.events")
+
+    def _thaw(self) -> None:
+        if self.sandbox.leaf_fd < 0:
+            for pid in self._pids():
+                os.kill(pid, signal.SIGCONT)
+        else:
+            leaf.write(self.sandbox.leaf_fd, "cgroup.freeze", "0")
+
+    def _kill(self, violation: SandboxViolation, calls: list[Call]) -> Steps:
+        for call in calls:
+            call.recovered = call.recovered or violation
+            call.kill("recovery")
+        yield from self._until(lambda: all(call.done for call in calls), ANSWER)
+        left = sum(not call.done for call in calls)
+        return self._tell(violation, "kill", {"calls": len(calls)}, {"calls": left}, not left)
+
+    def _until(self, condition: Callable[[], bool], seconds: float) -> Steps:
+        for _ in range(int(seconds / SOON)):
+            if condition():
+                return True
+            yield SOON
+        return condition()
+
+    def _wait(self, finding: Finding) -> Generator[float, None, dict[str, Any]]:
+        while not finding.done():
+            yield SOON
+        error = finding.exception()
+        return finding.result() if error is None else {"error": str(error).partition("\n")[0]}
+
+    # -- by what has happened ----------------------------------------------------------------------------------------
+
+    def _memory(self, violation: SandboxViolation) -> Steps:
+        """Stand still; what can be taken back is taken back, below the warning threshold if possible; then on. Who comes down,
+        or at least grows no more, has been helped; the limit itself ends who goes on to grow."""
+        if self._running():
+            self.squeezed = violation
+        source = source_of(self.sandbox)
+        threshold = float(self.sandbox.recipe.monitoring["memory_warning_mb"]) * MB
+
+        def used() -> float:
+            reading = source.read()
+            return float(reading.memory or 0) if reading is not None else 0.0
+
+        try:
+            yield from self._freeze(violation)
+            try:
+                yield from self._squeeze(violation, int(threshold * LOW), used)
+            finally:
+                self._thaw()
+            thawed = used()
+            self._tell(violation, "thaw", {}, {"memory_mb": thawed / MB}, True)
+            last, end = thawed, int(SETTLE_SECONDS / SETTLE_LOOK)
+            for _ in range(end):
+                if last <= threshold:
+                    break
+                yield SETTLE_LOOK
+                if not self._running():
+                    break
+                last = used()
+            if not self._running():
+                note = "its calls have ended"
+                return self._tell(violation, "look", {"memory_mb": thawed / MB}, {"calls": 0}, True, note)
+            came_down, note = last <= threshold, ""
+            if not came_down:
+                note = "it still grows" if last > thawed + GROWS else "it stays where it is, below its limit"
+            seen = {"memory_mb": last / MB, "warning_mb": threshold / MB}
+            return self._tell(violation, "look", {"memory_mb": thawed / MB}, seen, note != "it still grows", note)
+        finally:
+            source.close()
+
+    def _squeeze(self, violation: SandboxViolation, low: int, used: Callable[[], float]) -> Steps:
+        start = used()
+        if not self._has("memory"):
+            note = "no memory controller: nothing can be taken back"
+            return self._tell(violation, "reclaim", {"memory_mb": start / MB}, {"memory_mb": start / MB}, False, note)
+        before: dict[str, Any] = {"memory_mb": start / MB, "memory.high": self._get("memory.high")}
+        note = ""
+        while (more := int(used()) - low) > 0:
+            try:
+                leaf.write(self.sandbox.leaf_fd, "memory.reclaim", str(min(more, RECLAIM_BYTES)))
+            except OSError as error:  # EAGAIN: what is left is in use; ENOENT: before Linux 5.19
+                note = error.strerror or ""
+                break
+            yield 0
+        self._set("memory.high", str(low))
+        left = used()
+        after = {"memory_mb": left / MB, "memory.high": self._get("memory.high")}
+        self.settings["memory.high"] = "max"  # whoever runs on may use all of its limit
+        self._relieve("memory.high")
+        return self._tell(violation, "reclaim", before, after, left < start, note)
+
+    def _cpu(self, violation: SandboxViolation) -> Steps:
+        """A fourth of its limit, and last in the queue, for a while."""
+        if not self._has("cpu"):
+            threads = [int(thread) for pid in self._pids() for thread in os.listdir(f"/proc/{pid}/task")]
+            nice = min((os.getpriority(os.PRIO_PROCESS, thread) for thread in threads), default=0)
+            for thread in threads:
+                os.setpriority(os.PRIO_PROCESS, thread, NICEST)
+            note = "by nice, for as long as they run: there is no cpu controller"
+            return self._tell(violation, "slow down", {"nice": nice}, {"nice": NICEST}, bool(threads), note)
+        names = ("cpu.max", "cpu.weight")
+        before = {name: self._get(name) for name in names}
+        quota, period = before["cpu.max"].split()
+        self._set("cpu.max", f"{max(1000, int(quota) // SHARE)} {period}")
+        self._set("cpu.weight", "1")
+        after = {name: self._get(name) for name in names}
+
+        def later() -> None:
+            restored = self._relieve(*names)
+            if restored:
+                self._tell(violation, "relieve", after, restored, True)
+
+        self.sandbox.loop.call_later(SLOW_SECONDS, later)
+        yield 0
+        return self._tell(violation, "slow down", before, after, after != before)
+
+    def _processes(self, violation: SandboxViolation) -> Steps:
+        """No further process or thread, as long as its calls run."""
+        yield 0
+        if self._has("pids"):
+            before = {"pids.max": self._get("pids.max"), "pids.current": self._get("pids.current")}
+            self._set("pids.max", before["pids.current"])
+            after = {"pids.max": self._get("pids.max"), "pids.current": self._get("pids.current")}
+            return self._tell(violation, "stop forks", before, after, after["pids.max"] == before["pids.current"])
+        pids = self._pids()
+        limits = [resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0)) for pid in pids]
+        before = {"RLIMIT_NPROC": str(limits[0][0]) if limits else ""}
+        return self._tell(violation, "stop forks", before, {"RLIMIT_NPROC": "0", "processes": len(pids)}, bool(pids))
+
+    def _files(self, violation: SandboxViolation) -> Steps:
+        finding = self.discard()
+        if finding is None:
+            return self._tell(violation, "discard changes", {}, {}, False, "no folder was granted: there is nothing to discard")
+        found = yield from self._wait(finding)
+        before, after = found.get("before", {}), found.get("after", {})
+        return self._tell(violation, "discard changes", before, after, "error" not in found, found.get("error", ""))
+
+    def _network(self, violation: SandboxViolation) -> Steps:
+        before = {"calls": len(self.sandbox.calls)}
+        self.sandbox.cut_off()
+        cut = self.sandbox.cut
+
+        def is_done() -> bool:
+            return "links" in cut and ("connections" in cut or not cut["supervised"])
+
+        yield from self._until(is_done, ANSWER)
+        after = {"links_down": cut.get("links", 0), "connections_ended": cut.get("connections", 0)}
+        return self._tell(violation, "cut off", before, after, is_done(), "" if is_done() else "it does not answer")
+
+    def _time(self, violation: SandboxViolation) -> Steps:
+        """SIGTERM, a grace period, SIGKILL."""
+        calls = self._running(violation.details.get("call", 0))
+        for call in calls:
+            call.recovered, call.cause = violation, call.cause or "recovery"
+            call.signal(int(signal.SIGTERM))
+        grace = max(float(self.sandbox.recipe.monitoring["grace_seconds"]), SOON)
+        yield from self._until(lambda: all(call.done for call in calls), grace)
+        left = [call for call in calls if not call.done]
+        self._tell(violation, "terminate", {"calls": len(calls)}, {"calls": len(left), "seconds": grace}, not left)
+        return (yield from self._kill(violation, left)) if left else True
+
+    def _end(self, violation: SandboxViolation) -> Steps:
+        """Stand still, while what it has left is kept as evidence, and be killed."""
+        calls = self._running(violation.details.get("call", 0))
+        yield from self._freeze(violation)
+        finding = self.evidence(violation)
+        if finding is not None:
+            found = yield from self._wait(finding)
+            note = found.get("error", "")
+            self._tell(violation, "keep evidence", {}, {"evidence": found.get("evidence")}, not note, note)
+        worked = yield from self._kill(violation, calls)
+        self._thaw()  # other calls go on, or the next one begins
+        return worked
+
+
+def drive(loop: Loop, steps: Steps, then: Callable[[bool], None]) -> None:
+    """Go through `steps` on the loop, resting as long as they say."""
+    try:
+        pause = next(steps)
+    except StopIteration as stop:
+        then(bool(stop.value))
+        return
+    except Exception:  # a mistake of ours: nobody shall wait for it
+        then(False)
+        raise
+    loop.call_later(pause, drive, loop, steps, then)
