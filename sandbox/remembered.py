@@ -1,17 +1,20 @@
 """One call of the library, as a run that is remembered: what `psie history` and the statistics have of it.
 
-For EnhancedPluginSandbox; the framework and the command have records of their own. Where it cannot be recorded the call comes
-back all the same, and a warning of the logger "psie" says so, once for a sandbox. Must not know how a call is made.
+For EnhancedPluginSandbox; the framework and the command have records of their own. The engine's thread writes it, so it is
+there when the sandbox has been closed. Where it cannot be recorded the call comes back all the same, and a warning of the
+logger "psie" says so, once for a sandbox. Must not know how a call is made.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from time import monotonic, time
 
 from sandbox.engine import outcome
 from sandbox.errors import (
+    ResourceError,
     ResourceLimitExceededError,
     SandboxException,
     SandboxInitializationError,
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from sandbox.sandbox import EnhancedPluginSandbox
 
 DOOR = "library"
+PATIENCE = 0.1  # seconds that the spool's lock is waited for: others' sandboxes wait meanwhile
 
 
 class Remembered:
@@ -51,38 +55,30 @@ class Remembered:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if not self.sandbox._is_recorded or not self.sandbox.config.telemetry_enabled:
-            return
-        try:
-            self._record(error)
-        except Exception as trouble:  # whatever it is, the call has come to its end
-            if not self.sandbox._has_told:
-                self.sandbox._has_told = True
-                logging.getLogger("psie").warning("this run is not remembered: %s", trouble)
-
-    def _record(self, error: BaseException | None) -> None:
         sandbox, call = self.sandbox, self.call
+        if not sandbox._is_recorded or not sandbox.config.telemetry_enabled:
+            return
         assert sandbox.recipe is not None
-        folder = private.default_folder()
-        is_much = spool.append(
-            folder,
-            started=self.started,
-            plugin_id=self.name,
-            sha256="",
-            level=sandbox.recipe.level,
-            outcome=outcome_of(error),
-            door=DOOR,
-            limits=sandbox._plain_limits,
-            seconds=monotonic() - self.begun,
-            peak_memory_mb=self.peak_memory_mb,
-            peak_cpu_percent=self.peak_cpu_percent,
-            exit_code=outcome.exit_of(call)[0] if call is not None else None,
-            reason=reason_of(error),
-            violations=self._violations(),
-            sandbox_id=sandbox.sandbox_id,
-        )
-        if is_much:
-            asyncio.get_running_loop().run_in_executor(None, collect, folder)
+        run = {
+            "started": self.started,
+            "plugin_id": self.name,
+            "sha256": "",
+            "level": sandbox.recipe.level,
+            "outcome": outcome_of(error),
+            "door": DOOR,
+            "limits": sandbox._plain_limits,
+            "seconds": monotonic() - self.begun,
+            "peak_memory_mb": self.peak_memory_mb,
+            "peak_cpu_percent": self.peak_cpu_percent,
+            "exit_code": outcome.exit_of(call)[0] if call is not None else None,
+            "reason": reason_of(error),
+            "violations": self._violations(),
+            "sandbox_id": sandbox.sandbox_id,
+        }
+        try:
+            sandbox._post(record, sandbox, run)
+        except ResourceError:
+            return  # a fork: the call has said so
 
     def _violations(self) -> list[dict[str, Any]]:
         """Its own, and those of nobody's in particular that came meanwhile."""
@@ -109,6 +105,18 @@ def reason_of(error: BaseException | None) -> str:
         return "cancelled"
     text = str(error).splitlines()
     return text[0] if isinstance(error, SandboxException) and text else type(error).__name__
+
+
+def record(sandbox: EnhancedPluginSandbox, run: dict[str, Any]) -> None:
+    """In the engine's thread, which closes the sandbox no sooner: the caller need not wait for a file."""
+    try:
+        folder = private.default_folder()
+        if spool.append(folder, patience=PATIENCE, **run):
+            threading.Thread(target=collect, args=(folder,), daemon=True).start()
+    except Exception as error:  # whatever it is, the call has come to its end
+        if not sandbox._has_told:
+            sandbox._has_told = True
+            logging.getLogger("psie").warning("this run is not remembered: %s", error)
 
 
 def collect(folder: str) -> None:

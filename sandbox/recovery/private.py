@@ -109,9 +109,9 @@ class locked:
         self.fd, self.kind, self.path = fd, kind, path
 
     def __enter__(self) -> None:
-        end = time.monotonic() + PATIENCE
+        since = time.monotonic()
         while not try_lock(self.fd, self.kind):
-            pause(end, self.path)
+            pause(since, PATIENCE, self.path)
 
     def __exit__(self, *_: object) -> None:
         fcntl.flock(self.fd, fcntl.LOCK_UN)
@@ -126,10 +126,10 @@ def try_lock(fd: int, kind: int) -> bool:
     return True
 
 
-def pause(end: float, path: str) -> None:
-    """Between two tries of a lock. Raises ResourceError when it is later than `end`."""
-    if time.monotonic() > end:
+def pause(since: float, patience: float, path: str) -> None:
+    """Between two tries of a lock that is waited for `since`. Raises ResourceError after `patience` seconds."""
+    if time.monotonic() > since + patience:
         raise ResourceError(
-            f"{path} has been locked by another process for {PATIENCE:g} s: see what holds it (lslocks), then try again"
+            f"{path} has been locked by another process for {patience:g} s: see what holds it (lslocks), then try again"
         )
     time.sleep(_PAUSE)

@@ -40,8 +40,10 @@ VIOLATION_BYTES = 1 << 16  # that a run keeps: a plugin can make many, and long 
 TEXT = 4000  # characters of a name or a reason
 
 
-def append(folder: str, *, violations: Sequence[dict[str, Any]] = (), **fields: Any) -> bool:
+def append(folder: str, *, violations: Sequence[dict[str, Any]] = (), patience: float | None = None, **fields: Any) -> bool:
     """Record a run that has ended: the fields of sandbox.recovery.store.Run as plain data, but id, run_id and version.
+
+    `patience`: seconds that a lock is waited for; None: private.PATIENCE.
 
     True, once every MUCH_BYTES: so much waits now that `Store(folder).collect()` should be called. Raises ResourceError: then
     nothing is recorded.
@@ -61,12 +63,12 @@ def append(folder: str, *, violations: Sequence[dict[str, Any]] = (), **fields: 
     fields |= {"violations": kept, "violation_types": types, "run_id": os.urandom(8).hex(), "version": __version__}
     payload = marshal.dumps(fields, _MARSHAL)
     size, check = (number.to_bytes(4, "little") for number in (len(payload), zlib.crc32(payload)))
-    return _write(folder, MAGIC + size + check + payload)
+    return _write(folder, MAGIC + size + check + payload, private.PATIENCE if patience is None else patience)
 
 
-def _write(place: str, record: bytes) -> bool:
+def _write(place: str, record: bytes, patience: float) -> bool:
     path = os.path.join(place, NAME)
-    end = 0.0
+    since = time.monotonic()
     with private.folder(place) as folder:
         while True:
             try:
@@ -81,8 +83,7 @@ def _write(place: str, record: bytes) -> bool:
                     finally:
                         fcntl.flock(fd, fcntl.LOCK_UN)
                 else:
-                    end = end or time.monotonic() + private.PATIENCE
-                    private.pause(end, path)
+                    private.pause(since, patience, path)
             finally:
                 os.close(fd)
 
