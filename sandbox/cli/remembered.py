@@ -123,14 +123,16 @@ class Remembered:
         assert self.session is not None
         violations = [each.to_dict() for each in self.session.found]
         self.hash()
+        # Of a pipe only the content: through /dev/stdin the next one comes as well.
+        name = self.path if os.path.isfile(self.path) else f"{self.path}:{self.sha256[:16]}"
         try:
             records = Records(None, BY, self.say)
-            records.quarantine(self.path, self.sha256, reason, violations, evidence)
+            records.quarantine(name, self.sha256, reason, violations, evidence)
             records.close()
         except ResourceError as error:
             self.say(f"{self.path} could not be quarantined: {error}")
             return
-        self.say(f"{self.path} is quarantined now: look into it, then psie quarantine release {quote(self.path)}")
+        self.say(f"{self.path} is quarantined now: look into it, then psie quarantine release {quote(name)}")
 
     def _write(self, outcome: str, reason: str, status: int | None) -> None:
         if self.is_written:

@@ -14,6 +14,7 @@ import re
 import signal
 import sqlite3
 import subprocess
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -581,6 +582,16 @@ def test_the_command_quarantines_what_passes_the_threshold(caller: Caller, here:
     events = [json.loads(line)["event"] for line in (here / audit.NAME).read_text().splitlines()]
     assert events.count("quarantine") == events.count("quarantine-release") == 1
     assert caller.run("audit", "verify").status == 0
+
+
+def test_of_a_pipe_only_the_content_is_quarantined(caller: Caller) -> None:
+    bad = textwrap.dedent(BREAK_OFTEN).encode()
+    assert caller.run("run", "-q", "/dev/stdin", stdin=bad).status == 126
+    (entry,) = quarantined(caller)
+    assert entry["plugin_id"] == f"/dev/stdin:{hashlib.sha256(bad).hexdigest()[:16]}"
+    assert_refused(caller.run("run", "-q", "/dev/stdin", stdin=bad), "is quarantined", f"release {entry['plugin_id']}")
+    assert_refused(caller.plugin(BREAK_OFTEN), "is quarantined")
+    assert caller.run("run", "-q", "/dev/stdin", stdin=FINE.encode()).out == "fine\n"
 
 
 def test_quarantined_files_are_refused(caller: Caller, store: Store) -> None:
