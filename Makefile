@@ -13,7 +13,7 @@ demo: .venv/ready
 	$(BIN)/psie run examples/hello.py --level strict --summary -- from the demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python tools/run_tests.py
 
 # The integration tests in a virtual machine with systemd and a pure cgroup v2 tree: Debian 13, or 12 with BOX=bookworm;
 # with ALL=1 none of them is left out.

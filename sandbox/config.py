@@ -393,9 +393,17 @@ class IsolationConfig:
         violation_threshold: how many violations until the response is escalated, 1 to 10.
         quarantine_on_violation: whether a plugin beyond the threshold is quarantined.
         telemetry_enabled: whether telemetry is stored.
-        watchdog_timeout_seconds: timeout of watchdog operations, in seconds, 5 to 300.
+        watchdog_timeout_seconds: how long psie waits for its own parts, in seconds, 5 to 300: for a worker to stand (with
+            the start of its zygote, and its preloads), for a call to end once its time is over or it is killed, for granted
+            folders to be attached anew, for a closed sandbox to leave. After that the sandbox's warden is killed, or if its
+            zygote does not answer for 5 more seconds that, with all of its sandboxes; calls end with a ResourceError. A
+            plugin is not waited for: its time is max_execution_time_seconds. A plugin framework waits as long for a place
+            among the sandboxes of this user.
         resource_check_interval_seconds: time between two samples, in seconds, 0.1 to 60.
-        max_sandbox_lifetime_minutes: how long a sandbox may stay open, in minutes, 1 to 1440.
+        max_sandbox_lifetime_minutes: how long a sandbox may stay open, in minutes, 1 to 1440. Then running and later calls
+            end with a ResourceLimitExceededError (limit "lifetime"), all of the sandbox goes, and changes that were not
+            committed with it; records stay. Setting the clock changes nothing, nor does a caller that is blocked; for one
+            that is stopped it is as soon as that goes on. Time in which the machine is suspended does not count.
         allow_degraded: whether an isolation that cannot be had is replaced by a weaker one and reported, not refused.
         require_limits: whether a limit that the kernel cannot enforce here is refused, not replaced and reported.
         preload: modules that are imported once and then shared by all sandboxes; kept as a tuple.

@@ -30,7 +30,6 @@ from sandbox.errors import (
     CommitError,
     PluginExecutionError,
     ResourceError,
-    ResourceLimitExceededError,
     SandboxException,
     SandboxInitializationError,
     SecurityViolationError,
@@ -128,8 +127,6 @@ class EnhancedPluginSandbox:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._standby: _Run | None = None
         self._gone: concurrent.futures.Future[None] | None = None
-        self._lifetime: asyncio.TimerHandle | None = None
-        self._expired = False
         self._watch: SandboxWatch | None = None  # the engine thread's
         self._counted: dict[str, int] = {}  # before there was one
         self._recorder: Recorder | None = None  # likewise
@@ -145,6 +142,7 @@ class EnhancedPluginSandbox:
         self._is_recorded = True  # each call: not where whoever uses it does that
         self._has_told = False  # that they cannot be
         self._plain_limits: dict[str, Any] = {}
+        self._was_beyond = False  # whether a call was killed for more violations than the threshold
         self._on_taint: Callable[[GrantedChanges], None] | None = None  # sees the changes before they are discarded
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -187,8 +185,6 @@ class EnhancedPluginSandbox:
         live[self.sandbox_id] = self
         self._read_back = self._standby.call.read_back or {}
         self._plain_limits = _plain(asdict(self.limits))
-        seconds = self.config.max_sandbox_lifetime_minutes * 60
-        self._lifetime = self._loop.call_later(seconds, self._expire, seconds)
         return self
 
     async def __aexit__(
@@ -213,6 +209,7 @@ class EnhancedPluginSandbox:
         self._attach(worker.sandbox)
         standby.use(worker)
         self._service.post(self._service.touch, self.recipe, wire)
+        self._service.post(worker.sandbox.begin_lifetime)
         if worker.sandbox.is_gone:
             self._finished()
         return True
@@ -234,6 +231,7 @@ class EnhancedPluginSandbox:
         self._sandbox = worker.sandbox
         self._wire = wire
         self._attach(worker.sandbox)
+        worker.sandbox.begin_lifetime()
         standby.use(worker)
         if self._sandbox.is_gone:
             self._finished()
@@ -338,8 +336,6 @@ class EnhancedPluginSandbox:
             self.network.record(self.sandbox_id, record)
 
     async def _close(self) -> bool:
-        if self._lifetime is not None:
-            self._lifetime.cancel()
         if self._gone is None or self._service is None:
             return True
 
@@ -354,8 +350,9 @@ class EnhancedPluginSandbox:
 
         self._service.post(close)
         clean = True
+        longest = self.config.watchdog_timeout_seconds + 3 * client.GRACE  # even the zygote has been killed by then
         try:
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._gone)), client.GRACE)
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._gone)), longest)
         except TimeoutError:
             clean = False
         self._count_operations()
@@ -363,22 +360,6 @@ class EnhancedPluginSandbox:
             self._telemetry.cleanup_successful = clean
             self._notify("on_sandbox_cleanup", self._telemetry)
         return clean
-
-    def _expire(self, seconds: float) -> None:
-        error = ResourceLimitExceededError(
-            f"the sandbox was open for its whole lifetime of {seconds / 60:g} minutes and was closed: open a new one",
-            limit="lifetime",
-            allowed=seconds,
-            used=seconds,
-        )
-        self._expired = True
-
-        def end() -> None:
-            if self._sandbox is not None:
-                self._sandbox.fail(error)
-
-        assert self._service is not None
-        self._service.post(end)
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
@@ -423,7 +404,9 @@ class EnhancedPluginSandbox:
             return self._value(call, {})
 
     def _check_open(self) -> None:
-        if self._sandbox is None or self.recipe is None or (self._gone is not None and self._gone.done() and not self._expired):
+        sandbox = self._sandbox
+        is_closed = sandbox is None or (sandbox.is_gone and sandbox.error is None)  # with an error each call is told that
+        if is_closed or self.recipe is None:
             raise RuntimeError(f"sandbox {self.sandbox_id} is not open: use it inside `async with`")
         if self._busy:
             raise RuntimeError(f"sandbox {self.sandbox_id}: {self._busy}: wait until that is done")
@@ -463,6 +446,7 @@ class EnhancedPluginSandbox:
         finally:
             outcome.locate(run.call, run.violations)
             self._record(run, remembered)
+        self._was_beyond = self._was_beyond or run.call.cause == "violations"
         error = outcome.judge(run.call, run.violations)
         is_violation = isinstance(error, SecurityViolationError)
         if self._has_layers() and not self.permissions.allow_file_deletion and not is_violation and self._running == 1:

@@ -6,8 +6,9 @@ Heavy imports (rich) only where something is shown. What is shown goes to stderr
 from __future__ import annotations
 
 import os
+import select
 
-from sandbox.errors import CommitError
+from sandbox.errors import CommitError, ResourceLimitExceededError
 from sandbox.recovery.changes import ADDED, DELETED, METADATA
 from sandbox.recovery.granted import GrantedChanges, deletion_violation
 from sandbox.text import escape_text
@@ -34,7 +35,7 @@ class Settled:
         self.found = found
         self.is_committed = False
         self.said = ""
-        self.error: CommitError | None = None
+        self.error: CommitError | ResourceLimitExceededError | None = None
         self.allow_deletion = allow_deletion
 
     def violations(self) -> list[SandboxViolation]:
@@ -54,21 +55,26 @@ def settle(sandbox: Sandbox, failure: str, *, dry_run: bool, ask: bool) -> Settl
             settled.said = f"dry run: {count}, none was committed"
         elif settled.found and failure:
             settled.said = f"{count} not committed: {failure}"
-        elif settled.found and ask and not agreed(count):
-            settled.said = f"{count} not committed: you said no"
         elif settled.found:
             try:
-                granted.commit()
-                settled.is_committed = True
-            except CommitError as error:
+                if ask and not agreed(count, sandbox):
+                    settled.said = f"{count} not committed: you said no"
+                else:
+                    granted.commit()
+                    settled.is_committed = True
+            except (CommitError, ResourceLimitExceededError) as error:
                 settled.error = error
     return settled
 
 
-def agreed(count: str) -> bool:
-    """Ask on the terminal. No answer is a no."""
+def agreed(count: str, sandbox: Sandbox) -> bool:
+    """Ask on the terminal. No answer is a no; raises ResourceLimitExceededError if none comes in the sandbox's lifetime."""
     with open("/dev/tty", "r+b", buffering=0) as terminal:
         terminal.write(f"psie: commit {count}? [y/N] ".encode())
+        select.select([terminal], [], [], sandbox.seconds_left())
+        if not sandbox.seconds_left():
+            terminal.write(b"\n")
+            raise sandbox.lifetime_error()
         return terminal.readline().strip().lower() in (b"y", b"yes")
 
 

@@ -193,8 +193,9 @@ def outcome_of(session: Session, status: int) -> str:
 
 
 def reason_of(session: Session, status: int) -> str:
-    if session.error is not None:
-        return str(session.error).splitlines()[0]
+    error = session.error or (session.settled.error if session.settled is not None else None)
+    if error is not None:
+        return str(error).splitlines()[0]
     if session.ended_by is not None:
         return f"psie was ended by signal {session.ended_by}"
     return f"exited with status {status}"

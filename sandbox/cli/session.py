@@ -165,6 +165,7 @@ class Session:
         self.zygote.set_up(self.recipe, client.VALUE_MODULES if job["kind"] == "function" else ())
         sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, "run", self._resolve())
         sandbox.on_network = self._network_operation
+        sandbox.begin_lifetime()
         self.warn()
         try:
             self._start(sandbox, job, payload)
@@ -402,10 +403,15 @@ class Session:
             self._end(signal.SIGHUP)
 
     def _end(self, number: int) -> None:
-        """Kill the call; if even that leads to nothing, leave: the zygote sees it and ends everything."""
+        """Kill the call; if even that leads to nothing, leave: the zygote sees it and ends everything, stopped or not."""
         self.ended_by = number
         self._kill("interrupt")
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+
+        def leave(_: int, frame: object) -> None:
+            self.zygote.wake()
+            os._exit(128 + number)
+
+        signal.signal(signal.SIGALRM, leave)
         signal.alarm(int(client.GRACE))
 
     def _catch_signals(self) -> None:
@@ -453,7 +459,7 @@ class Session:
         if self.settled is not None:
             if self.settled.error is not None:
                 say(str(self.settled.error))
-                status = run_command.FAILED
+                status = TIMED_OUT if isinstance(self.settled.error, ResourceLimitExceededError) else FAILED
             elif self.settled.said:
                 say(self.settled.said)
             violations += self.settled.violations()
@@ -506,7 +512,8 @@ class Session:
         if isinstance(error, SecurityViolationError):
             return VIOLATED
         if isinstance(error, ResourceLimitExceededError):
-            known = {"time": TIMED_OUT, "memory": OUT_OF_MEMORY, "output": OUTPUT_EXCEEDED, "cpu": 128 + int(signal.SIGXCPU)}
+            known = {"memory": OUT_OF_MEMORY, "output": OUTPUT_EXCEEDED, "cpu": 128 + int(signal.SIGXCPU)}
+            known |= {"time": TIMED_OUT, "lifetime": TIMED_OUT}
             return known.get(error.limit, code or 1)
         if self.call.error is not None or self.call.outcome is None:
             return FAILED

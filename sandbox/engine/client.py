@@ -7,6 +7,7 @@ Must not know levels, and must not import anything of the sandbox's side but the
 
 from __future__ import annotations
 
+import _signal as signal
 import errno
 import marshal
 import os
@@ -17,7 +18,8 @@ from time import clock_gettime_ns, time
 from sandbox import state
 from sandbox.cgroups import leaf, place
 from sandbox.engine import channel, spawn, sweep
-from sandbox.errors import ResourceError, SandboxException, SandboxInitializationError
+from sandbox.engine import loop as loops
+from sandbox.errors import ResourceError, ResourceLimitExceededError, SandboxException, SandboxInitializationError
 from sandbox.ns import userids, workspace
 from sandbox.recipe_data import differences
 
@@ -43,9 +45,8 @@ FILE_ERRORS = {str(number): errno.errorcode[number] for number in (errno.EACCES,
 TOLD = FILE, NAME
 NOTES = 6000  # about those that are read: of 256 different refusals 2 ** 23 each
 REFUSALS = 10_000  # refused calls after which a plugin only burns our time and is ended
-# Seconds that a killed sandbox may take to vanish, and that the caller's own clock waits longer than the warden's.
 CLOCK_REALTIME_COARSE = 5  # linux/time.h
-GRACE = 5.0
+GRACE = 5.0  # seconds that a zygote has to kill a warden, or to leave, before it is killed itself
 WATCH_AFTER = 0.05  # seconds that a call must have run to be watched: of shorter ones the counters are read at their end
 
 MENDS = {
@@ -110,6 +111,7 @@ class Zygote:
         self.scope = ""  # that folder, where the user's systemd has made it
         self.on_closed: Callable[[], None] | None = None
         self.on_idle: Callable[[Zygote], None] | None = None
+        self._leaving: Timer | None = None
         loop.add_reader(self.control.fileno(), self._readable)
 
     def set_up(self, recipe: Recipe, modules: Sequence[str], *, spare: bool = False) -> None:
@@ -189,6 +191,30 @@ class Zygote:
                 return
             return
 
+    def kill_warden(self, sandbox: str) -> None:
+        """Have it kill the warden of this sandbox, one that does not answer; that all has gone is told as ever."""
+        try:
+            channel.instruct(self.control, {"kill": sandbox})
+        except OSError:
+            pass  # it does not read, or has died: the sandbox does not wait for long
+
+    def kill(self, error: SandboxException) -> None:
+        """It does not answer either: end it, and so all of its sandboxes, which are told as when it dies by itself."""
+        if self.error is None:
+            self.error = error
+        self._signal(signal.SIGKILL)
+
+    def wake(self) -> None:
+        """We leave it to clean up: if it was stopped it goes on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        try:
+            if self.pidfd >= 0:
+                signal.pidfd_send_signal(self.pidfd, number)
+        except ProcessLookupError:
+            pass  # somebody in this process waits for all children
+
     def has_ended(self) -> bool:
         """Whether the process has: its pidfd says so, also while others hold its sockets."""
         poll = select.poll()
@@ -248,8 +274,11 @@ class Zygote:
         hang_up(self.control)
         self.forget_leaves()
         self.loop.add_reader(self.pidfd, self._reap)
+        self._leaving = self.loop.call_later(GRACE, self.kill, ResourceError(ZYGOTE_DIED))
 
     def _reap(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
         self.loop.remove_reader(self.pidfd)
         try:
             os.waitpid(self.pid, 0)
@@ -320,6 +349,11 @@ class Sandbox:
         self.left = ""  # what could not be removed
         self.closing = False
         self.on_gone: Callable[[], None] | None = None
+        self._lifetime: Timer | None = None
+        self._ends_at = float("inf")
+        self._renewing: loops.Patience | None = None
+        self._leaving: loops.Patience | None = None
+        self._unanswered: ResourceError | None = None  # once its warden has to be killed
         self.slot = userids.claim(int(recipe.limits["memory_bytes"]), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         self.leaf: tuple[int, str] | None = None
         self.leaf_fd = -1  # of its cgroup, for a watch
@@ -431,6 +465,51 @@ class Sandbox:
                 os.chown(path, *owner)
         return parent
 
+    # -- its time --------------------------------------------------------------------------------------------------
+
+    def begin_lifetime(self) -> None:
+        """It is in use now, and closed when its lifetime is over, whatever its caller does meanwhile."""
+        if not self.closing:
+            self._ends_at = loops.monotonic() + self.lifetime
+            self._lifetime = self.loop.call_later(self.lifetime, self._expire)
+
+    @property
+    def lifetime(self) -> float:
+        """Seconds that it may be in use."""
+        return float(self.recipe.monitoring["lifetime_minutes"]) * 60
+
+    def seconds_left(self) -> float:
+        """Of its lifetime."""
+        return max(0.0, self._ends_at - loops.monotonic())
+
+    def _expire(self) -> None:
+        self.drain_violations()
+        self.fail(self.lifetime_error())
+
+    def lifetime_error(self) -> ResourceLimitExceededError:
+        return ResourceLimitExceededError(
+            f"the sandbox was open for its whole lifetime of {self.lifetime / 60:g} minutes and was closed: "
+            "open a new one, or raise max_sandbox_lifetime_minutes",
+            limit="lifetime",
+            allowed=self.lifetime,
+            used=self.lifetime,
+        )
+
+    def expect(self, what: str, after: float = 0.0) -> loops.Patience:
+        """Something is to be done by psie's own parts: unless the result is cancelled in time, they are killed."""
+        seconds = float(self.recipe.monitoring["watchdog_timeout_seconds"])
+        return loops.Patience(self.loop, seconds, lambda: self._give_up(what, seconds), after)
+
+    def _give_up(self, what: str, seconds: float) -> None:
+        """Who is at fault shows by the zygote: if it works, it kills the warden, and if not, it is killed itself."""
+        if self.is_gone or self._unanswered is not None:
+            return
+        silent = f"did not answer for {seconds:g} s (watchdog_timeout_seconds) when {what}, and was killed"
+        self._unanswered = ResourceError(f"the sandbox's warden {silent}: open a new sandbox")
+        error = ResourceError(f"the zygote {silent}: its sandboxes are gone; open new ones")
+        self.zygote.kill_warden(self.name)
+        self.loop.call_later(GRACE, lambda: None if self.is_gone else self.zygote.kill(error))
+
     # -- calls -----------------------------------------------------------------------------------------------------
 
     def knows(self, name: str) -> tuple[bool, str]:
@@ -455,6 +534,7 @@ class Sandbox:
             call.fail(self.error)
         else:
             self._instruct({"op": "call", "call": call.number, "tty": tty}, [call.inside.fileno(), *stdio])
+            call.expect("a worker was to stand")
         call.inside.close()
         return call
 
@@ -478,7 +558,7 @@ class Sandbox:
             self.zygote.catch_up()
             # A warden that is just being cloned holds the control socket too: that it is open says nothing.
             died = ZYGOTE_DIED if self.zygote.has_ended() else WARDEN_DIED
-            self.fail(self.error or self.zygote.error or ResourceError(died))
+            self.fail(self.error or self.zygote.error or self._unanswered or ResourceError(died))
             return False
         kind, fields = channel.unpack(data)
         call = self.calls.get(int(fields.get("call", "0") or "0"))
@@ -489,6 +569,8 @@ class Sandbox:
         elif kind == "renewed":
             for folder in self.granted:
                 folder.begin()
+            if self._renewing is not None:
+                self._renewing.cancel()
             if self.on_renewed is not None:
                 self.on_renewed()
         elif kind == "cut_off":
@@ -555,6 +637,9 @@ class Sandbox:
         if self.closing:
             return
         self.closing = True
+        if self._lifetime is not None:
+            self._lifetime.cancel()
+        self._leaving = self.expect("it was to leave")
         for sock in (self.hub, self.violations):
             if sock.fileno() >= 0:
                 self.loop.remove_reader(sock.fileno())
@@ -578,6 +663,7 @@ class Sandbox:
         `on_renewed` tells when that has been done.
         """
         self._instruct({"op": "renew", "keep": keep})
+        self._renewing = self.expect("granted folders were to be attached anew")
 
     def gone(self) -> None:
         """The warden has seen the end of it or has died, and the zygote has removed leaf and folder."""
@@ -587,8 +673,10 @@ class Sandbox:
             pass  # what the warden has said last may be unread still
         self.is_gone = True
         if not self.closing and self.error is None:
-            self.error = ResourceError(WARDEN_DIED)
+            self.error = self._unanswered or ResourceError(WARDEN_DIED)
         self.close()
+        if self._leaving is not None:
+            self._leaving.cancel()
         self.slot.release()
         self._close_leaf_fd()
         if self.leaf is not None:
@@ -665,10 +753,11 @@ class Call:
         self.on_sealed: Callable[[Call], None] | None = None
         self.on_done: Callable[[Call], None] | None = None
         self.on_violation: Callable[[Call, dict[str, str]], None] | None = None
+        self.has_job = False
         self.source_file = ""  # where the caller's own code of this call lies, for its traceback
         self.done = False
         self._outgoing: list[bytes | memoryview] = []
-        self._timer: Timer | None = None
+        self._waiting: loops.Patience | None = None  # for the warden
         self.loop.add_reader(self.job.fileno(), self._job_readable)
 
     def sealed(self, fields: dict[str, str]) -> None:
@@ -685,6 +774,8 @@ class Call:
             self.kill("read-back")
             self.fail(error)
             return
+        if self._waiting is not None:
+            self._waiting.cancel()
         fields["granted"] = self.sandbox.granted_kinds
         self.read_back = fields
         if self.on_sealed is not None:
@@ -694,7 +785,8 @@ class Call:
         """Let the worker begin; from now on the warden's clock runs for `seconds`."""
         grace = float(self.sandbox.recipe.monitoring["grace_seconds"])
         self.sandbox._instruct({"op": "deadline", "call": self.number, "seconds": seconds, "grace": grace})
-        self._timer = self.loop.call_later(seconds + grace + GRACE, self._overdue)
+        self.expect("a call was to end", seconds + grace)
+        self.has_job = True
         header = marshal.dumps(instruction)
         view = memoryview(header + payload)
         try:
@@ -718,9 +810,12 @@ class Call:
             self._outgoing.pop()
         self.loop.remove_writer(self.job.fileno())
 
-    def _overdue(self) -> None:
-        """The warden should have ended it long ago: something is wrong with it, so the whole sandbox goes."""
-        self.sandbox.fail(ResourceError("the sandbox did not end at its deadline and was closed"))
+    def expect(self, what: str, after: float = 0.0) -> None:
+        """The warden is to do this next; if it does not, the whole sandbox goes."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+        if not self.done:
+            self._waiting = self.sandbox.expect(what, after)
 
     def _job_readable(self) -> None:
         try:
@@ -835,14 +930,15 @@ class Call:
     @property
     def is_running(self) -> bool:
         """Whether it has been given a job, and has not ended."""
-        return self._timer is not None and not self.done
+        return self.has_job and not self.done
 
     def kill(self, cause: str) -> None:
         """End everything of the call now; `on_done` tells when it has gone."""
-        if not self.cause:
-            self.cause = cause
+        is_first, self.cause = not self.cause, self.cause or cause
         if not self.done and not self.sandbox.closing:
             self.sandbox._instruct({"op": "kill", "call": self.number, "cause": cause})
+            if is_first:
+                self.expect("a call was to end")
 
     def signal(self, number: int) -> None:
         """Send a signal to the worker."""
@@ -867,8 +963,8 @@ class Call:
             return
         self.done = True
         self._close_job()
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._waiting is not None:
+            self._waiting.cancel()
         if self.on_done is not None:
             self.on_done(self)
 

@@ -270,7 +270,7 @@ class Service:
         made_of = (recipe.template, recipe.interpreter, recipe.preload, recipe.outer_user_namespace, recipe.network["mode"])
         key = repr((*made_of, recipe.environment, any(recipe.modules.values()), beside))
         zygote = self.zygotes.get(key)
-        if zygote is None or zygote.closed or zygote.opened >= SANDBOXES_PER_ZYGOTE:
+        if zygote is None or zygote.closed or zygote.error is not None or zygote.opened >= SANDBOXES_PER_ZYGOTE:
             if zygote is not None:
                 del self.zygotes[key]
                 self._let_idle_go(zygote)

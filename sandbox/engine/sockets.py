@@ -17,6 +17,7 @@ import _socket
 import _thread
 import errno
 import os
+import sys
 
 from sandbox.engine import access
 from sandbox.ns import processes
@@ -25,7 +26,7 @@ from sandbox.seccomp import notifier
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from typing import Any
 
 # The calls that the filter leaves to us, and where each has an address: argument of the pointer, argument of the length.
@@ -37,6 +38,9 @@ OPTION = "setsockopt"  # of which the filter leaves SO_LINGER to us
 LINGER_BYTES = 8  # struct linger: int l_onoff; int l_linger, in seconds
 UNDER_WAY = (1, 2)  # states of a connection, linux/tcp_states.h: TCP_ESTABLISHED, TCP_SYN_SENT
 SOCKADDR_BYTES = 128  # struct sockaddr_storage
+SO_PEEK_OFF, SCM_MAX_FD = 42, 253  # asm-generic/socket.h, net/scm.h
+PIDFD_THREAD = os.O_EXCL  # linux/pidfd.h
+MESSAGES_WAITING, LINE_BYTES = 4096, 1 << 16  # of a Unix socket: more than its buffer holds
 WAITING = 64  # connects of one call that are under way at once
 
 FAMILIES = {
@@ -156,11 +160,12 @@ class Sockets:
         self.hurry()
 
     def cut_off(self, pids: list[int]) -> int:
-        """Nothing may be connected any more, and what the processes `pids` and those below them have connected is shut down;
-        returns how many connections. What lies in a message that nobody has received yet is not among them."""
+        """Nothing may be connected any more, and what the processes `pids` and those below them have connected is shut down,
+        wherever they keep it; returns how many connections. They should stand still meanwhile."""
         self.access = access.Access(None, {})
         self.is_apart = False
-        return sum(shut_down(process) for pid in pids for process in processes.tree(pid))
+        seen: set[int] = set()
+        return sum(shut_down(sock, seen) for pid in pids for process in processes.tree(pid) for sock in sockets_of(process))
 
     def are_waiting(self) -> bool:
         """Whether there is something to `hurry`."""
@@ -390,26 +395,70 @@ def socket_of(pid: int, fd: int) -> _socket.socket:
         raise
 
 
-def shut_down(pid: int) -> int:
-    """Shut down every TCP socket of a process, for all who have it; returns how many were connected, or about to be."""
-    count = 0
+def sockets_of(pid: int) -> Iterator[_socket.socket]:
+    """Every socket of a process, once for each descriptor. A thread may have descriptors of its own (CLONE_FILES)."""
     try:
-        names = os.listdir(f"/proc/{pid}/fd")
+        threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
     except OSError:
-        return 0  # it has ended
-    for name in names:
+        return  # it has ended
+    for thread in threads:
         try:
-            if os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
-                sock = socket_of(pid, int(name))
+            names = os.listdir(f"/proc/{pid}/task/{thread}/fd")
+            process = os.pidfd_open(thread, PIDFD_THREAD)
+        except OSError:  # it has ended; EINVAL before Linux 6.9
+            if thread != pid:
+                continue
+            process = os.pidfd_open(pid)
+        try:
+            for name in names:
                 try:
-                    if sock.family in access.BITS:  # what is none of ours leads nowhere
-                        count += is_under_way(sock)
-                        sock.shutdown(_socket.SHUT_RDWR)
-                finally:
-                    sock.close()
-        except OSError:
-            continue  # closed meanwhile, or not connected
-    return count
+                    if os.readlink(f"/proc/{pid}/task/{thread}/fd/{name}").startswith("socket:"):
+                        yield _socket.socket(fileno=sc.syscall("pidfd_getfd", process, int(name), 0))
+                except OSError:
+                    continue  # closed meanwhile
+        finally:
+            os.close(process)
+
+
+def shut_down(sock: _socket.socket, seen: set[int]) -> int:
+    """Shut a TCP socket down, for all who have it, and those that lie in messages of a Unix socket; closes ours. Returns how
+    many were connected, or about to be. `seen` are the inodes of those that were looked at before."""
+    try:
+        inode = os.fstat(sock.fileno()).st_ino
+        if inode in seen:
+            return 0
+        seen.add(inode)
+        if sock.family == _socket.AF_UNIX:
+            return sum(shut_down(each, seen) for each in in_flight(sock))
+        connected = is_under_way(sock)
+        sock.shutdown(_socket.SHUT_RDWR)
+        return connected
+    except OSError:
+        return 0  # it is not connected
+    finally:
+        sock.close()
+
+
+def in_flight(sock: _socket.socket) -> Iterator[_socket.socket]:
+    """The sockets in messages that a Unix socket has not received yet, which stay there: unix(7), SO_PEEK_OFF in socket(7)."""
+    sock.setsockopt(_socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    try:
+        for _ in range(MESSAGES_WAITING):
+            flags = _socket.MSG_PEEK | _socket.MSG_DONTWAIT | _socket.MSG_CMSG_CLOEXEC
+            data, ancillary, _, _ = sock.recvmsg(LINE_BYTES, _socket.CMSG_SPACE(4 * SCM_MAX_FD), flags)
+            if not data and not ancillary and sock.type == _socket.SOCK_STREAM:
+                return  # its other end has gone
+            for _, kind, content in ancillary:
+                for start in range(0, len(content) - 3, 4) if kind == _socket.SCM_RIGHTS else ():
+                    fd = int.from_bytes(content[start : start + 4], sys.byteorder)
+                    try:
+                        yield _socket.socket(fileno=fd)
+                    except OSError:
+                        os.close(fd)  # none
+    except BlockingIOError:
+        return
+    finally:
+        sock.setsockopt(_socket.SOL_SOCKET, SO_PEEK_OFF, -1)
 
 
 def process_of(thread: int) -> int:

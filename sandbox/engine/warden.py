@@ -221,13 +221,13 @@ class Warden:
     def cut_off(self) -> None:
         """No call of this sandbox reaches anything any more: its own links go down, and the supervisor refuses all."""
         self.is_cut_off = True
-        pids = [call.pid for call in self.calls.values()]
         links = 0
         if "net" in self.recipe["namespaces"] and not self.shares_network:
-            links = sum(self.links_down(pid) for pid in pids)
+            links = sum(self.links_down(call.pid) for call in self.calls.values())
         if self.supervisor is not None:
+            below = [pid for pid in processes.children(os.getpid()) if pid != self.supervisor[0]]  # inits, and who left them
             try:
-                channel.instruct(self.supervisor[2], {"cut_off": pids})
+                channel.instruct(self.supervisor[2], {"cut_off": below})
             except OSError:
                 pass  # it has just died, which is noticed by its pidfd
         channel.send(self.hub, "cut_off", {"links": links, "supervised": int(self.supervisor is not None)})

@@ -28,6 +28,10 @@ net helper   -                                            nothing: its message i
                                                           socket of the zygote
 ============ ============================================ ===========================================================
 
+A part that is stopped (SIGSTOP) rather than killed: init and worker die at the call's deadline like any other, and a worker
+waits for a stopped supervisor until then. A warden that does not answer within watchdog_timeout_seconds is killed by its zygote
+when the caller says so, and a zygote that does not do that by the caller.
+
 Must not import anything heavy, and nothing of the host's side.
 """
 
@@ -259,6 +263,12 @@ class Zygote:
         self.at_work[warden.tasks.fileno()] = warden
         self.poll.register(warden.tasks.fileno(), select.POLLIN)
 
+    def kill(self, name: str) -> None:
+        """A warden does not answer its caller. A stopped one dies of SIGKILL as well, and all below it with it."""
+        for known in self.at_work.values():
+            if known.sandbox is not None and known.sandbox.name == name:
+                sc.pidfd_send_signal(known.pidfd, signal.SIGKILL)
+
     def report_failure(self, failure: mounts.LineFailed, sandbox: str = "") -> None:
         fields = {"line": failure.line, "errno": failure.errno, "path": failure.path, "text": failure.text, "sandbox": sandbox}
         channel.send(self.control, "failed", fields)
@@ -332,6 +342,8 @@ class Zygote:
                     if "learn" in instruction:
                         number = int(instruction["learn"])  # type: ignore[call-overload]
                         self.recipes[number] = channel.from_memory(fds[0])  # type: ignore[assignment]
+                    elif "kill" in instruction:
+                        self.kill(str(instruction["kill"]))
                     else:
                         self.open(instruction, fds)
                 else:

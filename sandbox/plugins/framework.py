@@ -312,7 +312,7 @@ class EnhancedPluginFramework:
         try:
             load.start_ms = (monotonic() - started) * 1000
             await self._call(load, ready, sandbox)
-            reason = self._reason_for_quarantine(load)
+            reason = self._reason_for_quarantine(load, sandbox)
             if reason:
                 load.quarantined = reason
                 load.evidence.samples = list(load.telemetry.resource_samples)
@@ -328,7 +328,7 @@ class EnhancedPluginFramework:
         source, job = ready.job()
         try:
             load.result = await sandbox.execute_file(load.plugin_id, source, job)
-            reason = self._reason_for_quarantine(load)
+            reason = self._reason_for_quarantine(load, sandbox)
             if reason:
                 load.failed(VIOLATION, SecurityViolationError(reason))
             if sandbox.recipe is not None and any(folder["kind"] in KEPT_KINDS for folder in sandbox.recipe.granted):
@@ -386,10 +386,10 @@ class EnhancedPluginFramework:
         return any(under(path, (folder,)) for path in (*interpreter, *permissions.allowed_directories))
 
     @staticmethod
-    def _reason_for_quarantine(load: Load) -> str:
+    def _reason_for_quarantine(load: Load, sandbox: EnhancedPluginSandbox) -> str:
         if not load.config.quarantine_on_violation:
             return ""
-        if load.outcome == VIOLATION:
+        if sandbox._was_beyond:
             return str(load.error)
         refused = sum(_was_refused(violation) for violation in load.telemetry.violations)
         if refused > load.config.violation_threshold:

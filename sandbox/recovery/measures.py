@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 
 from sandbox.cgroups import leaf
 from sandbox.engine.watching import source_of
+from sandbox.monitor.sources import CgroupSource
 from sandbox.ns import processes
 from sandbox.violations import SandboxViolationType
 
@@ -183,7 +184,13 @@ class Recovery:
         return restored
 
     def _pids(self) -> list[int]:
-        """Every process of the calls that run, without their inits."""
+        """Every process of the calls."""
+        if self.sandbox.leaf_fd >= 0:
+            source = CgroupSource(os.dup(self.sandbox.leaf_fd))
+            try:
+                return source.pids()
+            finally:
+                source.close()
         workers = [int(call.read_back["NSpid"].split()[0]) for call in self.sandbox.calls.values() if call.read_back]
         return [pid for worker in workers for pid in processes.tree(worker)]
 
@@ -348,14 +355,20 @@ class Recovery:
         return self._tell(violation, "discard changes", before, after, "error" not in found, found.get("error", ""))
 
     def _network(self, violation: SandboxViolation) -> Steps:
-        before = {"calls": len(self.sandbox.calls)}
-        self.sandbox.cut_off()
+        """While it stands still, so that no connection is passed on meanwhile."""
+        before = {"calls": len(self._running())}
         cut = self.sandbox.cut
 
         def is_done() -> bool:
             return "links" in cut and ("connections" in cut or not cut["supervised"])
 
-        yield from self._until(is_done, ANSWER)
+        if before["calls"]:
+            yield from self._freeze(violation)
+        try:
+            self.sandbox.cut_off()
+            yield from self._until(is_done, ANSWER)
+        finally:
+            self._thaw()
         after = {"links_down": cut.get("links", 0), "connections_ended": cut.get("connections", 0)}
         return self._tell(violation, "cut off", before, after, is_done(), "" if is_done() else "it does not answer")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from sandbox import IsolationLevel
+from sandbox.ns import userids
 
 from . import harness
 from .unprivileged import User, temporary_user
@@ -48,6 +50,13 @@ def user() -> Iterator[User]:
         pytest.skip("needs root to become another user")
     with temporary_user() as somebody:
         yield somebody
+
+
+@pytest.fixture
+def own_ledger(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger in which nobody else's sandboxes count, for tests with bounds that those might reach."""
+    folder = str(tmp_path_factory.mktemp("ledger"))
+    monkeypatch.setattr(userids, "state", SimpleNamespace(folder=lambda kind: folder))
 
 
 @pytest.fixture

@@ -303,6 +303,7 @@ def test_a_leaf_has_what_the_recipe_says() -> None:
 
 @limited
 @pytest.mark.skipif(FACTS.cgroup_kind == "scope", reason="a scope is its zygote's own: nobody finds it before")
+@pytest.mark.alone
 def test_controllers_that_were_taken_away_are_given_again() -> None:
     from sandbox.engine import service
 

@@ -48,6 +48,12 @@ BREAK_OFTEN = """
             getattr(libc, name)(0, 0, 0, 0, 0)
         return "survived"
 """
+# The same after what a plugin has done before, in its main function.
+AND_BREAK = """
+    import ctypes
+    for name in ("mount", "umount2", "unshare", "setns", "ptrace", "swapon"):
+        getattr(ctypes.CDLL(None), name)(0, 0, 0, 0, 0)
+"""
 SCAN = """
     import socket
 
@@ -55,9 +61,19 @@ SCAN = """
         found = []
         for port in range(1, 1024):
             with socket.socket() as one:
-                one.connect(("127.0.0.1", port))
-                found.append(port)
+                if not one.connect_ex(("127.0.0.1", port)):
+                    found.append(port)
         return found
+"""
+FORK = """
+    import os
+
+    def main():
+        while True:
+            try:
+                os.fork()
+            except OSError:
+                pass
 """
 FILL = """
     def main():
@@ -124,9 +140,9 @@ FOLDER = {
         "limit",
         "the plugin ran longer than 1 s",
     ),
-    "fork": Plugin({"fork.py": "import os\ndef main(): return os.fork()"}, "violation", "new processes are not permitted"),
+    "fork": Plugin({"fork.py": FORK}, "violation", "passed the violation threshold"),
     "fill": Plugin({"fill.py": FILL, "fill.toml": "[limits]\nmax_disk_usage_mb = 2"}, "limit", "disk"),
-    "scan": Plugin({"scan.py": SCAN}, "violation", "127.0.0.1"),
+    "scan": Plugin({"scan.py": SCAN}, "violation", "passed the violation threshold"),
     "shadow": Plugin(
         {"shadow.py": "def main(): return open('/etc/shadow').read()"}, "violation", "open of /etc/shadow was refused"
     ),
@@ -136,7 +152,7 @@ FOLDER = {
     ),
     "breaks": Plugin({"breaks.py": BREAK_OFTEN}, "violation", "passed the violation threshold"),
 }
-VIOLENT = sorted(name for name, plugin in FOLDER.items() if plugin.outcome == "violation")
+WORST = ["breaks", "fork", "scan"]  # which are quarantined: shadow and swap have given up at once
 
 
 @pytest.fixture
@@ -212,11 +228,11 @@ def test_a_folder_of_good_and_hostile_plugins(caller: Caller) -> None:
 
     done = caller.run("plugins", "run", "p")
     assert done.status == 1
-    again = {name: "quarantined" if name in VIOLENT else plugin.outcome for name, plugin in FOLDER.items()}
+    again = {name: "quarantined" if name in WORST else plugin.outcome for name, plugin in FOLDER.items()}
     assert outcomes(done) == again, done.out
 
     listed = json.loads(caller.run("quarantine", "list", "--json").out)
-    assert sorted(each["plugin_id"] for each in listed) == VIOLENT
+    assert sorted(each["plugin_id"] for each in listed) == WORST
     kept = {path.name for path in (caller.folder / "records").rglob("evidence/*")}
     assert kept == {Path(each["evidence"]).name for each in listed}
     assert caller.run("quarantine", "release", "fork").status == 0
@@ -404,7 +420,7 @@ def test_changes_are_committed_when_a_plugin_has_succeeded_and_only_then(tmp_pat
     granted.chmod(0o777)
     text = "    with open({path!r}, 'w') as file: file.write('made')\n"
     write(tmp_path, {"good.py": "def main():\n" + text.format(path=str(granted / "good"))})
-    write(tmp_path, {"bad.py": "import os\ndef main():\n" + text.format(path=str(granted / "bad")) + "    os.fork()"})
+    write(tmp_path, {"bad.py": "def main():\n" + text.format(path=str(granted / "bad")) + AND_BREAK})
     write(tmp_path, {"fails.py": "def main():\n" + text.format(path=str(granted / "fails")) + "    1 / 0"})
     for name in ("good", "bad", "fails"):
         write(tmp_path, {f"{name}.json": json.dumps({"permissions": {"allowed_directories": [str(granted)]}})})
@@ -466,7 +482,7 @@ def test_only_what_was_checked_is_run(tmp_path: Path) -> None:
 def test_quarantine_by_name_and_by_content(tmp_path: Path) -> None:
     write(
         tmp_path,
-        {"bad/main.py": "import os\nprint('last words')\ndef main(): os.fork()", "again/main.py": "def main(): return 1"},
+        {"bad/main.py": f"print('last words')\ndef main():{AND_BREAK}", "again/main.py": "def main(): return 1"},
     )
     with opened(tmp_path) as framework:
         assert load(framework, "bad")["success"] is False
@@ -492,7 +508,7 @@ def test_quarantine_by_name_and_by_content(tmp_path: Path) -> None:
 
 
 def test_switches(tmp_path: Path) -> None:
-    write(tmp_path, {"bad.py": "import os\ndef main(): os.fork()", "good.py": "def main(): return 1"})
+    write(tmp_path, {"bad.py": f"def main():{AND_BREAK}", "good.py": "def main(): return 1"})
     config = IsolationConfig(level=IsolationLevel.STANDARD, quarantine_on_violation=False)
     with opened(tmp_path, config=config) as framework:
         assert [each.outcome for each in loads(framework, "bad", "bad")] == ["violation"] * 2
@@ -569,7 +585,7 @@ def test_telemetry(tmp_path: Path) -> None:
         assert framework.get_framework_telemetry()["success_rate"] is None
         loads(framework, "good", "good", "bad", "fails")
         found = framework.get_framework_telemetry()
-        assert (found["runs"], found["success_rate"], found["quarantined"]) == (4, 0.5, 1)
+        assert (found["runs"], found["success_rate"], found["quarantined"]) == (4, 0.5, 0)
         assert found["outcomes"] == {"ok": 2, "violation": 1, "error": 1}
         assert found["violations"] == {"permission_denied": 1}
         assert found["plugins"]["good"]["runs"] == 2
@@ -628,6 +644,7 @@ def test_two_hundred_at_once_from_two_processes(tmp_path: Path) -> None:
     assert (verdict.ok, verdict.lines >= 200) == (True, True)
 
 
+@pytest.mark.usefixtures("own_ledger")
 def test_places_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, {"good.py": "def main(): return 1"})
     monkeypatch.setenv("PSIE_MAX_SANDBOXES", "2")

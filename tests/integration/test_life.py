@@ -164,6 +164,7 @@ def stale_places(number: int) -> list[Path]:
 
 
 @rootless
+@pytest.mark.alone
 @pytest.mark.parametrize("way", ["gc", "open"])
 def test_what_dead_sandboxes_left_is_swept(way: str) -> None:
     """By `psie gc`, and by the first sandbox of a process. What belongs to a living sandbox stays."""
@@ -267,22 +268,6 @@ def test_a_supervisor_is_started_by_the_first_refusal(level: IsolationLevel) -> 
             assert await started(sandbox, plugins.be_refused_and_sleep) == 1
             assert await started(sandbox, plugins.be_refused_and_sleep) == 1  # one serves all calls
             assert [violation.details["syscall"] for violation in sandbox.get_violations()] == ["chroot", "chroot"]
-
-    asyncio.run(main())
-
-
-@rootless
-def test_a_lifetime_ends(level: IsolationLevel) -> None:
-    async def main() -> None:
-        async with harness.open_sandbox(level) as sandbox:
-            task = asyncio.create_task(sandbox.execute_plugin_safe(plugins.signal_and_sleep))
-            await harness.wait_for((sandbox.temp_directory / "started").exists)
-            sandbox._expire(60.0)
-            with pytest.raises(ResourceLimitExceededError, match="lifetime") as caught:
-                await task
-            assert (caught.value.limit, caught.value.allowed) == ("lifetime", 60.0)
-            with pytest.raises(ResourceLimitExceededError, match="lifetime"):
-                await sandbox.execute_plugin_safe(plugins.give_back, 1)
 
     asyncio.run(main())
 

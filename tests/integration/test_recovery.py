@@ -156,13 +156,14 @@ def ignore(seconds: float) -> str:
 def keep_writing(seconds: float) -> None:
     import time
 
-    open("ready", "w").close()
     end = time.monotonic() + seconds
     number = 0
     while time.monotonic() < end:
         number += 1
         with open("number", "w") as file:
             file.write(str(number))
+        if number == 1:
+            open("ready", "w").close()
 
 
 def talk(port: int, seconds: float) -> list[Any]:
@@ -537,7 +538,7 @@ LIMITS = {"max_memory_mb": 64.0, "memory_warning_threshold_mb": 40.0, "max_cpu_p
 def test_memory_that_peaks_and_comes_down_is_kept_alive(level: IsolationLevel) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level, limits=LIMITS) as sandbox:
-            assert await sandbox.execute_plugin_safe(peak_and_come_down, 36, 1.5) == "alive"
+            assert await sandbox.execute_plugin_safe(peak_and_come_down, 44, 1.5) == "alive"
             history = sandbox.get_recovery_history()
             assert [step["action"] for step in history] == ["freeze", "reclaim", "thaw", "look"]
             look = history[-1]
@@ -569,7 +570,8 @@ def test_memory_of_files_is_taken_back() -> None:
     """At level minimal, where the workspace lies on a disk: what it reads and writes there counts as its memory."""
 
     async def main() -> None:
-        async with harness.open_sandbox(IsolationLevel.MINIMAL, limits={**LIMITS, "max_file_size_mb": 64.0}) as sandbox:
+        limits, permissions = {**LIMITS, "max_file_size_mb": 64.0}, {"max_file_size_mb": 64.0}
+        async with harness.open_sandbox(IsolationLevel.MINIMAL, limits=limits, permissions=permissions) as sandbox:
             assert await sandbox.execute_plugin_safe(read_much, 48) == 48
             reclaim = next(step for step in sandbox.get_recovery_history() if step["action"] == "reclaim")
             assert reclaim["success"]
@@ -820,7 +822,7 @@ async def main():
 
 asyncio.run(main())
 """
-    environment = {**os.environ, "PSIE_STANDING": "0", "PYTHONPATH": harness.TOKEN}
+    environment = {**os.environ, "PSIE_STANDING": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=harness.REPOSITORY, env=environment
     ) as process:

@@ -21,6 +21,7 @@ FILES = [
     "test_shared_network.py",
     "test_framework.py",
     "test_recovery.py",
+    "test_lifetimes.py",
 ]
 
 

@@ -111,6 +111,7 @@ def test_one_that_has_died_is_not_given_away(level: IsolationLevel, victim: str)
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("own_ledger")
 def test_it_gives_way_at_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Standing ready for one caller must not refuse another one."""
     fields = {"limits": {"max_memory_mb": 64.0}}
