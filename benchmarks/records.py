@@ -1,7 +1,8 @@
 """`python -m benchmarks.records`: how long `psie history` and the statistics take when 10,000 runs are remembered.
 
 `psie history` as a process, from its start to its end, and `Store.statistics` in this one: medians in ms, and whether the
-target of 200 ms is met. Beside them what one row costs: a run, a quarantine (on disk at once), a line of the audit (likewise).
+target of 200 ms is met. Beside them what one record costs: a run (that waits in the spool), 1,000 of them as they become rows
+and lines of the audit, a quarantine (on disk at once), a line of the audit (likewise).
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import tempfile
 import time
 from typing import TYPE_CHECKING
 
-from sandbox import EnhancedPluginFramework
+from sandbox import EnhancedPluginFramework, PluginLimitsV2
+from sandbox.recovery import spool
 from sandbox.recovery.audit import AuditLog
 from sandbox.recovery.store import OUTCOMES, Run, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 ROUNDS = 30
 RUNS, PLUGINS = 10_000, 50
 TARGET = 200.0  # ms
+LIMITS = vars(PluginLimitsV2())
 
 
 def a_run(number: int) -> Run:
@@ -52,6 +56,27 @@ def median(work: Callable[[], object]) -> float:
     return statistics.median(seconds) * 1000
 
 
+def record(folder: str) -> None:
+    run: dict[str, Any] = {
+        "plugin_id": "p",
+        "sha256": "",
+        "level": "strict",
+        "outcome": "ok",
+        "door": "library",
+        "reason": "returned",
+    }
+    spool.append(folder, started=time.time(), limits=LIMITS, **run)
+
+
+def moved(store: Store) -> float:
+    """Milliseconds."""
+    for _ in range(1000):
+        record(store.folder)
+    start = time.perf_counter()
+    store.collect()
+    return (time.perf_counter() - start) * 1000
+
+
 def tell(name: str, milliseconds: float, *, target: bool = False) -> None:
     verdict = f"  (at most {TARGET:g} ms: {'met' if milliseconds <= TARGET else 'MISSED'})" if target else ""
     print(f"{name:<28}{milliseconds:9.2f} ms{verdict}", flush=True)
@@ -75,7 +100,8 @@ def main() -> None:
             framework = EnhancedPluginFramework(base, state_folder=folder)
             tell("telemetry of the framework", median(framework.get_framework_telemetry), target=True)
             framework.close()
-            tell("one run added", median(lambda: store.add_runs([a_run(0)])))
+            tell("one run recorded", median(lambda: record(folder)))
+            tell("1,000 of them made rows", statistics.median(moved(store) for _ in range(5)))
             tell("one plugin quarantined", median(lambda: store.quarantine("bad", None, "", [], "benchmark")))
             log = AuditLog(store)
             tell("one line of the audit", median(lambda: log.append("event", plugin_id="bad")))

@@ -37,6 +37,7 @@ from sandbox.errors import (
 from sandbox.recipe_data import confirm
 from sandbox.recovery.commit import journals, recover
 from sandbox.recovery.granted import GrantedChanges, deletion_violation, refuse_direct
+from sandbox.remembered import Remembered
 from sandbox.telemetry import SandboxTelemetry
 from sandbox.text import TerminalEscaper
 from sandbox.violations import SandboxViolation
@@ -138,6 +139,9 @@ class EnhancedPluginSandbox:
         self._activity: list[dict[str, Any]] = []
         self._operations: dict[str, int] = {}  # of the network, by call
         self._output_tail = bytearray()
+        self._is_recorded = True  # each call: not where whoever uses it does that
+        self._has_told = False  # that they cannot be
+        self._plain_limits: dict[str, Any] = {}
         self._was_beyond = False  # whether a call was killed for more violations than the threshold
         self._on_taint: Callable[[GrantedChanges], None] | None = None  # sees the changes before they are discarded
 
@@ -180,6 +184,7 @@ class EnhancedPluginSandbox:
             raise
         live[self.sandbox_id] = self
         self._read_back = self._standby.call.read_back or {}
+        self._plain_limits = _plain(asdict(self.limits))
         return self
 
     async def __aexit__(
@@ -376,8 +381,9 @@ class EnhancedPluginSandbox:
         instruction, payload = self._job(plugin_function, args, kwargs)
         name = getattr(plugin_function, "__qualname__", type(plugin_function).__name__)
         file = getattr(getattr(plugin_function, "__code__", None), "co_filename", "")
-        call = await self._execute(name, file, instruction, payload)
-        return self._value(call, transport.plain_types(plugin_function, args))
+        with Remembered(self, name) as remembered:
+            call = await self._execute(remembered, file, instruction, payload)
+            return self._value(call, transport.plain_types(plugin_function, args))
 
     async def execute_file(self, name: str, source: bytes, job: Mapping[str, object]) -> Any:
         """Load a file that the sandbox sees as a module, call a function of it, and return its value.
@@ -393,8 +399,9 @@ class EnhancedPluginSandbox:
         """
         self._check_open()
         instruction = {**self._instruction("function"), **job, "env": self._environment(), "args": [], "kwargs": {}}
-        call = await self._execute(name, str(job["path"]), instruction, source)
-        return self._value(call, {})
+        with Remembered(self, name) as remembered:
+            call = await self._execute(remembered, str(job["path"]), instruction, source)
+            return self._value(call, {})
 
     def _check_open(self) -> None:
         sandbox = self._sandbox
@@ -404,11 +411,11 @@ class EnhancedPluginSandbox:
         if self._busy:
             raise RuntimeError(f"sandbox {self.sandbox_id}: {self._busy}: wait until that is done")
 
-    async def _execute(self, name: str, file: str, instruction: dict[str, object], payload: bytes) -> client.Call:
+    async def _execute(self, remembered: Remembered, file: str, instruction: dict[str, object], payload: bytes) -> client.Call:
         """Run a job to its end; changes of granted folders are discarded if that is a violation."""
         self._running += 1
         try:
-            return await self._run_job(name, file, instruction, payload)
+            return await self._run_job(remembered, file, instruction, payload)
         except SecurityViolationError as error:
             self._tainted = str(error).splitlines()[0]
             raise
@@ -424,20 +431,21 @@ class EnhancedPluginSandbox:
                 await asyncio.to_thread(self._on_taint, granted)
         await self._renew(keep=False)
 
-    async def _run_job(self, name: str, file: str, instruction: dict[str, object], payload: bytes) -> client.Call:
+    async def _run_job(self, remembered: Remembered, file: str, instruction: dict[str, object], payload: bytes) -> client.Call:
         run, self._standby = self._standby or self._new_run(), None
-        self._telemetry.plugin_id = name
+        self._telemetry.plugin_id = remembered.name
         try:
             await run.stands()
         except asyncio.CancelledError:
             self._post(run.give_up)
             raise
+        remembered.call = run.call
         run.call.source_file = file
         try:
             await run.execute(instruction, payload, self.limits.max_execution_time_seconds)
         finally:
             outcome.locate(run.call, run.violations)
-            self._record(run)
+            self._record(run, remembered)
         self._was_beyond = self._was_beyond or run.call.cause == "violations"
         error = outcome.judge(run.call, run.violations)
         is_violation = isinstance(error, SecurityViolationError)
@@ -517,15 +525,18 @@ class EnhancedPluginSandbox:
         self._telemetry.exit_reason = "returned"
         return value
 
-    def _record(self, run: _Run) -> None:
+    def _record(self, run: _Run, remembered: Remembered) -> None:
         telemetry = self._telemetry
         telemetry.end_time = telemetry.start_time + timedelta(seconds=monotonic() - self._opened)  # a clock may be set
         seen = run.call.outcome or {}
         telemetry.exit_code = outcome.exit_of(run.call)[0]
         peaks = [int(seen.get("maxrss_kb", 0)) / 1024, float(seen.get("used", 0)) / MB]
+        remembered.peak_memory_mb = max(peaks)
         watch = self._watch
         if watch is not None:
             peaks.append(watch.peak_memory / MB)
+            if run._watched is not None:  # else it has seen other calls
+                remembered.peak_memory_mb, remembered.peak_cpu_percent = max(peaks), watch.peak_cpu
             telemetry.peak_cpu_percent = max(telemetry.peak_cpu_percent, watch.peak_cpu)
             if self.config.telemetry_enabled:
                 telemetry.process_hierarchy = list(watch.hierarchy)
@@ -619,7 +630,7 @@ class EnhancedPluginSandbox:
             return {"changes": len(granted.found()), "quota_mb": room.f_blocks * room.f_frsize / MB}
 
     async def _keep_evidence(self, violation: SandboxViolation) -> dict[str, Any]:
-        from sandbox.plugins import records
+        from sandbox.recovery import records
 
         found = records.Evidence()
         found.samples = list(self._telemetry.resource_samples)

@@ -1,19 +1,23 @@
-"""What all tests share: which half of them a process runs, and which of them want the host for themselves.
+"""What all tests share: which half of them a process runs, which of them want the host for themselves, where they record.
 
 `make test` runs two pytest processes side by side (tools/run_tests.py): "library" has most integration tests, "rest" all that
 is left, so that nothing is ever left out of both. A test marked `alone` changes what other sandboxes of this user depend
 on, or would be disturbed by their end: meanwhile the other process runs none that opens sandboxes of this user.
+
+Sandboxes and frameworks that tests open themselves record nothing where a person's records are.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 from sandbox import state
+from sandbox.recovery import private
 
 HALVES = ("library", "rest")
 # Integration tests that are none of the first half's, which takes longer: those of a user without rights, and one more file.
@@ -53,3 +57,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         os.close(fd)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_records() -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="psie-records-") as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(private, "default_folder", lambda: os.path.join(place, "psie"))
+        yield

@@ -21,7 +21,7 @@ import pytest
 from sandbox.errors import ResourceError
 from sandbox.recovery import audit, private
 from sandbox.recovery.audit import KEPT, NAME, START, AuditLog, Verdict, verify
-from sandbox.recovery.store import Store
+from sandbox.recovery.store import MIGRATIONS, Store
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
@@ -223,7 +223,7 @@ def test_a_line_stands_without_the_store(file: Path, here: Path, log: AuditLog, 
     assert "upgrade psie" in told[0]
     with pytest.raises(ResourceError, match="upgrade psie"):
         verify(here)
-    connection.execute("PRAGMA user_version = 1")
+    connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
     connection.close()
     assert verify(here) == Verdict(True, LINES + 1)
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from sandbox.errors import ResourceError
+from sandbox.ns import workspace
 from sandbox.recovery import evidence
 from sandbox.recovery.evidence import UNFINISHED, bundle, remove_unfinished
 from sandbox.violations import SandboxViolation, SandboxViolationType
@@ -233,3 +234,52 @@ def test_several_at_once(here: Path) -> None:
     for number in range(8):
         assert_whole(here / f"case-{number}")
         assert (here / f"case-{number}" / "changes" / "19").read_bytes() == bytes([number])
+
+
+# -- how long it is kept -----------------------------------------------------------------------------------------------
+
+
+def aged(here: Path, name: str, days: float, size: int = 0) -> Path:
+    made = make(here, name, output_tail=b"x" * size)
+    then = time.time() - days * 86400
+    os.utime(made, (then, then))
+    return made
+
+
+def test_it_goes_by_age_but_never_what_is_in_force(here: Path) -> None:
+    kept = aged(here, "kept", 100)
+    aged(here, "old", 100)
+    aged(here, "young", 80)
+    (here / "file").touch()
+    (here / "link").symlink_to(kept)
+    assert evidence.trim(here, [str(kept)]) == 1
+    assert sorted(os.listdir(here)) == ["file", "kept", "link", "young"]
+    assert_whole(kept)
+    assert evidence.trim(here, [], max_age_days=1) == 2
+    assert sorted(os.listdir(here)) == ["file", "link"]
+    assert evidence.trim(here / "nowhere", []) == 0
+
+
+def test_it_goes_by_size_the_oldest_first(here: Path) -> None:
+    for number in range(6):
+        aged(here, f"case-{number}", 10 - number, 100_000)
+    make(here, "just now", output_tail=b"x" * 100_000)
+    assert evidence.trim(here, [str(here / "case-0")], max_bytes=450_000) == 3
+    assert sorted(os.listdir(here)) == ["case-0", "case-4", "case-5", "just now"]
+    assert evidence.trim(here, [str(here / "case-0")], max_bytes=0) == 2
+    assert sorted(os.listdir(here)) == ["case-0", "just now"]  # its quarantine may be on its way
+
+
+def test_who_is_killed_while_it_is_removed_leaves_no_half(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aged(here, "old", 100)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "remove_folder", die)
+        with pytest.raises(KeyboardInterrupt):
+            evidence.trim(here, [])
+    assert os.listdir(here) == [UNFINISHED]
+    assert remove_unfinished(here)
+    assert os.listdir(here) == []

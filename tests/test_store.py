@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from sandbox.errors import ResourceError
-from sandbox.recovery import private
+from sandbox.recovery import evidence, in_force, private
 from sandbox.recovery import store as store_module
 from sandbox.recovery.store import BESIDE, DOORS, MIGRATIONS, NAME, OUTCOMES, Percentiles, Run, Store
 
@@ -151,21 +151,21 @@ def test_a_plugin_cannot_fill_the_disk(store: Store) -> None:
 def test_trimmed_by_age_and_by_number(store: Store) -> None:
     now = time.time()
     store.add_runs([a_run(number, started=now - number * 86400) for number in range(20)])
-    assert store.trim(max_age_days=9.5) == 10
+    assert store.trim(max_age_days=9.5) == (10, 0)
     assert ids(store.runs()) == [str(number) for number in range(10)]
-    assert store.trim(max_rows=4) == 6
+    assert store.trim(max_rows=4) == (6, 0)
     assert ids(store.runs()) == ["0", "1", "2", "3"]
-    assert store.trim() == 0
+    assert store.trim() == (0, 0)
 
 
 def test_old_runs_go_by_themselves(here: Path) -> None:
     old = time.time() - (store_module.MAX_AGE_DAYS + 1) * 86400
     for number in range(store_module.TRIM_EVERY // 100 - 1):  # also where no process adds many
         with Store(here) as store:
-            store.add_runs([a_run(number, started=old)] * 100)
+            store.add_runs([a_run(number, started=old) for _ in range(100)])
     with Store(here) as store:
         assert len(store.runs(limit=10_000)) == store_module.TRIM_EVERY - 100
-        store.add_runs([a_run(1, started=time.time())] * 150)
+        store.add_runs([a_run(1, started=time.time()) for _ in range(150)])
         assert len(store.runs(limit=10_000)) == 150
 
 
@@ -391,8 +391,9 @@ def test_a_damaged_file_is_set_aside_later(here: Path, told: list[str], writes: 
             store.add_runs([a_run(1)])
         assert ids(store.runs()) == (["1"] if writes else [])
         store.quarantine("other", None, "", [], "manager")
-        assert [each.plugin_id for each in store.quarantined()] == ["other"]
+        assert [each.plugin_id for each in store.quarantined()] == ["other", "bad"]
     assert len(told) == 1
+    assert "the plugins that were quarantined still are" in told[0]
     assert all(re_name.startswith("psie.db.corrupt-2") for re_name in aside(here))
     assert len([name for name in aside(here) if not name.endswith(BESIDE)]) == 1
 
@@ -412,7 +413,7 @@ def test_its_log_goes_with_it(here: Path, told: list[str]) -> None:
         damage(here / NAME)
         damage(here / (NAME + "-wal"), 32)
         elsewhere(here, "store = Store(here)\nstore.add_runs([])")
-        assert store.is_quarantined("bad") is None
+        assert store.is_quarantined("bad")  # it is in the file of those in force as well
     assert [name for name in aside(here) if name.endswith("-wal")]
 
 
@@ -635,7 +636,7 @@ def test_where_nothing_can_be_written_nothing_is(here: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         "for attempt in range(2):\n"
         "    try:\n"
-        "        store.add_runs([Run(2.0, 'p' * 3000, '', 'strict', 'ok', 'library')] * 100)\n"
+        "        store.add_runs([Run(2.0, 'p' * 3000, '', 'strict', 'ok', 'library') for _ in range(100)])\n"
         "    except Exception as error:\n"
         "        print(type(error).__name__, len(store.runs()))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
@@ -644,3 +645,112 @@ def test_where_nothing_can_be_written_nothing_is(here: Path) -> None:
     )
     assert said == "ResourceError 1\nResourceError 1\n2\n"
     assert aside(here) == []
+
+
+# -- quarantines in force, in the file beside it ---------------------------------------------------------------------------
+
+
+def names_in_force(here: Path) -> list[str]:
+    found = in_force.read(str(here))
+    assert found is not None
+    return [each["plugin_id"] for each in found]
+
+
+def test_the_file_has_what_is_in_force(here: Path, store: Store) -> None:
+    assert not (here / in_force.NAME).exists()
+    for name in ("a", "b", "c"):
+        store.quarantine(name, "aa" * 32, f"why {name}", [{"type": "x"}], "manager", evidence=Path("/somewhere"))
+    store.release("b", "somebody")
+    assert names_in_force(here) == ["c", "a"]
+    (newest, _) = store.quarantined()
+    entry = (in_force.read(str(here)) or [])[0]
+    assert entry == {name: getattr(newest, name) for name in in_force.FIELDS}
+
+
+def test_a_new_database_has_what_was_in_force(here: Path, told: list[str]) -> None:
+    with Store(here) as store:
+        before = [store.quarantine(name, "aa" * 32, name, [], "manager", evidence=Path("/e")) for name in ("a", "b", "c")]
+        store.release("b", "somebody")
+    for name in (NAME, NAME + "-wal"):
+        (here / name).unlink(missing_ok=True)
+    (here / NAME).write_bytes(b"x" * 5000)
+    (here / NAME).chmod(0o600)
+    with Store(here, on_trouble=told.append) as store:
+        again = store.quarantined(include_released=True)
+        assert [{**each.to_dict(), "id": 0} for each in again] == [{**before[at].to_dict(), "id": 0} for at in (2, 0)]
+        assert "the plugins that were quarantined still are" in told[0]
+        assert store.release("a", "somebody") == 1
+    with Store(here) as store:
+        assert [each.plugin_id for each in store.quarantined()] == ["c"]
+    assert names_in_force(here) == ["c"]
+
+
+def test_who_is_killed_in_between_leaves_it_quarantined(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way in the file is first, on the way out it is last."""
+    with Store(here) as store:
+        store.quarantine("a", None, "", [], "manager")
+        with monkeypatch.context() as patch:
+            patch.setattr(in_force, "write", killed)
+            with pytest.raises(KeyboardInterrupt):
+                store.release("a", "somebody")  # committed, and still in the file
+    assert names_in_force(here) == ["a"]
+    with Store(here) as store:
+        assert store.quarantined() == []
+        assert names_in_force(here) == []
+
+        written = in_force.write
+
+        def killed_afterwards(*arguments: Any) -> None:
+            written(*arguments)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(in_force, "write", killed_afterwards)
+            with pytest.raises(KeyboardInterrupt):
+                store.quarantine("b", None, "", [], "manager")  # in the file, and never committed
+        assert store.quarantined() == []
+    with Store(here) as store:
+        assert [each.plugin_id for each in store.quarantined()] == names_in_force(here) == ["b"]
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_damaged_or_missing_file_is_written_anew(here: Path, told: list[str]) -> None:
+    with Store(here) as store:
+        store.quarantine("a", None, "", [], "manager")
+    (here / in_force.NAME).write_bytes(b"damaged")
+    Store(here).close()
+    assert names_in_force(here) == ["a"]
+    (here / in_force.NAME).unlink()
+    Store(here).close()
+    assert names_in_force(here) == ["a"]
+    (here / in_force.NAME).write_bytes(b"damaged")
+    (here / NAME).write_bytes(b"x" * 5000)
+    with Store(here, on_trouble=told.append) as store:
+        assert store.quarantined() == []
+    assert "which plugins were quarantined is lost" in told[0]
+
+
+def test_where_the_file_cannot_be_written_nothing_is_quarantined(here: Path, store: Store) -> None:
+    (here / in_force.NAME).mkdir()
+    with pytest.raises(ResourceError):
+        store.quarantine("a", None, "", [], "manager")
+    assert store.quarantined() == []
+
+
+def test_old_evidence_goes_with_old_runs(here: Path, store: Store) -> None:
+    made = []
+    for name in ("old", "kept", "new"):
+        path = evidence.bundle(here / evidence.FOLDER, name, changes=[], violations=[], samples=[], recipe={}, output_tail=b"")
+        made.append(path)
+        if name != "new":
+            then = time.time() - (evidence.MAX_AGE_DAYS + 1) * 86400
+            os.utime(path, (then, then))
+    store.quarantine("bad", None, "", [], "manager", evidence=made[1])
+    assert store.trim() == (0, 1)
+    assert sorted(os.listdir(here / evidence.FOLDER)) == ["kept", "new"]
+    store.release("bad", "somebody")
+    store.trim()
+    assert os.listdir(here / evidence.FOLDER) == ["new"]

@@ -44,8 +44,8 @@ def group() -> None:
 def run(**given: Any) -> None:
     """Run FILE as `python FILE ARGS` would, in a sandbox.
 
-    The exit status is the plugin's own; 124 timed out; 125 psie failed or the command line is wrong; 126 a security
-    violation ended it; 137 out of memory; 128+n killed by signal n.
+    The exit status is the plugin's own; 124 timed out; 125 psie failed, the command line is wrong or FILE is quarantined;
+    126 a security violation ended it; 137 out of memory; 128+n killed by signal n.
     """
     from sandbox.cli import run as command
 

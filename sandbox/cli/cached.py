@@ -1,7 +1,8 @@
 """Recipes of earlier runs: compiling one costs 35 ms of imports, which a run with the same options need not pay again.
 
-An entry is a recipe with its wire form, kept under a key of everything that compile() looks at: the options, variables
-and config file, the host and its namespaces, and psie's own files. When a set-up fails, all entries are dropped.
+An entry is a recipe with its wire form and the limits that it is for, kept under a key of everything that compile() looks at:
+the options, variables and config file, the host and its namespaces, and psie's own files. When a set-up fails, all entries are
+dropped.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ ENTRIES = 256  # kept at once
 SOURCES = ("recipe.py", "recipe_data.py", "config.py", "network.py", "host.py", "engine/client.py", "seccomp/filter.py")
 
 
-def recipe_for(given: dict[str, Any], read_only: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
-    """(recipe, wire form) for these options. Raises what compiling it raises."""
+def recipe_for(given: dict[str, Any], read_only: Sequence[str]) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
+    """(recipe, wire form, limits by name) for these options. Raises what compiling it raises."""
     key = repr(_key(given, read_only)).encode()
     cache = state.Cache("recipes")
     name = f"{zlib.crc32(key):08x}"
     stored = cache.read(name)
     if stored is not None and not given.get("config"):  # a file may block folders, whose links have to be followed anew
         try:
-            kept_key, data, wire = marshal.loads(stored)
+            kept_key, data, wire, asked = marshal.loads(stored)
             if kept_key == key:
-                return Recipe.from_dict(data), wire
+                return Recipe.from_dict(data), wire, asked
         except (ValueError, TypeError, EOFError, KeyError):
             cache.remove(name)
     from sandbox import host, recipe
@@ -59,8 +60,9 @@ def recipe_for(given: dict[str, Any], read_only: Sequence[str]) -> tuple[Recipe,
     compiled = recipe.compile(config, limits, permissions, host.facts(), read_only=read_only)
     wire = client.wire_form(compiled)
     cache.trim(ENTRIES)
-    cache.write(name, marshal.dumps((key, compiled.to_dict(), wire)))
-    return compiled, wire
+    asked = dict(vars(limits))
+    cache.write(name, marshal.dumps((key, compiled.to_dict(), wire, asked)))
+    return compiled, wire, asked
 
 
 def _key(given: dict[str, Any], read_only: Sequence[str]) -> list[object]:

@@ -9,9 +9,8 @@ import sys
 
 from sandbox.cli import run as run_command
 from sandbox.cli.inputs import UsageError
-from sandbox.cli.session import Session, complain
+from sandbox.cli.session import Session, guarded, remember
 from sandbox.engine import channel, codec
-from sandbox.errors import SandboxException
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
 
 def call(given: dict[str, Any]) -> int:
     """Run it and return the exit status: 0, or as for `psie run`."""
-    try:
+
+    def work() -> int:
         file, colon, function = given["target"].rpartition(":")
         if not colon or not function.isidentifier():
             raise UsageError(f"{given['target']}: give FILE:FUNCTION, as in plugin.py:main")
@@ -28,24 +28,23 @@ def call(given: dict[str, Any]) -> int:
         source = run_command.source_of(path)
         args = [from_json(f"--arg {text}", text) for text in given["arg"]]
         kwargs = dict(keyword(text) for text in given["kwarg"])
-        session = Session(given, None, read_only=run_command.siblings(path, source))
-        job: dict[str, object] = {
-            "kind": "function",
-            "path": path,
-            "folder": os.path.dirname(path),
-            "module": os.path.splitext(os.path.basename(path))[0],
-            "functions": [function],
-            "env": None,
-            "args": args,
-            "kwargs": kwargs,
-            "max_bytes": int(session.recipe.limits["result_bytes"]),
-        }
-        status = session.finish(job, source)
-        return status if status else print_reply(session)
-    except (run_command.Failed, SandboxException, ValueError, TypeError, ImportError) as error:
-        return complain(error)
-    except OSError as error:
-        return complain(run_command.Failed(f"{error.filename or 'the sandbox'}: {error.strerror}"))
+
+        def job(session: Session) -> dict[str, object]:
+            return {
+                "kind": "function",
+                "path": path,
+                "folder": os.path.dirname(path),
+                "module": os.path.splitext(os.path.basename(path))[0],
+                "functions": [function],
+                "env": None,
+                "args": args,
+                "kwargs": kwargs,
+                "max_bytes": int(session.recipe.limits["result_bytes"]),
+            }
+
+        return remember(given, None, f"{path}:{function}", path, source, job, print_reply)
+
+    return guarded(work)
 
 
 def from_json(where: str, text: str) -> object:

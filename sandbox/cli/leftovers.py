@@ -1,15 +1,19 @@
-"""`psie gc`: removes what is left of sandboxes whose caller and zygote were killed together, and finishes their commits."""
+"""`psie gc`: removes what is left of sandboxes whose caller and zygote were killed together, and finishes their commits.
+
+And what of the records is too old: runs, and evidence that no quarantine in force needs.
+"""
 
 from __future__ import annotations
 
 import os
 
 from sandbox.cgroups import place
-from sandbox.cli.session import complain
+from sandbox.cli.session import complain, say
 from sandbox.engine import sweep
 from sandbox.errors import ResourceError
 from sandbox.plugins import stage
-from sandbox.recovery import commit, evidence, private
+from sandbox.recovery import commit, evidence, private, spool
+from sandbox.recovery.store import NAME, Store
 
 
 def remove() -> int:
@@ -28,8 +32,14 @@ def remove() -> int:
     for line in commit.recover():
         print(line)
     try:
-        if evidence.remove_unfinished(os.path.join(private.default_folder(), evidence.FOLDER)):
+        records = private.default_folder()
+        if evidence.remove_unfinished(os.path.join(records, evidence.FOLDER)):
             print("removed evidence that was not finished")
+        if os.path.lexists(os.path.join(records, NAME)) or spool.waits(records):
+            with Store(records, on_trouble=say) as store:
+                runs, folders_of_evidence = store.trim()
+            if runs or folders_of_evidence:
+                print(f"removed {runs} old runs and {folders_of_evidence} folders of old evidence")
     except ResourceError as error:
         return complain(error)
     counts = f"{len(leaves)} cgroups, {len(folders)} workspace folders and {len(stages)} folders of staged plugins"

@@ -12,7 +12,7 @@ import os
 import sys
 from time import monotonic, time
 
-from sandbox.cli import cached, inputs
+from sandbox.cli import cached, inputs, remembered
 from sandbox.cli import run as run_command
 from sandbox.engine import channel, client, spawn
 from sandbox.engine.loop import PollLoop
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sandbox.engine.streams import Streams
     from sandbox.engine.watching import SandboxWatch
     from sandbox.recovery.measures import Recovery
+    from sandbox.recovery.records import Evidence
     from sandbox.violations import SandboxViolation
 
 # What a line discipline echoes for an erased character: harmless, and unreadable when escaped.
@@ -43,6 +44,7 @@ TIMED_OUT = 124
 VIOLATED = 126
 OUT_OF_MEMORY = 137
 OUTPUT_EXCEEDED = 128 + int(signal.SIGXFSZ)
+TAIL_BYTES = 64 << 10  # of the output that are evidence
 
 
 def say(text: str) -> None:
@@ -61,16 +63,50 @@ def complain(error: Exception) -> int:
 
 def run(given: dict[str, Any], started: tuple[int, _socket.socket, bool] | None) -> int:
     """`psie run`. Returns the exit status."""
-    try:
+
+    def work() -> int:
         path = run_command.plugin_path(given["file"])
         source = run_command.source_of(path)
-        session = Session(given, started, read_only=run_command.siblings(path, source))
-        job: dict[str, object] = {"kind": "run", "path": path, "argv": list(given["args"])}
-        return session.finish(job, source)
+
+        def job(_: Session) -> dict[str, object]:
+            return {"kind": "run", "path": path, "argv": list(given["args"])}
+
+        return remember(given, started, path, path, source, job)
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The status of `work`; one sentence and 125 for what it raises."""
+    try:
+        return work()
     except (run_command.Failed, SandboxException, ValueError, TypeError, ImportError) as error:
         return complain(error)
     except OSError as error:
         return complain(run_command.Failed(f"{error.filename or 'the sandbox'}: {error.strerror}"))
+
+
+def remember(
+    given: dict[str, Any],
+    started: tuple[int, _socket.socket, bool] | None,
+    plugin_id: str,
+    path: str,
+    source: bytes,
+    job: Callable[[Session], dict[str, object]],
+    reply: Callable[[Session], int] = lambda session: 0,
+) -> int:
+    """A run from the look at the quarantines to its row; `reply` is what there is to do after status 0."""
+    run = remembered.Remembered(given, plugin_id, path, source, say)
+    try:
+        run.refuse_quarantined()
+        session = run.session = Session(given, started, read_only=run_command.siblings(path, source))
+        session.meanwhile = run.hash
+        status = session.finish(job(session), source) or reply(session)
+    except Exception as error:
+        run.failed(error)
+        raise
+    run.ended(status)
+    return status
 
 
 class Session:
@@ -84,7 +120,7 @@ class Session:
         self.environment = inputs.environment(given["env"])
         folders = inputs.readable(given["ro"])
         self.result_file = check_result_file(given["result_file"])
-        self.recipe, self.wire = cached.recipe_for(given, [*read_only, *folders])
+        self.recipe, self.wire, self.limits = cached.recipe_for(given, [*read_only, *folders])
         self.settled: Settled | None = None  # what became of changes in granted folders
         if self.recipe.granted:
             self._check_granted()
@@ -107,6 +143,11 @@ class Session:
         self.ended_by: int | None = None
         self.reader_gone = False
         self.job_sent = 0.0
+        self.meanwhile: Callable[[], None] = lambda: None  # what there is time for while the plugin runs
+        self.output_tail = bytearray()
+        self.evidence: Evidence | None = None
+        self.error: SandboxException | None = None  # what its end was, and all that it ran into
+        self.found: list[SandboxViolation] = []
 
     def _zygote(self, started: tuple[int, _socket.socket, bool] | None) -> client.Zygote:
         """The one that was started early, if it was started as this recipe needs it."""
@@ -130,6 +171,7 @@ class Session:
             self._start(sandbox, job, payload)
             from sandbox.engine import outcome, recording  # noqa: F401  (needed soon; now there is time)
 
+            self.meanwhile()
             self.loop.run_until(lambda: bool(self.call and self.call.done))
         finally:
             if self.streams is not None:
@@ -139,6 +181,7 @@ class Session:
             for flush in self.flushes:
                 flush()
             try:
+                self.evidence = remembered.evidence_of(self, sandbox)
                 if sandbox.layers is not None and self.call is not None and self.call.done:
                     self._settle(sandbox)
             finally:
@@ -328,6 +371,8 @@ class Session:
         escaper = None if self.given.get("raw") or not os.isatty(fd) else TerminalEscaper()
 
         def write(data: bytes) -> None:
+            self.output_tail += data
+            del self.output_tail[:-TAIL_BYTES]
             if escaper is not None:
                 data = escaper.feed(data)
                 if terminal:
@@ -419,6 +464,7 @@ class Session:
                 say(self.settled.said)
             violations += self.settled.violations()
         violations += [*self.watched, *([] if self.watch is not None else outcome.counted(self.call))]
+        self.error, self.found = error, violations
         if not self.given["quiet"]:
             self._explain(violations, error)
         if self.result_file is not None:
@@ -426,6 +472,21 @@ class Session:
         if self.given.get("summary"):
             print_summary(self, status)
         return status
+
+    def facts(self) -> dict[str, Any]:
+        """What its row has of it, and `telemetry`: whether it is to have one."""
+        return {
+            "telemetry": self.recipe.monitoring["telemetry"],
+            "level": self.recipe.level,
+            "limits": self.limits,
+            "peak_memory_mb": self.peak_memory_mb(),
+            "peak_cpu_percent": self.watch.peak_cpu if self.watch is not None else 0.0,
+            "sandbox_id": self.call.sandbox.name if self.call is not None else "",
+        }
+
+    def peak_memory_mb(self) -> float:
+        seen = (self.call.outcome if self.call is not None else None) or {}
+        return max(int(seen.get("maxrss_kb", 0)) / 1024, self.watch.peak_memory / MB if self.watch is not None else 0.0)
 
     def _explain(self, violations: list[SandboxViolation], error: SandboxException | None) -> None:
         if not violations and getattr(error, "explanation", None) is None:
@@ -520,7 +581,7 @@ def write_result(
         plugin_id=os.path.basename(session.given.get("file") or session.given.get("target", "")),
         start_time=start,
         end_time=start + timedelta(seconds=monotonic() - session.begun),
-        peak_memory_mb=max(int((call.outcome or {}).get("maxrss_kb", 0)) / 1024, watch.peak_memory / MB if watch else 0.0),
+        peak_memory_mb=session.peak_memory_mb(),
         peak_cpu_percent=watch.peak_cpu if watch else 0.0,
         network_operations_count=session.network_operations,
         file_operations_count=session.recorder.count if session.recorder else 0,

@@ -32,9 +32,9 @@ from sandbox.ns.userids import NoPlaceError, bounds
 from sandbox.plugins import discovery, files, manifest, signing, stage
 from sandbox.plugins.effective import effective, retry_memory
 from sandbox.plugins.files import PluginFiles
-from sandbox.plugins.records import Evidence, Records, run_of
 from sandbox.recipe import under
 from sandbox.recipe_data import ENFORCED, MISSING, SUBSTITUTED
+from sandbox.recovery.records import Evidence, Records
 from sandbox.sandbox import EnhancedPluginSandbox
 from sandbox.telemetry import SandboxTelemetry
 from sandbox.text import escape_text
@@ -200,7 +200,7 @@ class EnhancedPluginFramework:
         except PluginError as error:
             raise ValueError(f"EnhancedPluginFramework: {error}") from None
         self._most = self._count_places()
-        self._records = Records(state_folder)
+        self._records = Records(state_folder, "framework")
         self._open: Counter[str] = Counter()  # loads that have a sandbox, by level
         self._places: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
 
@@ -374,7 +374,9 @@ class EnhancedPluginFramework:
         hidden = os.path.realpath(self.plugin_dir)
         if load.config.level is not IsolationLevel.MINIMAL and not self._needs(hidden, permissions):
             permissions.blocked_directories = [*permissions.blocked_directories, hidden]
-        return EnhancedPluginSandbox(load.limits, permissions, load.config, read_only=(ready.staged.root,))
+        sandbox = EnhancedPluginSandbox(load.limits, permissions, load.config, read_only=(ready.staged.root,))
+        sandbox._is_recorded = False  # the load is
+        return sandbox
 
     @staticmethod
     def _needs(folder: str, permissions: PluginPermissionsV2) -> bool:
@@ -407,7 +409,7 @@ class EnhancedPluginFramework:
             self._records.quarantine(load.plugin_id, load.sha256, load.quarantined, load.violations, load.evidence)
         if not load.config.telemetry_enabled:
             return
-        run = run_of(
+        self._records.add(
             started=since,
             plugin_id=load.plugin_id,
             sha256=load.sha256,
@@ -422,7 +424,6 @@ class EnhancedPluginFramework:
             violations=load.violations,
             sandbox_id=load.sandbox_id,
         )
-        self._records.add(run)
 
     # -- places ------------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from sandbox.violations import to_plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
 NAME = "audit.jsonl"
 KEPT = 5  # older files
@@ -80,9 +80,14 @@ class AuditLog:
             ValueError: a field has a name that every line has.
             ResourceError: it cannot be written; then nothing was.
         """
-        for name in fields:
-            if name in OWN:
-                raise ValueError(f"append: the field {name!r} is the audit's own: give it another name")
+        return self.append_all([(event, fields)])
+
+    def append_all(self, events: Sequence[tuple[str, Mapping[str, object]]]) -> int:
+        """Add a line for each (event, fields), at least one, by one write; returns the number of the last. As `append`."""
+        for _, fields in events:
+            for name in fields:
+                if name in OWN:
+                    raise ValueError(f"append: the field {name!r} is the audit's own: give it another name")
         path = os.path.join(self.folder, NAME)
         try:
             with (
@@ -90,7 +95,7 @@ class AuditLog:
                 _locked(folder, os.O_RDWR | os.O_CREAT | os.O_APPEND, fcntl.LOCK_EX, path) as fd,
             ):
                 assert fd is not None
-                seq, digest = self._append(folder, fd, event, _fitting(fields))
+                seq, digest = self._append(folder, fd, [(event, _fitting(fields)) for event, fields in events])
                 _told(self.store, seq, digest)
                 if os.fstat(fd).st_size >= ROTATE_BYTES:
                     _rotate(folder)
@@ -98,8 +103,8 @@ class AuditLog:
             raise ResourceError(f"{path} cannot be written ({error.strerror}): see to the disk and its rights") from None
         return seq
 
-    def _append(self, folder: int, fd: int, event: str, fields: dict[str, Any]) -> tuple[int, str]:
-        """Below the lock: number and hash of the new line."""
+    def _append(self, folder: int, fd: int, wanted: list[tuple[str, dict[str, Any]]]) -> tuple[int, str]:
+        """Below the lock: number and hash of the last new line."""
         whole, torn, last = _end(fd)
         is_new = whole == 0
         if is_new:
@@ -119,15 +124,15 @@ class AuditLog:
             events.append((TORN, {"bytes": torn}))
         if seq > found[0]:
             events.append((MISSING, {"last_found": found[0], "last_written": seq}))
-        lines = b""
-        for name, values in [*events, (event, fields)]:
+        lines: list[bytes] = []
+        for name, values in [*events, *wanted]:
             seq += 1
             line = {**values, "seq": seq, "time": datetime.now(UTC).isoformat(), "event": name, "previous": digest}
             digest = _hash(line)
-            lines += _canonical({**line, "hash": digest})
+            lines.append(_canonical({**line, "hash": digest}))
         if torn:
             os.ftruncate(fd, whole)
-        _write(fd, lines, whole)
+        _write(fd, b"".join(lines), whole)
         if is_new:
             os.fsync(folder)  # of the file's name
         return seq, digest
@@ -236,7 +241,7 @@ def _position(raw: bytes) -> tuple[int, str]:
     return (0, START) if line is None else (line["seq"], line["hash"])
 
 
-def _fitting(fields: dict[str, object]) -> dict[str, Any]:
+def _fitting(fields: Mapping[str, object]) -> dict[str, Any]:
     plain = {name: to_plain(value) for name, value in fields.items()}
     text = json.dumps(plain)
     return plain if len(text) <= FIELD_BYTES else {"cut": text[: FIELD_BYTES // 2]}
@@ -256,19 +261,11 @@ def _locked(folder: int, flags: int, kind: int, path: str) -> Iterator[int | Non
             return
         try:
             with private.locked(fd, kind, path):
-                if _is_at(folder, fd):
+                if private.is_at(folder, NAME, fd):
                     yield fd
                     return
         finally:
             os.close(fd)
-
-
-def _is_at(folder: int, fd: int) -> bool:
-    """Whether the file was not rotated away while its lock was waited for."""
-    try:
-        return os.path.samestat(os.stat(NAME, dir_fd=folder, follow_symlinks=False), os.fstat(fd))
-    except FileNotFoundError:
-        return False
 
 
 def _end(fd: int) -> tuple[int, int, bytes]:

@@ -10,11 +10,13 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sandbox import files
 from sandbox.errors import ResourceError
 from sandbox.ns import syscalls as sc
 from sandbox.ns import workspace
@@ -32,6 +34,9 @@ PART_BYTES = 8 << 20  # of each of violations, samples, recipe, output, index an
 CHANGES = 10_000
 NAME_BYTES = 200
 UNFINISHED = ".unfinished"
+MAX_AGE_DAYS = 90.0
+MAX_BYTES = 1 << 30
+YOUNG = 3600.0  # seconds: its quarantine may still be on its way into the store
 
 
 def bundle(
@@ -94,6 +99,54 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> bool:
         return True
 
 
+def trim(
+    folder: str | os.PathLike[str],
+    keep: Iterable[str],
+    *,
+    max_age_days: float = MAX_AGE_DAYS,
+    max_bytes: int = MAX_BYTES,
+) -> int:
+    """Remove evidence that is older, and of the rest the oldest until all have at most `max_bytes`; returns how many.
+
+    Never those at the paths `keep`, by their names, and none of the last hour. Each goes as a whole. Raises ResourceError.
+    """
+    place = os.path.abspath(os.fspath(folder))
+    if not os.path.isdir(place):
+        return 0
+    kept = {os.path.basename(path) for path in keep}
+    now, count = time.time(), 0
+    try:
+        with private.folder(place) as parent:
+            found = sorted(_bundles(parent))
+            total = sum(size for _, _, size in found)
+            for changed, name, size in found:
+                is_old = changed < now - max_age_days * 86400
+                if (is_old or total > max_bytes) and changed < now - YOUNG and name not in kept:
+                    with _unfinished(parent, place) as inside:
+                        os.rename(name, name, src_dir_fd=parent, dst_dir_fd=inside)
+                    total -= size
+                    count += 1
+    except OSError as error:
+        raise ResourceError(
+            f"{place}: old evidence cannot be removed ({error.strerror}): see to the disk and its rights"
+        ) from None
+    return count
+
+
+def _bundles(parent: int) -> Iterator[tuple[float, str, int]]:
+    """(when it was made, name, bytes) of each."""
+    for name in os.listdir(parent):
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        try:
+            if not name.startswith("."):
+                yield os.fstat(fd).st_mtime, name, sum(entry.size for entry in files.walk(fd, ""))
+        finally:
+            os.close(fd)
+
+
 @contextmanager
 def _unfinished(parent: int, place: str) -> Iterator[int]:
     """The temporary folder, empty, ours alone; gone afterwards, unless it was renamed."""
@@ -108,25 +161,18 @@ def _unfinished(parent: int, place: str) -> Iterator[int]:
             continue
         try:
             with private.locked(fd, fcntl.LOCK_EX, os.path.join(place, UNFINISHED)):
-                if not _is_at(parent, fd):  # whoever had it has finished
+                if not private.is_at(parent, UNFINISHED, fd):  # whoever had it has finished
                     continue
                 for inner in workspace.unlink_files(fd):
                     workspace.remove_folder(fd, inner)
                 try:
                     yield fd
                 finally:
-                    if _is_at(parent, fd):
+                    if private.is_at(parent, UNFINISHED, fd):
                         workspace.remove_folder(parent, UNFINISHED)
             return
         finally:
             os.close(fd)
-
-
-def _is_at(parent: int, fd: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(UNFINISHED, dir_fd=parent, follow_symlinks=False), os.fstat(fd))
-    except FileNotFoundError:
-        return False
 
 
 def _write(folder: int, name: str, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """What psie remembers between runs: how they went, which plugins are quarantined, where the audit ends. One SQLite file.
 
-Host side, and never on the start path of a run. Must not know who decides on a quarantine, or how a run is made.
+Host side, and never on the start path of a run: runs come by the spool (sandbox.recovery.spool), and are moved from there when
+somebody asks for them. Must not know who decides on a quarantine, or how a run is made.
 
 Who writes holds an flock on `psie.lock`; in WAL mode SQLite has one writer anyway, and so a damaged file is set aside while
 nobody writes. A file that was set aside, removed or migrated by another process is noticed before each use: rows are then
@@ -27,7 +28,7 @@ from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 from sandbox.errors import ResourceError
-from sandbox.recovery import private
+from sandbox.recovery import in_force, private, spool
 from sandbox.text import escape_text
 from sandbox.violations import to_plain
 
@@ -44,8 +45,8 @@ DOORS = ("command", "library", "framework")
 MAX_AGE_DAYS = 90.0
 MAX_ROWS = 100_000
 TRIM_EVERY = 1000  # rows
-VIOLATION_BYTES = 1 << 16  # of JSON that a row keeps: a plugin can make many, and long ones
-TEXT = 4000  # characters of a reason
+VIOLATION_BYTES = spool.VIOLATION_BYTES  # of JSON
+TEXT = spool.TEXT  # characters of a reason
 
 # One step for each version of the schema. A step that was released is never changed: add another.
 MIGRATIONS: list[tuple[str, ...]] = [
@@ -68,6 +69,7 @@ MIGRATIONS: list[tuple[str, ...]] = [
         "CREATE INDEX quarantine_by_sha256 ON quarantine (sha256) WHERE released IS NULL",
         "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     ),
+    ("ALTER TABLE runs ADD COLUMN run_id TEXT", "CREATE UNIQUE INDEX runs_by_run_id ON runs (run_id)"),
 ]
 
 
@@ -92,6 +94,7 @@ class Run:
         sandbox_id: which sandbox.
         version: of psie.
         id: the store's number, growing; None before it is stored.
+        run_id: of this run alone, also in the audit; a row is stored once. "" in rows of old.
 
     Raises:
         ValueError: an outcome or door that there is not, or a number that is not finite.
@@ -113,6 +116,7 @@ class Run:
     sandbox_id: str = ""
     version: str = ""
     id: int | None = None
+    run_id: str = field(default_factory=lambda: os.urandom(8).hex())
 
     def __post_init__(self) -> None:
         for name, known in (("outcome", OUTCOMES), ("door", DOORS)):
@@ -199,7 +203,7 @@ class Store:
 
     Every method raises ResourceError if the file belongs to somebody else, was made by a newer psie, cannot be written, or is
     locked for more than 10 s; then nothing was stored. A damaged file is set aside and told of by `on_trouble`, a function of
-    one sentence; work goes on with a new one.
+    one sentence; work goes on with a new one, in which the quarantines are in force that were.
     """
 
     def __init__(
@@ -228,17 +232,50 @@ class Store:
 
     # -- runs ------------------------------------------------------------------------------------------------------------
 
-    def add_runs(self, runs: Sequence[Run]) -> None:
-        """Store all of `runs`, or none. About every 1000 rows old ones are removed, as `trim` does."""
-        rows = [_run_row(run) for run in runs]
+    def collect(self) -> None:
+        """Move the runs that wait in the spool into rows, each once, and tell the audit. What is damaged is told of."""
+        damaged = spool.take(self.folder, self._move)
+        if damaged:
+            path = os.path.join(self.folder, spool.NAME)
+            self.on_trouble(escape_text(f"{path} was damaged: {damaged} bytes of it were no record of a run", keep=""))
 
-        def work(connection: sqlite3.Connection) -> None:
+    def _move(self, records: list[dict[str, Any]]) -> None:
+        from sandbox.recovery.audit import AuditLog  # which knows the store
+
+        runs, rows = [], []
+        for record in records:
+            types = record.pop("violation_types", {})
+            try:
+                run = Run(**record)
+                rows.append(_run_row(run, types))
+                runs.append(run)
+            except (ValueError, TypeError, AttributeError) as error:  # of another psie than this
+                self.on_trouble(escape_text(f"a run is left out, whose record is none: {error}", keep=""))
+        if not runs:
+            return
+        self._add(rows, durable=True)
+        AuditLog(self).append_all([("run", _told(run)) for run in runs])
+
+    def add_runs(self, runs: Sequence[Run]) -> None:
+        """Store all of `runs`, or none; one that is stored already stays as it is. Nothing is told to the audit.
+
+        Whoever has run something records it by sandbox.recovery.spool.append.
+        """
+        self._add([_run_row(run) for run in runs], durable=False)
+
+    def _add(self, rows: Sequence[tuple[Any, ...]], *, durable: bool) -> None:
+        """About every 1000 rows old ones are removed, as `trim` does."""
+
+        def work(connection: sqlite3.Connection) -> bool:
             connection.executemany(_INSERT_RUN, rows)
             (last,) = connection.execute("SELECT max(id) FROM runs").fetchone()
-            if rows and last % TRIM_EVERY < len(rows):
+            is_due = bool(rows) and last % TRIM_EVERY < len(rows)
+            if is_due:
                 _trim(connection, MAX_AGE_DAYS, MAX_ROWS)
+            return is_due
 
-        self._do(work, write=True)
+        if self._do(work, write=True, durable=durable):
+            self._trim_evidence()
 
     def runs(
         self,
@@ -251,6 +288,7 @@ class Store:
         """The runs that all given arguments fit, newest first. `since` is Unix time. Raises ValueError for a limit below 0."""
         if limit < 0:
             raise ValueError(f"runs: limit is {limit}: give how many runs at most")
+        self._collect_waiting()
         given = {
             "plugin_id = ?": _text_or_none(plugin),
             "level = ?": _text_or_none(level),
@@ -263,14 +301,30 @@ class Store:
         rows = self._do(lambda connection: connection.execute(query, (*conditions.values(), limit)).fetchall(), write=False)
         return [_run(row) for row in rows]
 
-    def trim(self, max_age_days: float = MAX_AGE_DAYS, max_rows: int = MAX_ROWS) -> int:
-        """Remove runs that are older, and of the others the oldest beyond `max_rows`. Returns how many."""
-        return self._do(lambda connection: _trim(connection, max_age_days, max_rows), write=True)
+    def trim(self, max_age_days: float = MAX_AGE_DAYS, max_rows: int = MAX_ROWS) -> tuple[int, int]:
+        """Remove runs that are older, and of the others the oldest beyond `max_rows`; and old evidence, see `evidence.trim`.
+
+        Returns how many runs and how many folders of evidence.
+        """
+        self._collect_waiting()
+        count = self._do(lambda connection: _trim(connection, max_age_days, max_rows), write=True)
+        return count, self._trim_evidence()
+
+    def _collect_waiting(self) -> None:
+        if spool.waits(self.folder):
+            self.collect()
+
+    def _trim_evidence(self) -> int:
+        from sandbox.recovery import evidence
+
+        keep = [each.evidence for each in self.quarantined() if each.evidence]
+        return evidence.trim(os.path.join(self.folder, evidence.FOLDER), keep)
 
     def statistics(self, since: float | None = None) -> dict[str, Statistics]:
         """The stored runs since then (Unix time), by plugin."""
         query = "SELECT plugin_id, outcome, seconds, peak_memory_mb, violation_types FROM runs WHERE started >= ?"
         start = -math.inf if since is None else since
+        self._collect_waiting()
         groups: dict[str, list[tuple[str, float, float, str]]] = {}
         for plugin, *values in self._do(lambda connection: connection.execute(query, (start,)).fetchall(), write=False):
             groups.setdefault(plugin, []).append(tuple(values))
@@ -293,14 +347,16 @@ class Store:
         """
         if not plugin_id:
             raise ValueError("quarantine: plugin_id is empty: give the name of the plugin")
+        since = time.time()
         row = (
-            *(_text(plugin_id), _digest(sha256), _text(reason)[:TEXT], _violations(violations), time.time(), _text(by)),
+            *(_text(plugin_id), _digest(sha256), _text(reason)[:TEXT], _violations(violations), since, _text(by)),
             None if evidence is None else _text(os.fspath(evidence)),
         )
 
         def work(connection: sqlite3.Connection) -> tuple[Any, ...]:
-            last = connection.execute(_INSERT_QUARANTINE, row).lastrowid
-            found: tuple[Any, ...] = connection.execute(f"{_SELECT_QUARANTINE} WHERE id = ?", (last,)).fetchone()
+            connection.execute(_INSERT_QUARANTINE, row)
+            self._write_in_force(connection)
+            found: tuple[Any, ...] = connection.execute(f"{_SELECT_QUARANTINE} WHERE {_SAME}", (row[0], since)).fetchone()
             return found
 
         return _quarantined(self._do(work, write=True, durable=True))
@@ -323,7 +379,12 @@ class Store:
         """End all quarantines of this name; returns how many. On disk when this returns. Raises ValueError if there is none."""
         query = "UPDATE quarantine SET released = ?, released_by = ? WHERE released IS NULL AND plugin_id = ?"
         values = (time.time(), _text(by), _text(plugin_id))
-        count = self._do(lambda connection: connection.execute(query, values).rowcount, write=True, durable=True)
+        count = self._do(
+            lambda connection: connection.execute(query, values).rowcount,
+            write=True,
+            durable=True,
+            afterwards=self._write_in_force,
+        )
         if not count:
             shown = escape_text(plugin_id, keep="")
             raise ValueError(f"release: {shown!r} is not quarantined: psie quarantine list shows which plugins are")
@@ -347,18 +408,28 @@ class Store:
 
     # -- the file --------------------------------------------------------------------------------------------------------
 
-    def _do(self, work: Callable[[sqlite3.Connection], T], *, write: bool, durable: bool = False) -> T:
-        """`work` in a transaction; once more with a new file if this one proves damaged. `durable`: on disk afterwards."""
+    def _do(
+        self,
+        work: Callable[[sqlite3.Connection], T],
+        *,
+        write: bool,
+        durable: bool = False,
+        afterwards: Callable[[sqlite3.Connection], None] | None = None,
+    ) -> T:
+        """`work` in a transaction; once more with a new file if this one proves damaged. `durable`: on disk afterwards.
+
+        `afterwards` is called when it is committed, before anybody else writes.
+        """
         told: list[str] = []
         try:
             with self._lock:
                 try:
-                    return self._transact(work, write, durable)
+                    return self._transact(work, write, durable, afterwards)
                 except sqlite3.DatabaseError as error:
                     if not _is_damage(error):
                         raise
                     told += self._set_aside(str(error))
-                return self._transact(work, write, durable)
+                return self._transact(work, write, durable, afterwards)
         except sqlite3.Error as error:
             mend = "see to the disk, or set XDG_STATE_HOME to another folder"
             raise ResourceError(f"{self.path} cannot be used ({error}): {mend}") from None
@@ -368,13 +439,22 @@ class Store:
             for text in told:  # without the lock: who is told may use the store
                 self.on_trouble(escape_text(text, keep=""))
 
-    def _transact(self, work: Callable[[sqlite3.Connection], T], write: bool, durable: bool) -> T:
+    def _transact(
+        self,
+        work: Callable[[sqlite3.Connection], T],
+        write: bool,
+        durable: bool,
+        afterwards: Callable[[sqlite3.Connection], None] | None,
+    ) -> T:
         if not write:
             return self._within(self._current(), "BEGIN", work)
         with self._exclusive():
             connection = self._current(is_locked=True)
             connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            return self._within(connection, "BEGIN IMMEDIATE", work)
+            result = self._within(connection, "BEGIN IMMEDIATE", work)
+            if afterwards is not None:
+                afterwards(connection)
+            return result
 
     def _within(self, connection: sqlite3.Connection, begin: str, work: Callable[[sqlite3.Connection], T]) -> T:
         connection.execute(begin)
@@ -456,7 +536,28 @@ class Store:
                 with suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")
                 raise
+        self._reconcile(connection)
         return connection
+
+    def _reconcile(self, connection: sqlite3.Connection) -> None:
+        """What is in force by the file, but never was in the database: that is new, or whoever decided it was killed."""
+        known = in_force.read(self.folder)
+        query = f"SELECT 1 FROM quarantine WHERE {_SAME}"
+        missing = [
+            each for each in known or () if connection.execute(query, (each["plugin_id"], each["since"])).fetchone() is None
+        ]
+        if missing:
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("BEGIN IMMEDIATE")
+            for each in reversed(missing):
+                connection.execute(_INSERT_QUARANTINE, [{**each, "violations": "[]"}[name] for name in _QUARANTINE])
+            connection.execute("COMMIT")
+        if known != _in_force(connection):
+            self._write_in_force(connection)
+
+    def _write_in_force(self, connection: sqlite3.Connection) -> None:
+        with private.folder(self.folder) as folder:
+            in_force.write(folder, _in_force(connection))
 
     def _set_aside(self, error: str) -> list[str]:
         """Rename the damaged file and those beside it, unless another process has; returns what to tell.
@@ -472,9 +573,14 @@ class Store:
                     for suffix in (*BESIDE, ""):
                         with suppress(FileNotFoundError):
                             os.rename(NAME + suffix, name + suffix, src_dir_fd=folder, dst_dir_fd=folder)
+                quarantines = (
+                    f"which plugins were quarantined is lost, because {in_force.NAME} is damaged as well"
+                    if in_force.read(self.folder) is None
+                    else "the plugins that were quarantined still are"
+                )
                 told.append(
-                    f"{self.path} was damaged ({error}), so it was set aside as {name} and a new one begun: history is empty "
-                    "and no plugin is quarantined any more"
+                    f"{self.path} was damaged ({error}), so it was set aside as {name} and a new one begun: history is empty; "
+                    f"{quarantines}"
                 )
             self._close(is_locked=True)
         return told
@@ -535,35 +641,56 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 _RUN_COLUMNS = (
     "started, plugin_id, sha256, level, outcome, door, limits, seconds, peak_memory_mb, peak_cpu_percent, exit_code, reason, "
-    "violations, sandbox_id, version, id"
+    "violations, sandbox_id, version, id, run_id"
 )
-_INSERT_RUN = f"INSERT INTO runs ({_RUN_COLUMNS.removesuffix(', id')}, violation_types) VALUES ({', '.join('?' * 16)})"
+_INSERT_RUN = (
+    f"INSERT INTO runs ({_RUN_COLUMNS.replace(', id,', ',')}, violation_types) VALUES ({', '.join('?' * 17)}) "
+    "ON CONFLICT (run_id) DO NOTHING"
+)
 _SELECT_QUARANTINE = (
     'SELECT id, plugin_id, sha256, reason, violations, since, "by", evidence, released, released_by FROM quarantine'
 )
+_QUARANTINE = ("plugin_id", "sha256", "reason", "violations", "since", "by", "evidence")
+_SAME = "plugin_id = ? AND since = ?"  # there is one of a name at a time
 _INSERT_QUARANTINE = (
-    'INSERT INTO quarantine (plugin_id, sha256, reason, violations, since, "by", evidence) VALUES (?, ?, ?, ?, ?, ?, ?)'
+    'INSERT INTO quarantine (plugin_id, sha256, reason, violations, since, "by", evidence) SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7 '
+    "WHERE NOT EXISTS (SELECT 1 FROM quarantine WHERE plugin_id = ?1 AND since = ?5)"
 )
 
 
-def _run_row(run: Run) -> tuple[Any, ...]:
-    types = Counter(str(violation.get("type", "")) for violation in run.violations)
+def _run_row(run: Run, types: Mapping[str, int] | None = None) -> tuple[Any, ...]:
+    """`types`: how many violations there were of each, where not all of them were kept."""
+    if types is None:
+        types = Counter(str(violation.get("type", "")) for violation in run.violations)
     return (
         *(run.started, _text(run.plugin_id), _digest(run.sha256) or "", _text(run.level), run.outcome, run.door),
         json.dumps(to_plain(dict(run.limits))),
         *(run.seconds, run.peak_memory_mb, run.peak_cpu_percent, run.exit_code, _text(run.reason)[:TEXT]),
-        *(_violations(run.violations), _text(run.sandbox_id), _text(run.version), json.dumps(types)),
+        *(_violations(run.violations), _text(run.sandbox_id), _text(run.version), _text(run.run_id), json.dumps(types)),
     )
 
 
 def _run(row: Sequence[Any]) -> Run:
     values = dict(zip((item.name for item in fields(Run)), row, strict=True))
-    return Run(**{**values, "limits": _loaded(values["limits"], {}), "violations": _loaded(values["violations"], [])})
+    loaded = {"limits": _loaded(values["limits"], {}), "violations": _loaded(values["violations"], [])}
+    return Run(**{**values, **loaded, "run_id": values["run_id"] or ""})
+
+
+def _told(run: Run) -> dict[str, object]:
+    """What the audit is told of a run."""
+    names = ("run_id", "started", "plugin_id", "sha256", "level", "outcome", "reason", "sandbox_id", "door")
+    return {name: getattr(run, name) for name in names}
 
 
 def _quarantined(row: Sequence[Any]) -> Quarantined:
     values = dict(zip((item.name for item in fields(Quarantined)), row, strict=True))
     return Quarantined(**{**values, "violations": _loaded(values["violations"], [])})
+
+
+def _in_force(connection: sqlite3.Connection) -> list[dict[str, Any]]:
+    """What the file of those in force is to say, newest first. Their violations are evidence, and too much for a start."""
+    rows = connection.execute(f"{_SELECT_QUARANTINE} WHERE released IS NULL ORDER BY id DESC").fetchall()
+    return [{name: getattr(_quarantined(row), name) for name in in_force.FIELDS} for row in rows]
 
 
 def _trim(connection: sqlite3.Connection, max_age_days: float, max_rows: int) -> int:

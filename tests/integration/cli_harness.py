@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from sandbox import state
+
 from . import harness
 from .unprivileged import User
 
@@ -129,13 +131,29 @@ class Caller:
                 entry.unlink()
 
 
+# Several tests, and several runs of the tests, have the same plugin: what one is quarantined for would be refused in the next.
+FORGIVING = {"SANDBOX_QUARANTINE_ENABLED": "0"}
+
+
+def remembering(caller: Caller, place: Path) -> Caller:
+    """The same one with records of its own in `place`/psie: as root they are mounted where root's are, which it alone sees."""
+    environment = {name: value for name, value in caller.environment.items() if name not in FORGIVING}
+    records = place / "psie"
+    records.mkdir(0o700, exist_ok=True)
+    if not caller.is_root:
+        return dataclasses.replace(caller, environment={**environment, "XDG_STATE_HOME": str(place)})
+    cover = 'mount --bind "$0" "$1" && shift && exec "$@"'
+    prefix = ("unshare", "--mount", "sh", "-c", cover, str(records), state.folder("lib"), *caller.prefix)
+    return dataclasses.replace(caller, environment=environment, prefix=prefix)
+
+
 def privileged(level: str, folder: Path) -> Caller:
     """The one who runs the tests: root, mostly."""
     names = ("PATH", "HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_STATE_HOME")
     environment = {name: os.environ[name] for name in names if name in os.environ}
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(harness.REPOSITORY), TOKEN]))
     more = {"LANG": "C.UTF-8", "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "API_TOKEN": SECRET}
-    return Caller(level, folder, (sys.executable,), {**environment, **more}, os.getuid())
+    return Caller(level, folder, (sys.executable,), {**environment, **FORGIVING, **more}, os.getuid())
 
 
 def unprivileged(level: str, user: User) -> Caller:
@@ -143,7 +161,7 @@ def unprivileged(level: str, user: User) -> Caller:
     folder.mkdir(mode=0o700, exist_ok=True)
     os.chown(folder, user.uid, user.uid)
     path = os.pathsep.join(filter(None, [user.path, str(user.repository), TOKEN]))
-    environment = {**user.environment(), "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "API_TOKEN": SECRET}
+    environment = {**user.environment(), **FORGIVING, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "API_TOKEN": SECRET}
     return Caller(level, folder, tuple(user.command(user.interpreter)), environment, user.uid)
 
 

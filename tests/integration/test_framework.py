@@ -24,7 +24,7 @@ from sandbox import EnhancedPluginFramework, IsolationConfig, IsolationLevel, Pl
 from sandbox.errors import ResourceError
 from sandbox.plugins import files, signing, stage
 from sandbox.plugins.framework import Load
-from sandbox.recovery import audit
+from sandbox.recovery import audit, spool
 from sandbox.recovery.store import Run, Store
 from sandbox.version import __version__
 
@@ -71,13 +71,9 @@ WORST = ["breaks", "fork", "scan"]  # which are quarantined: shadow and swap hav
 @pytest.fixture
 def caller(tmp_path: Path) -> Caller:
     """Whoever runs the tests. As root its records are kept in the test's folder too, by a mount that only it sees."""
-    own = cli_harness.privileged("standard", tmp_path)
     records = tmp_path / "records"
     records.mkdir()
-    if not harness.ROOT:
-        return dataclasses.replace(own, environment={**own.environment, "XDG_STATE_HOME": str(records)})
-    cover = f'mount --bind {records} {state.folder("lib")} && exec "$@"'
-    return dataclasses.replace(own, prefix=("unshare", "--mount", "sh", "-c", cover, "sh", *own.prefix))
+    return cli_harness.remembering(cli_harness.privileged("standard", tmp_path), records)
 
 
 @contextlib.contextmanager
@@ -489,7 +485,7 @@ def test_what_cannot_be_recorded_has_not_succeeded(tmp_path: Path) -> None:
     write(tmp_path, {"good.py": "def main(): return 1"})
     with opened(tmp_path) as framework:
         assert load(framework, "good")["success"]
-        (tmp_path / "state" / "audit.jsonl").chmod(0o666)
+        (tmp_path / "state" / spool.NAME).chmod(0o666)
         done = load(framework, "good")
         assert (done["success"], done["result"]) == (False, None)
         assert "it ran, but that could not be recorded: " in done["error"]

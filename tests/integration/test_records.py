@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import dataclasses
+import hashlib
 import json
+import logging
 import os
 import pwd
 import random
@@ -12,6 +14,7 @@ import re
 import signal
 import sqlite3
 import subprocess
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +23,9 @@ from typing import Any
 
 import pytest
 
-from sandbox.recovery import audit, evidence
+from sandbox import EnhancedPluginFramework, IsolationLevel, PluginExecutionError, SecurityViolationError
+from sandbox.plugins import files
+from sandbox.recovery import audit, evidence, in_force, private, spool
 from sandbox.recovery.audit import AuditLog, verify
 from sandbox.recovery.store import NAME, Run, Store
 
@@ -179,13 +184,8 @@ def test_killed_while_it_is_made_it_is_made_the_next_time(here: Path) -> None:
 
 @pytest.fixture
 def caller(here: Path) -> Caller:
-    """Whoever runs the tests, with records of its own: as root they are mounted where root's are."""
-    caller = cli_harness.privileged("standard", here.parent)
-    if not harness.ROOT:
-        return dataclasses.replace(caller, environment={**caller.environment, "XDG_STATE_HOME": str(here.parent)})
-    Path("/var/lib/psie").mkdir(0o711, exist_ok=True)
-    mounted = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" /var/lib/psie && exec "$@"', str(here))
-    return dataclasses.replace(caller, prefix=(*mounted, *caller.prefix))
+    """Whoever runs the tests, with records of its own."""
+    return cli_harness.remembering(cli_harness.privileged("standard", here.parent), here.parent)
 
 
 @pytest.fixture
@@ -378,3 +378,284 @@ def test_what_a_killed_bundle_has_left_is_removed(caller: Caller, here: Path) ->
     assert "removed evidence that was not finished\n" in done.out
     assert os.listdir(left.parent) == []
     assert "evidence" not in caller.run("gc").out
+
+
+# -- every run is a row ----------------------------------------------------------------------------------------------------
+
+FINE = "print('fine')"
+# Refused by every profile, and survived: more different ones than violation_threshold.
+BREAK_OFTEN = """
+    import ctypes, sys, time
+    libc = ctypes.CDLL(None, use_errno=True)
+    print("begun", flush=True)
+    open("left behind", "w").write("by the plugin")
+    for name in ("mount", "umount2", "unshare", "setns", "ptrace", "swapon", "swapoff", "acct", "reboot"):
+        getattr(libc, name)(0, 0, 0, 0, 0)
+        time.sleep(0.05)
+    print("survived")
+"""
+
+
+def rows(caller: Caller, *words: str) -> list[dict[str, Any]]:
+    """Newest first."""
+    found: list[dict[str, Any]] = json.loads(caller.run("history", "--json", *words).out)
+    return found
+
+
+def quarantined(caller: Caller) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(caller.run("quarantine", "list", "--json").out)
+    return found
+
+
+def test_the_command_leaves_rows(caller: Caller) -> None:
+    path = caller.write("plugin.py", FINE)
+    assert caller.run("run", "-q", path, "--memory", "64M").status == 0
+    assert caller.plugin("import sys; sys.exit(3)").status == 3
+    assert caller.plugin("while True: pass", options=["--timeout", "0.5"]).status == 124
+    assert caller.plugin("import os; os.fork()").status == 126
+    assert caller.call("def main(): return 7").out == "7\n"
+    assert caller.call("def main(): return object()").status == 1
+    found = rows(caller)[::-1]
+    assert [(row["outcome"], row["exit_code"]) for row in found] == [
+        ("ok", 0),
+        ("error", 3),
+        ("limit", 124),
+        ("violation", 126),
+        ("ok", 0),
+        ("error", 1),
+    ]
+    assert [row["plugin_id"] for row in found] == [str(path)] * 4 + [f"{path}:main"] * 2
+    first = found[0]
+    assert first["sha256"] == hashlib.sha256(FINE.encode()).hexdigest()
+    assert (first["level"], first["door"], first["limits"]["max_memory_mb"]) == ("standard", "command", 64.0)
+    assert 0 < first["seconds"] < 60
+    assert 1 < first["peak_memory_mb"] < 64
+    assert "longer than 0.5 s" in found[2]["reason"]
+    assert [each["type"] for each in found[3]["violations"]] == ["permission_denied"]
+    assert len({row["run_id"] for row in found}) == len(found)
+    assert caller.run("audit", "verify").out == f"the audit is whole: {len(found)} lines\n"
+
+
+def test_what_never_ran_is_no_row_but_a_refusal_is(caller: Caller) -> None:
+    path = caller.write("plugin.py", FINE)
+    for words in (["gone.py"], ["--level", "high", str(path)], ["--memory", "much", str(path)], ["--rw", "gone", str(path)]):
+        assert caller.run("run", *words).status == 125
+    assert rows(caller) == []
+    assert caller.run("run", "-q", path, "--require-limits", "--cpu", "1").status in (0, 125)
+    (row,) = rows(caller)
+    assert row["outcome"] in ("ok", "refused")
+
+
+def test_without_telemetry_nothing_is_written(caller: Caller, here: Path) -> None:
+    path = caller.write("plugin.py", FINE)
+    caller.write("off.toml", "[isolation]\ntelemetry_enabled = false\n")
+    assert caller.run("run", "-q", "--config", "off.toml", path).out == "fine\n"
+    assert caller.run("run", "-q", path, env={"SANDBOX_TELEMETRY_ENABLED": "0"}).out == "fine\n"
+    assert not (here / spool.NAME).exists()
+    assert rows(caller) == []
+
+
+def test_where_no_row_can_be_written_the_run_comes_back(caller: Caller, here: Path) -> None:
+    path = caller.write("plugin.py", FINE)
+    (here / spool.NAME).touch(0o666)
+    (here / spool.NAME).chmod(0o666)
+    done = caller.run("run", "-q", path)
+    assert (done.status, done.out, done.err) == (0, "fine\n", "")
+    done = caller.run("run", path)
+    assert (done.status, done.out) == (0, "fine\n")
+    (line,) = [line for line in done.err.splitlines() if "not remembered" in line]
+    assert spool.NAME in line
+    assert "chmod 600" in line
+
+
+def test_a_full_spool_is_moved_by_whoever_fills_it(caller: Caller, here: Path) -> None:
+    now = time.time()
+    filler: dict[str, Any] = {
+        "started": now,
+        "plugin_id": "filler",
+        "sha256": "",
+        "level": "strict",
+        "outcome": "ok",
+        "door": "library",
+    }
+    while not (here / spool.NAME).exists() or (here / spool.NAME).stat().st_size < spool.MUCH_BYTES - 400:
+        spool.append(str(here), **filler, reason="r" * 50)
+    path = caller.write("plugin.py", FINE)
+    done = caller.run("run", "-q", path)
+    assert (done.status, done.out, done.err) == (0, "fine\n", "")
+    assert not (here / spool.NAME).exists()
+    assert rows(caller, "--limit", "1")[0]["plugin_id"] == str(path)
+
+
+def test_the_library_leaves_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    place = str(tmp_path / "own")
+    monkeypatch.setattr(private, "default_folder", lambda: place)
+
+    def double(value: int) -> int:
+        return value * 2
+
+    def fork() -> None:
+        os.fork()
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STANDARD, sandbox_id="mine") as sandbox:
+            assert await sandbox.execute_plugin_safe(double, 21) == 42
+            with pytest.raises(SecurityViolationError):
+                await sandbox.execute_plugin_safe(fork)
+            with pytest.raises(PluginExecutionError):
+                await sandbox.execute_plugin_safe(fail)
+            with pytest.raises(TypeError):
+                await sandbox.execute_plugin_safe(7)  # type: ignore[arg-type]  # no run
+            task = asyncio.ensure_future(sandbox.execute_plugin_safe(time.sleep, 60))
+            await asyncio.sleep(0.3)
+            task.cancel()
+            await asyncio.wait([task])
+        with pytest.raises(RuntimeError):
+            await sandbox.execute_plugin_safe(double, 21)
+        async with harness.open_sandbox(IsolationLevel.STANDARD, config={"telemetry_enabled": False}) as sandbox:
+            await sandbox.execute_plugin_safe(double, 21)
+
+    asyncio.run(main())
+    with Store(place) as store:
+        found = store.runs()[::-1]
+    assert [run.outcome for run in found] == ["ok", "violation", "error", "error"]
+    assert [run.plugin_id.rpartition(".")[2] for run in found] == ["double", "fork", "fail", "sleep"]
+    assert [run.reason for run in found if run.outcome != "violation"] == ["returned", "ValueError: no", "cancelled"]
+    assert {(run.door, run.sandbox_id, run.sha256, run.level) for run in found} == {("library", "mine", "", "standard")}
+    assert [len(run.violations) for run in found] == [0, 1, 0, 0]
+    assert all(run.peak_memory_mb > 1 for run in found[:3])
+    assert found[0].limits["max_memory_mb"] == 128.0
+    assert found[3].seconds >= 0.25
+    assert verify(place).ok
+
+    (Path(place) / spool.NAME).mkdir()
+    assert harness.call(IsolationLevel.STANDARD, double, 4) == 8
+    assert [(record.name, record.levelno) for record in caplog.records] == [("psie", logging.WARNING)]
+    assert "not remembered" in caplog.text
+
+
+def test_the_framework_leaves_its_own_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = str(tmp_path / "own")
+    monkeypatch.setattr(private, "default_folder", lambda: place)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "good.py").write_text("def main(): return 1")
+    framework = EnhancedPluginFramework(str(tmp_path / "p"))
+    assert asyncio.run(framework.load_plugin_enhanced("good"))["success"]
+    assert asyncio.run(framework.health_check_sandboxes())["ok"]
+    framework.close()
+    with Store(place) as store:
+        (run,) = store.runs()
+    assert (run.plugin_id, run.door, run.outcome) == ("good", "framework", "ok")
+
+
+# -- quarantined files -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_quarantines_what_passes_the_threshold(caller: Caller, here: Path) -> None:
+    forgiving = {"SANDBOX_QUARANTINE_ENABLED": "0"}
+    for _ in range(2):  # unprotected it runs as often as it likes
+        assert caller.plugin(BREAK_OFTEN, env=forgiving).out == "begun\n"
+    done = caller.plugin(BREAK_OFTEN)
+    path = str(caller.folder / "plugin.py")
+    assert (done.status, done.out) == (126, "begun\n")
+    assert done.err.splitlines()[-1] == (f"psie: {path} is quarantined now: look into it, then psie quarantine release {path}")
+    (entry,) = quarantined(caller)
+    assert (entry["plugin_id"], entry["by"]) == (path, "command")
+    assert entry["sha256"] == hashlib.sha256((caller.folder / "plugin.py").read_bytes()).hexdigest()
+    assert "violation threshold" in entry["reason"]
+    assert len(entry["violations"]) > 3  # the default threshold
+    made = here / "evidence" / Path(entry["evidence"]).name
+    subprocess.run(["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"], cwd=made, check=True)
+    assert (made / "output.txt").read_bytes() == b"begun\n"
+    index = json.loads((made / "changes" / "index.json").read_text())
+    assert [each["path"] for each in index["items"]] == ["workspace/left behind"]
+    assert json.loads((made / "recipe.json").read_text())["level"] == "standard"
+
+    done = caller.plugin(BREAK_OFTEN)
+    assert_refused(done, path, "is quarantined since 2", "violation threshold", f"psie quarantine release {path}")
+    assert rows(caller, "--limit", "1")[0]["outcome"] == "refused"
+    assert caller.run("quarantine", "release", path).status == 0
+    assert caller.plugin(FINE).out == "fine\n"
+    events = [json.loads(line)["event"] for line in (here / audit.NAME).read_text().splitlines()]
+    assert events.count("quarantine") == events.count("quarantine-release") == 1
+    assert caller.run("audit", "verify").status == 0
+
+
+def test_of_a_pipe_only_the_content_is_quarantined(caller: Caller) -> None:
+    bad = textwrap.dedent(BREAK_OFTEN).encode()
+    assert caller.run("run", "-q", "/dev/stdin", stdin=bad).status == 126
+    (entry,) = quarantined(caller)
+    assert entry["plugin_id"] == f"/dev/stdin:{hashlib.sha256(bad).hexdigest()[:16]}"
+    assert_refused(caller.run("run", "-q", "/dev/stdin", stdin=bad), "is quarantined", f"release {entry['plugin_id']}")
+    assert_refused(caller.plugin(BREAK_OFTEN), "is quarantined")
+    assert caller.run("run", "-q", "/dev/stdin", stdin=FINE.encode()).out == "fine\n"
+
+
+def test_quarantined_files_are_refused(caller: Caller, store: Store) -> None:
+    path = caller.write("plugin.py", FINE)
+    copy, other = caller.write("sub/a copy.py", FINE), caller.write("other.py", "print('other')")
+    digest = hashlib.sha256(FINE.encode()).hexdigest()
+    for each in (path, copy, other):
+        assert caller.run("run", "-q", each).status == 0
+
+    store.quarantine(str(path), None, "it \x1b[2J lies", [], "somebody")  # the path alone
+    assert_refused(caller.run("run", "-q", path), str(path), "it \\x1b[2J lies", f"psie quarantine release {path}")
+    assert_refused(caller.run("call", "-q", f"{path}:main"), "is quarantined since")
+    assert_refused(caller.run("run", "-q", "./sub/../plugin.py"), str(path))
+    assert caller.run("run", "-q", copy).status == 0
+    path.write_text("print('mended')")
+    assert_refused(caller.run("run", "-q", path), "is quarantined")
+    store.release(str(path), "somebody")
+    assert caller.run("run", "-q", path).out == "mended\n"
+
+    store.quarantine(str(copy), digest, "bad", [], "somebody")  # the content under any name
+    path.write_text(FINE)
+    assert_refused(caller.run("run", "-q", path), f"as {copy}, which it equals", f"psie quarantine release '{copy}'")
+    assert caller.run("run", "-q", other).out == "other\n"
+    assert caller.run("quarantine", "release", copy).status == 0
+    assert caller.run("run", "-q", path).out == "fine\n"
+
+    store.quarantine("plugin", files.digest({"plugin.py": FINE.encode()}), "bad plugin", [], "framework")
+    assert_refused(caller.run("run", "-q", copy), "as plugin, which it equals", "psie quarantine release plugin")
+    store.release("plugin", "somebody")
+    assert caller.run("run", "-q", copy).out == "fine\n"
+
+
+@pytest.mark.parametrize("damaged", ["store", "file"])
+def test_damage_ends_no_quarantine(caller: Caller, store: Store, here: Path, damaged: str) -> None:
+    path = caller.write("plugin.py", FINE)
+    assert caller.run("run", "-q", path).out == "fine\n"
+    store.quarantine(str(path), None, "bad", [], "somebody")
+    store.close()
+    name = NAME if damaged == "store" else in_force.NAME
+    (here / name).write_bytes(b"x" * 10_000)
+    assert_refused(caller.run("run", "-q", path), "is quarantined")
+    listed = caller.run("quarantine", "list", "--json")
+    assert [each["plugin_id"] for each in json.loads(listed.out)] == [str(path)]
+    assert ("still are" in listed.err) is (damaged == "store")
+    for _ in range(2):
+        assert_refused(caller.run("run", "-q", path), "is quarantined")
+    assert caller.run("quarantine", "release", path).status == 0
+    assert caller.run("run", "-q", path).out == "fine\n"
+
+
+def test_a_file_of_quarantines_that_others_could_have_made_stops_every_run(caller: Caller, store: Store, here: Path) -> None:
+    path = caller.write("plugin.py", FINE)
+    store.quarantine("other", None, "bad", [], "somebody")
+    (here / in_force.NAME).chmod(0o666)
+    assert_refused(caller.run("run", "-q", path), in_force.NAME, "chmod 600")
+
+
+def test_old_evidence_goes_by_the_command(caller: Caller, store: Store, here: Path) -> None:
+    then = time.time() - (evidence.MAX_AGE_DAYS + 1) * 86400
+    for name in ("kept", "old"):
+        made = evidence.bundle(here / evidence.FOLDER, name, changes=[], violations=[], samples=[], recipe={}, output_tail=b"")
+        os.utime(made, (then, then))
+    store.quarantine("bad", None, "", [], "somebody", evidence=here / evidence.FOLDER / "kept")
+    store.add_runs([a_run("1", started=then)])
+    assert "removed 1 old runs and 1 folders of old evidence\n" in caller.run("gc").out
+    assert os.listdir(here / evidence.FOLDER) == ["kept"]
+    assert "old evidence" not in caller.run("gc").out

@@ -1,57 +1,59 @@
-"""What the framework keeps of its loads: rows of the history, lines of the audit, quarantines with their evidence.
+"""What the framework and the command keep of what they have run: rows of the history, quarantines with their evidence.
 
-All use of the stored records that the framework makes is here. Host side. It must not know how a plugin is run.
+All use of the stored records that those two make is here. Host side. It must not know how a plugin is run.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sandbox.errors import ResourceError
-from sandbox.recovery import evidence, private
+from sandbox.recovery import evidence, private, spool
 from sandbox.recovery.audit import AuditLog
 from sandbox.recovery.granted import content
-from sandbox.recovery.store import Run, Store
-from sandbox.version import __version__
+from sandbox.recovery.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
+    from sandbox.files import FileEntry
     from sandbox.recovery.granted import GrantedChanges
     from sandbox.recovery.store import Quarantined, Statistics
-    from sandbox.sandbox import EnhancedPluginSandbox
 
-DOOR = BY = "framework"
 CHANGES = 1000  # files that are kept of a plugin's changes
 CHANGE_BYTES = 16 << 20  # of all of them
+NAME_CHARACTERS = 100  # of an evidence folder, before what makes it one of its own
+
+
+class Workspace(Protocol):
+    """What Evidence reads files of: an EnhancedPluginSandbox, for one."""
+
+    def list_files(self) -> list[FileEntry]: ...
+
+    def read_file(self, path: str, *, max_bytes: int) -> bytes: ...
 
 
 class Records:
-    """The records in one folder; None for psie's own. Methods raise ResourceError where they cannot be kept. Any thread."""
+    """The records in one folder; None for psie's own. Methods raise ResourceError where they cannot be kept. Any thread.
 
-    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        self.store = Store(folder)
+    `by`: who decides, "framework" or "command": also the door of its runs.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, by: str, on_trouble: Callable[[str], None] | None = None) -> None:
+        self.by = by
+        self.store = Store(folder, on_trouble=on_trouble)
         self.audit = AuditLog(self.store)
 
     def close(self) -> None:
         self.store.close()
 
-    def add(self, run: Run) -> None:
-        """One load that has ended."""
-        self.store.add_runs([run])
-        self.audit.append(
-            "run",
-            plugin_id=run.plugin_id,
-            sha256=run.sha256,
-            level=run.level,
-            outcome=run.outcome,
-            reason=run.reason,
-            sandbox_id=run.sandbox_id,
-            door=run.door,
-        )
+    def add(self, **run: Any) -> None:
+        """A run that has ended: what spool.append takes, but its door."""
+        if spool.append(self.store.folder, door=self.by, **run):
+            self.store.collect()
 
     def quarantine(
         self, plugin_id: str, sha256: str, reason: str, violations: Sequence[Mapping[str, Any]], found: Evidence
@@ -62,12 +64,12 @@ class Records:
             path = found.keep(plugin_id, violations, self.store.folder)
         except ResourceError as error:
             reason = f"{reason} (no evidence is kept: {error})"
-        self.store.quarantine(plugin_id, sha256, reason, violations, BY, path)
-        self.audit.append("quarantine", plugin_id=plugin_id, sha256=sha256, reason=reason, by=BY, evidence=path)
+        self.store.quarantine(plugin_id, sha256, reason, violations, self.by, path)
+        self.audit.append("quarantine", plugin_id=plugin_id, sha256=sha256, reason=reason, by=self.by, evidence=path)
 
     def release(self, plugin_id: str) -> int:
-        count = self.store.release(plugin_id, BY)
-        self.audit.append("quarantine-release", plugin_id=plugin_id, by=BY, count=count)
+        count = self.store.release(plugin_id, self.by)
+        self.audit.append("quarantine-release", plugin_id=plugin_id, by=self.by, count=count)
         return count
 
     def is_quarantined(self, plugin_id: str, sha256: str | None) -> Quarantined | None:
@@ -104,7 +106,7 @@ class Evidence:
     def keep(self, name: str, violations: Sequence[Any], folder: str | None = None) -> str:
         """Keep it in a bundle of its own in the state folder; returns its path. Raises ResourceError."""
         place = os.path.join(folder if folder is not None else private.default_folder(), evidence.FOLDER)
-        unique = f"{name}-{time.time_ns()}-{os.urandom(4).hex()}"
+        unique = f"{plain(name)}-{time.time_ns()}-{os.urandom(4).hex()}"
         return os.fspath(evidence.bundle(place, unique, violations=violations, **self.parts()))
 
     def take(self, path: str, data: bytes) -> None:
@@ -125,21 +127,21 @@ class Evidence:
                     found = content(folder.upper, difference, old=False)
                     self.take(os.path.join(folder.path, difference.path), found or b"")
 
-    def take_workspace(self, sandbox: EnhancedPluginSandbox) -> None:
+    def take_workspace(self, workspace: Workspace) -> None:
         """The files of its workspace; while they are read, the sandbox may come to its end."""
-        for path, size in regular_files(sandbox):
+        for path, size in regular_files(workspace):
             if not self.left or len(self.changes) >= CHANGES:
                 return
             if size <= self.left:
                 try:
-                    self.take(f"workspace/{path}", sandbox.read_file(path, max_bytes=self.left))
+                    self.take(f"workspace/{path}", workspace.read_file(path, max_bytes=self.left))
                 except OSError:
                     continue  # the plugin has made it unreadable
 
 
-def regular_files(sandbox: EnhancedPluginSandbox) -> Iterator[tuple[str, int]]:
+def regular_files(workspace: Workspace) -> Iterator[tuple[str, int]]:
     try:
-        entries = sandbox.list_files()
+        entries = workspace.list_files()
     except (OSError, RuntimeError):  # it has been closed: its lifetime, or its warden, has ended
         return
     for entry in entries:
@@ -147,5 +149,9 @@ def regular_files(sandbox: EnhancedPluginSandbox) -> Iterator[tuple[str, int]]:
             yield entry.path, entry.size
 
 
-def run_of(**fields: Any) -> Run:
-    return Run(door=DOOR, version=__version__, **fields)
+def plain(plugin_id: str) -> str:
+    """The end of an id or a path, as part of the name of a folder."""
+    name = "".join(
+        each if each.isascii() and (each.isalnum() or each in "-_.") else "_" for each in os.path.basename(plugin_id)
+    )
+    return name[:NAME_CHARACTERS].lstrip(".") or "plugin"

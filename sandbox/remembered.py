@@ -1,0 +1,130 @@
+"""One call of the library, as a run that is remembered: what `psie history` and the statistics have of it.
+
+For EnhancedPluginSandbox; the framework and the command have records of their own. The engine's thread writes it, so it is
+there when the sandbox has been closed. Where it cannot be recorded the call comes back all the same, and a warning of the
+logger "psie" says so, once for a sandbox. Must not know how a call is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from time import monotonic, time
+
+from sandbox.engine import outcome
+from sandbox.errors import (
+    ResourceError,
+    ResourceLimitExceededError,
+    SandboxException,
+    SandboxInitializationError,
+    SecurityViolationError,
+)
+from sandbox.recovery import private, spool
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any
+
+    from sandbox.engine.client import Call
+    from sandbox.sandbox import EnhancedPluginSandbox
+
+DOOR = "library"
+PATIENCE = 0.1  # seconds that the spool's lock is waited for: others' sandboxes wait meanwhile
+
+
+class Remembered:
+    """For the time of a `with` around a call, whose end makes the row.
+
+    Attributes:
+        name: of the plugin.
+        call: once there is one.
+        peak_memory_mb, peak_cpu_percent: likewise.
+    """
+
+    def __init__(self, sandbox: EnhancedPluginSandbox, name: str) -> None:
+        self.sandbox = sandbox
+        self.name = name
+        self.call: Call | None = None
+        self.peak_memory_mb = self.peak_cpu_percent = 0.0
+
+    def __enter__(self) -> Remembered:
+        self.started, self.begun = time(), monotonic()
+        self.before = len(self.sandbox._telemetry.violations)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        sandbox, call = self.sandbox, self.call
+        if not sandbox._is_recorded or not sandbox.config.telemetry_enabled:
+            return
+        assert sandbox.recipe is not None
+        run = {
+            "started": self.started,
+            "plugin_id": self.name,
+            "sha256": "",
+            "level": sandbox.recipe.level,
+            "outcome": outcome_of(error),
+            "door": DOOR,
+            "limits": sandbox._plain_limits,
+            "seconds": monotonic() - self.begun,
+            "peak_memory_mb": self.peak_memory_mb,
+            "peak_cpu_percent": self.peak_cpu_percent,
+            "exit_code": outcome.exit_of(call)[0] if call is not None else None,
+            "reason": reason_of(error),
+            "violations": self._violations(),
+            "sandbox_id": sandbox.sandbox_id,
+        }
+        try:
+            sandbox._post(record, sandbox, run)
+        except ResourceError:
+            return  # a fork: the call has said so
+
+    def _violations(self) -> list[dict[str, Any]]:
+        """Its own, and those of nobody's in particular that came meanwhile."""
+        number = self.call.number if self.call is not None else None
+        new = self.sandbox._telemetry.violations[self.before :]
+        return [each.to_dict() for each in new if each.details.get("call") in (None, number)]
+
+
+def outcome_of(error: BaseException | None) -> str:
+    """One of sandbox.recovery.store.OUTCOMES."""
+    if error is None:
+        return "ok"
+    if isinstance(error, SecurityViolationError):
+        return "violation"
+    if isinstance(error, ResourceLimitExceededError):
+        return "limit"
+    return "refused" if isinstance(error, SandboxInitializationError) else "error"
+
+
+def reason_of(error: BaseException | None) -> str:
+    if error is None:
+        return "returned"
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    text = str(error).splitlines()
+    return text[0] if isinstance(error, SandboxException) and text else type(error).__name__
+
+
+def record(sandbox: EnhancedPluginSandbox, run: dict[str, Any]) -> None:
+    """In the engine's thread, which closes the sandbox no sooner: the caller need not wait for a file."""
+    try:
+        folder = private.default_folder()
+        if spool.append(folder, patience=PATIENCE, **run):
+            threading.Thread(target=collect, args=(folder,), daemon=True).start()
+    except Exception as error:  # whatever it is, the call has come to its end
+        if not sandbox._has_told:
+            sandbox._has_told = True
+            logging.getLogger("psie").warning("this run is not remembered: %s", error)
+
+
+def collect(folder: str) -> None:
+    """In a thread: make rows of what waits in the spool."""
+    from sandbox.recovery.store import Store  # sqlite3: nobody who only calls has paid for it
+
+    try:
+        with Store(folder) as store:
+            store.collect()
+    except SandboxException as error:
+        logging.getLogger("psie").warning("runs wait to be stored: %s", error)
