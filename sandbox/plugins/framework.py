@@ -7,6 +7,7 @@ them. Nothing that a plugin does, or is, raises: it is told in the result. Must 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import resource
 import weakref
@@ -287,7 +288,8 @@ class EnhancedPluginFramework:
         finally:
             os.close(folder)
         load.sha256 = plugin.sha256
-        found = self._records.is_quarantined(plugin.id, plugin.sha256)
+        file = hashlib.sha256(plugin.files[plugin.main]).hexdigest()
+        found = self._records.is_quarantined(plugin.id, plugin.sha256, file)
         if found is not None:
             which = "" if found.plugin_id == plugin.id else f" as {escape_text(found.plugin_id, keep='')}, which it equals"
             mend = f"psie quarantine release {found.plugin_id}"

@@ -72,8 +72,10 @@ class Records:
         self.audit.append("quarantine-release", plugin_id=plugin_id, by=self.by, count=count)
         return count
 
-    def is_quarantined(self, plugin_id: str, sha256: str | None) -> Quarantined | None:
-        return self.store.is_quarantined(plugin_id, sha256)
+    def is_quarantined(self, plugin_id: str, *digests: str) -> Quarantined | None:
+        """By its name, or by a digest of it: of the whole plugin, or as `psie run` knows its file."""
+        found = (self.store.is_quarantined(plugin_id, digest) for digest in digests)
+        return next((each for each in found if each is not None), None)
 
     def quarantined(self) -> list[dict[str, Any]]:
         return [each.to_dict() for each in self.store.quarantined()]

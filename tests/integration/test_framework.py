@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -426,6 +427,20 @@ def test_quarantine_by_name_and_by_content(tmp_path: Path) -> None:
         assert load(framework, "bad")["result"] == "mended"
         assert framework.get_quarantined_plugins() == []
     assert audit.verify(tmp_path / "state").ok
+
+
+@pytest.mark.parametrize("name", ["one.py", "one/main.py", "one/__init__.py"])
+def test_what_the_command_has_quarantined_is_no_plugin(tmp_path: Path, name: str) -> None:
+    """By the digest of the file, which `psie run` knows, not that of a plugin."""
+    source = "def main(): return 1"
+    write(tmp_path, {name: source})
+    with opened(tmp_path) as framework, Store(tmp_path / "state") as store:
+        assert load(framework, "one")["result"] == 1
+        store.quarantine("/elsewhere/two.py", hashlib.sha256(source.encode()).hexdigest(), "bad", [], "command")
+        done = load(framework, "one")
+        assert done["error"].startswith("it is quarantined as /elsewhere/two.py, which it equals (bad)")
+        store.release("/elsewhere/two.py", "somebody")
+        assert load(framework, "one")["result"] == 1
 
 
 def test_switches(tmp_path: Path) -> None:
