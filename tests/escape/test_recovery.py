@@ -205,6 +205,7 @@ def keep_a_connection(port: int, where: str) -> str:
     import ctypes
     import os
     import socket
+    import sys
     import threading
 
     def alive(sock: socket.socket) -> str:
@@ -238,6 +239,15 @@ def keep_a_connection(port: int, where: str) -> str:
         fds = []
         while not fds:
             _, fds, _, _ = socket.recv_fds(there, 5, 4)
+        return alive(socket.socket(fileno=fds[0]))
+    if where == "urgent":  # a message that is passed over until it counts as one of the others
+        here, there = socket.socketpair()
+        with connect() as sock:
+            passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, sock.fileno().to_bytes(4, sys.byteorder))]
+            here.sendmsg([b"x"], passed, socket.MSG_OOB)
+        go_on()
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        _, fds, _, _ = socket.recv_fds(there, 5, 4)
         return alive(socket.socket(fileno=fds[0]))
     if where == "thread":  # with a table of descriptors of its own
         said: list[str] = []
@@ -280,7 +290,7 @@ def keep_a_connection(port: int, where: str) -> str:
     return max(alive(each) for each in copies) if where == "copies" else alive(connect())
 
 
-@pytest.mark.parametrize("where", ["copies", "message", "packet", "nested", "thread", "child"])
+@pytest.mark.parametrize("where", ["copies", "message", "packet", "nested", "urgent", "thread", "child"])
 @levels
 def test_no_connection_is_kept(level: IsolationLevel, where: str) -> None:
     if where == "child" and level is IsolationLevel.MINIMAL:
