@@ -241,8 +241,13 @@ class Recovery:
         return condition()
 
     def _wait(self, finding: Finding) -> Generator[float, None, dict[str, Any]]:
+        """What the owner has found; not for longer than the sandbox lives, for an owner may do something else for ever."""
         while not finding.done():
+            if self.sandbox.is_gone:
+                return {"error": "the sandbox has gone meanwhile"}
             yield SOON
+        if finding.cancelled():
+            return {"error": "it was cancelled"}
         error = finding.exception()
         return finding.result() if error is None else {"error": str(error).partition("\n")[0]}
 
@@ -387,15 +392,22 @@ class Recovery:
     def _end(self, violation: SandboxViolation) -> Steps:
         """Stand still, while what it has left is kept as evidence, and be killed."""
         calls = self._running(violation.details.get("call", 0))
-        yield from self._freeze(violation)
+        try:
+            try:
+                yield from self._freeze(violation)
+                yield from self._keep_evidence(violation)
+            except (OSError, RuntimeError) as error:  # it goes all the same
+                self._tell(violation, "keep evidence", {}, {}, False, str(error))
+            return (yield from self._kill(violation, calls))
+        finally:
+            self._thaw()  # other calls go on, or the next one begins
+
+    def _keep_evidence(self, violation: SandboxViolation) -> Generator[float, None, None]:
         finding = self.evidence(violation)
         if finding is not None:
             found = yield from self._wait(finding)
             note = found.get("error", "")
             self._tell(violation, "keep evidence", {}, {"evidence": found.get("evidence")}, not note, note)
-        worked = yield from self._kill(violation, calls)
-        self._thaw()  # other calls go on, or the next one begins
-        return worked
 
 
 def drive(loop: Loop, steps: Steps, then: Callable[[bool], None]) -> None:

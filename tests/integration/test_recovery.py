@@ -479,6 +479,53 @@ def test_without_telemetry_no_evidence_is_kept() -> None:
     asyncio.run(main())
 
 
+def test_without_its_evidence_it_is_killed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task that keeps it may be cancelled by the caller's program, with all others; nothing stays frozen."""
+    tasks: list[asyncio.Task[Any] | None] = []
+
+    async def keep(sandbox: EnhancedPluginSandbox, found: SandboxViolation) -> dict[str, Any]:
+        tasks.append(asyncio.current_task())
+        await asyncio.sleep(60)
+        return {}
+
+    async def main() -> None:
+        monkeypatch.setattr(EnhancedPluginSandbox, "_keep_evidence", keep)
+        async with harness.open_sandbox(IsolationLevel.STRICT) as sandbox:
+            task = await running_call(sandbox, ignore, 20 * harness.PATIENCE)
+            recovering = asyncio.create_task(Manager().auto_recovery_violation(violation(sandbox, Kind.SECURITY_BREACH)))
+            await harness.wait_for(lambda: tasks)
+            assert tasks[0] is not None
+            tasks[0].cancel()
+            assert await recovering is True
+            with pytest.raises(SecurityViolationError, match="recovery ended the plugin"):
+                await task
+            assert actions(sandbox.get_recovery_history()) == [("freeze", True), ("keep evidence", False), ("kill", True)]
+            assert await sandbox.execute_plugin_safe(return_it, "thawed") == "thawed"
+
+    asyncio.run(main())
+
+
+def test_recovery_ends_with_the_sandbox_though_its_caller_does_something_else() -> None:
+    """Its loop does not run, so no evidence ever comes."""
+    loop = asyncio.new_event_loop()
+    sandbox = harness.open_sandbox(IsolationLevel.STRICT)
+
+    async def begin() -> None:
+        await sandbox.__aenter__()
+        tasks.append(await running_call(sandbox, ignore, 20 * harness.PATIENCE))
+
+    tasks: list[asyncio.Task[Any]] = []
+    loop.run_until_complete(begin())
+    worked = sandbox._recover(violation(sandbox, Kind.SECURITY_BREACH))
+    assert worked is not None and sandbox._sandbox is not None
+    sandbox._post(sandbox._sandbox.close)
+    assert harness.wait_until(worked.done), "it polls without end"
+    loop.run_until_complete(asyncio.wait(tasks))
+    assert isinstance(tasks[0].exception(), Exception)
+    loop.run_until_complete(sandbox.cleanup_sandbox())
+    loop.close()
+
+
 def test_for_memory_it_stands_still_and_goes_on(level: IsolationLevel) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level, limits={"max_cpu_percent": 400.0}) as sandbox:
