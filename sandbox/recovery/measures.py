@@ -191,8 +191,11 @@ class Recovery:
                 return source.pids()
             finally:
                 source.close()
-        workers = [int(call.read_back["NSpid"].split()[0]) for call in self.sandbox.calls.values() if call.read_back]
-        return [pid for worker in workers for pid in processes.tree(worker)]
+        # Of an ended call the numbers may be somebody else's by now. What has left its worker is below init, its parent.
+        standing = [call for call in self.sandbox.calls.values() if call.read_back and not call.done]
+        workers = [int(call.read_back["NSpid"].split()[0]) for call in standing if call.read_back]
+        inits = filter(None, map(processes.parent, workers))
+        return [pid for init in inits for pid in processes.tree(init) if pid != init]
 
     def _running(self, number: int = 0) -> list[Call]:
         """The calls that run; only the one with this number, if it does."""
@@ -202,10 +205,7 @@ class Recovery:
     def _freeze(self, violation: SandboxViolation) -> Steps:
         """Stop everything in the sandbox: cgroup.freeze, or where it has no cgroup SIGSTOP."""
         if self.sandbox.leaf_fd < 0:
-            pids = self._pids()
-            for pid in pids:
-                os.kill(pid, signal.SIGSTOP)
-            return self._tell(violation, "freeze", {}, {"stopped": len(pids)}, bool(pids), "by SIGSTOP: there is no cgroup")
+            return (yield from self._stop(violation))
         before = {"frozen": self._is_frozen()}
         leaf.write(self.sandbox.leaf_fd, "cgroup.freeze", "1")
         for _ in range(int(ANSWER / SOON)):
@@ -215,13 +215,34 @@ class Recovery:
         after = {"frozen": self._is_frozen()}
         return self._tell(violation, "freeze", before, after, after["frozen"])
 
+    def _stop(self, violation: SandboxViolation) -> Steps:
+        """Again, until all of them stand: who was still running may have woken others."""
+        pids: list[int] = []
+        running = 1
+        for _ in range(int(ANSWER / SOON)):
+            pids = self._pids()
+            running = sum(not processes.is_stopped(pid) for pid in pids)
+            if not running:
+                break
+            self._signal_all(pids, signal.SIGSTOP)
+            yield SOON
+        worked, note = bool(pids) and not running, "by SIGSTOP: there is no cgroup"
+        return self._tell(violation, "freeze", {}, {"stopped": len(pids) - running}, worked, note)
+
+    @staticmethod
+    def _signal_all(pids: list[int], number: int) -> None:
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue  # it has just ended
+
     def _is_frozen(self) -> bool:
         return "frozen 1" in self._get("cgroup.events")
 
     def _thaw(self) -> None:
         if self.sandbox.leaf_fd < 0:
-            for pid in self._pids():
-                os.kill(pid, signal.SIGCONT)
+            self._signal_all(self._pids(), signal.SIGCONT)
         else:
             leaf.write(self.sandbox.leaf_fd, "cgroup.freeze", "0")
 

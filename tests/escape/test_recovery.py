@@ -317,6 +317,77 @@ def test_no_connection_is_kept(level: IsolationLevel, where: str) -> None:
         assert (without, after) == ("escaped: it answers", "stopped")
 
 
+# -- standing still ----------------------------------------------------------------------------------------------------
+
+
+def go_on_counting(how: str) -> None:
+    """What is stopped by a signal is woken by a process that has left it, or goes on in a thread that outlives the first."""
+    import ctypes
+    import os
+    import signal
+    import threading
+    import time
+
+    def count() -> None:
+        number = 0
+        while True:
+            number += 1
+            with open("number", "w") as file:
+                file.write(str(number))
+            time.sleep(0.001)
+
+    if how == "woken":
+        worker = os.getpid()
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                while True:
+                    os.kill(worker, signal.SIGCONT)
+            os._exit(0)
+        os.wait()
+    threading.Thread(target=count).start()
+    open("ready", "w").close()
+    if how == "thread":
+        ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)  # exit(2), of this thread alone
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("how", ["woken", "thread"])
+@namespaced
+def test_it_stands_still_while_evidence_is_kept(level: IsolationLevel, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[bool] = []
+
+    async def has_moved(sandbox: EnhancedPluginSandbox) -> bool:
+        before = sandbox.read_file("number")
+        await asyncio.sleep(0.2)
+        return sandbox.read_file("number") != before
+
+    async def keep(sandbox: EnhancedPluginSandbox, violation: SandboxViolation) -> dict[str, Any]:
+        moved.append(await has_moved(sandbox))
+        return {}
+
+    async def main() -> None:
+        limits = PluginLimitsV2(max_subprocess_count=4)
+        permissions = PluginPermissionsV2(allow_subprocess_execution=True)
+        async with EnhancedPluginSandbox(limits, permissions, IsolationConfig(level=level)) as sandbox:
+            task = asyncio.create_task(sandbox.execute_plugin_safe(go_on_counting, how))
+            end = time.monotonic() + SECONDS
+            while not {"ready", "number"} <= {entry.path for entry in sandbox.list_files()}:
+                assert time.monotonic() < end
+                assert not task.done(), task.exception()
+                await asyncio.sleep(0.005)
+            moved.append(await has_moved(sandbox))
+            monkeypatch.setattr(EnhancedPluginSandbox, "_keep_evidence", keep)
+            details = {"sandbox_id": sandbox.sandbox_id}
+            violation = SandboxViolation(Kind.SECURITY_BREACH, "an attack", datetime.now(UTC), details=details)
+            assert await SandboxRecoveryManager().auto_recovery_violation(violation) is True
+            with pytest.raises(SecurityViolationError):
+                await task
+
+    asyncio.run(main())
+    assert moved == [True, False]
+
+
 # -- time and the end ----------------------------------------------------------------------------------------------------
 
 

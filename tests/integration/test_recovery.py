@@ -517,13 +517,38 @@ def test_recovery_ends_with_the_sandbox_though_its_caller_does_something_else() 
     tasks: list[asyncio.Task[Any]] = []
     loop.run_until_complete(begin())
     worked = sandbox._recover(violation(sandbox, Kind.SECURITY_BREACH))
-    assert worked is not None and sandbox._sandbox is not None
+    assert worked is not None
+    assert sandbox._sandbox is not None
     sandbox._post(sandbox._sandbox.close)
     assert harness.wait_until(worked.done), "it polls without end"
     loop.run_until_complete(asyncio.wait(tasks))
     assert isinstance(tasks[0].exception(), Exception)
     loop.run_until_complete(sandbox.cleanup_sandbox())
     loop.close()
+
+
+def test_who_has_got_the_number_of_an_ended_process_is_left_alone() -> None:
+    """A recovery that still waits when the sandbox has gone finds calls whose numbers are others' by now."""
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STRICT) as sandbox:
+            task = await running_call(sandbox, ignore, 20 * harness.PATIENCE)
+            assert sandbox._sandbox is not None
+            recovery, (call,) = sandbox._recoveries(sandbox._sandbox), sandbox._sandbox.calls.values()
+            assert recovery._pids()
+        with contextlib.suppress(Exception):
+            await task
+        other = subprocess.Popen(["sleep", "60"])
+        try:
+            assert call.read_back is not None
+            call.read_back["NSpid"] = f"{other.pid}\t2"
+            sandbox._sandbox.calls[call.number] = call
+            assert recovery._pids() == []
+        finally:
+            other.kill()
+            other.wait()
+
+    asyncio.run(main())
 
 
 def test_for_memory_it_stands_still_and_goes_on(level: IsolationLevel) -> None:
