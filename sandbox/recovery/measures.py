@@ -84,6 +84,7 @@ class Recovery:
         self.waiting: list[tuple[SandboxViolation, Callable[[bool], object], str]] = []
         self.is_busy = False
         self.settings: dict[str, str] = {}  # of the cgroup, as they were before a measure
+        self.evidence_of: tuple[int, tuple[int, ...]] | None = None  # the calls that there were, and ran, when it was kept last
         self.squeezed: SandboxViolation | None = None  # the warning of memory that was acted on in the calls that run
 
     def recover(self, violation: SandboxViolation, then: Callable[[bool], object] = bool, *, end: bool = False) -> None:
@@ -424,10 +425,13 @@ class Recovery:
             self._thaw()  # other calls go on, or the next one begins
 
     def _keep_evidence(self, violation: SandboxViolation) -> Generator[float, None, None]:
-        finding = self.evidence(violation)
+        """Once for the same calls: of their many violations each would have a copy of all that they have left."""
+        seen = self.sandbox.next_call, tuple(call.number for call in self._running())
+        finding = self.evidence(violation) if seen != self.evidence_of else None
         if finding is not None:
             found = yield from self._wait(finding)
             note = found.get("error", "")
+            self.evidence_of = seen if not note else self.evidence_of
             self._tell(violation, "keep evidence", {}, {"evidence": found.get("evidence")}, not note, note)
 
 

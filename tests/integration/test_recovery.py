@@ -466,6 +466,27 @@ def test_a_breach_is_the_end(level: IsolationLevel, kind: SandboxViolationType) 
     asyncio.run(main())
 
 
+def test_evidence_is_kept_once_of_the_same_calls(tmp_path: Path) -> None:
+    """A plugin can make hundreds of violations: each would take a copy of all that it has left on the host's disk."""
+
+    async def main() -> list[str]:
+        kept = []
+        async with harness.open_sandbox(IsolationLevel.STRICT) as sandbox:
+            manager = Manager(IsolationConfig(quarantine_on_violation=False))
+            for _ in range(2):
+                await sandbox.execute_plugin_safe(return_it, 1)
+                for _ in range(5):
+                    assert await manager.auto_recovery_violation(violation(sandbox, Kind.SECURITY_BREACH)) is True
+            for step in manager.get_recovery_history():
+                if step["action"] == "keep evidence":
+                    kept.append(step["after"]["evidence"])
+        return kept
+
+    kept = asyncio.run(main())
+    subprocess.run(["rm", "-r", *kept], check=True)
+    assert len(set(kept)) == 2  # of each call
+
+
 def test_without_telemetry_no_evidence_is_kept() -> None:
     async def main() -> None:
         async with harness.open_sandbox(IsolationLevel.STANDARD, config={"telemetry_enabled": False}) as sandbox:
