@@ -43,6 +43,7 @@ class SandboxRecoveryManager:
         self._history: list[dict[str, Any]] = []
         self._violations: Counter[str] = Counter()  # seen, by sandbox
         self._handled: list[SandboxViolation] = []
+        self._taken: dict[str, int] = {}  # how many steps of a sandbox's history were looked at for ours
 
     async def auto_recovery_violation(self, violation: SandboxViolation) -> bool:
         """Attempt automatic recovery from a violation: what is done depends on what has happened.
@@ -83,7 +84,9 @@ class SandboxRecoveryManager:
             note = "contained: the sandbox is gone" if violation.resolved else "the sandbox is gone: nothing is left to act on"
             return self._tell(violation, "none", violation.resolved, note)
         worked = await asyncio.wrap_future(working)
-        self._history += sandbox.get_recovery_history()[before:]
+        steps = sandbox.get_recovery_history()
+        self._history += steps[max(before, self._taken.get(sandbox_id, 0)) :]
+        self._taken[sandbox_id] = len(steps)
         if is_beyond and self.config.quarantine_on_violation:
             await asyncio.to_thread(self._escalate, sandbox, violation)
         return worked

@@ -784,6 +784,18 @@ def test_beyond_the_threshold_any_violation_is_the_end(tmp_path: Path, quarantin
         assert len(found[0].violations) == 2
 
 
+def test_each_step_is_told_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STANDARD) as sandbox:
+            manager = Manager()
+            wanted = [violation(sandbox, Kind.FILESYSTEM_VIOLATION) for _ in range(3)]
+            await asyncio.gather(*map(manager.auto_recovery_violation, wanted))
+            assert manager.get_recovery_history() == sandbox.get_recovery_history()
+            assert len(manager.get_recovery_history()) == 3
+
+    asyncio.run(main())
+
+
 def test_mistakes_are_told() -> None:
     with pytest.raises(TypeError, match="SandboxRecoveryManager: config is a dict: give an IsolationConfig"):
         Manager({})  # type: ignore[arg-type]
