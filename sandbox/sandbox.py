@@ -142,6 +142,7 @@ class EnhancedPluginSandbox:
         self._is_recorded = True  # each call: not where whoever uses it does that
         self._has_told = False  # that they cannot be
         self._plain_limits: dict[str, Any] = {}
+        self._plugins: dict[int, str] = {}  # names, by call
         self._was_beyond = False  # whether a call was killed for more violations than the threshold
         self._on_taint: Callable[[GrantedChanges], None] | None = None  # sees the changes before they are discarded
 
@@ -440,6 +441,7 @@ class EnhancedPluginSandbox:
             self._post(run.give_up)
             raise
         remembered.call = run.call
+        self._plugins[run.call.number] = remembered.name
         run.call.source_file = file
         try:
             await run.execute(instruction, payload, self.limits.max_execution_time_seconds)
@@ -589,6 +591,13 @@ class EnhancedPluginSandbox:
 
         self._post(begin)
         return worked
+
+    def _plugin_of(self, violation: SandboxViolation) -> str:
+        """The plugin whose call a violation was in, or the only one that there was; "" where that cannot be told."""
+        names = set(self._plugins.values())
+        if str(violation.details.get("call", "")).isdecimal():
+            names = {self._plugins.get(int(violation.details["call"]), "")}
+        return names.pop() if len(names) == 1 else ""
 
     def _recoveries(self, sandbox: client.Sandbox) -> Recovery:
         """In the engine's thread."""

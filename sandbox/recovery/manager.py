@@ -53,7 +53,8 @@ class SandboxRecoveryManager:
         long as its calls run. Files, and what they take of the disk: changes in allowed directories are discarded, when the
         calls that run have ended. Network: cut off for the rest of the sandbox's life. Time: SIGTERM, a grace period of 1 s
         at most, SIGKILL. Anything else: it stands still while evidence is kept, and is killed. So it is for every further
-        violation of a sandbox beyond violation_threshold, and then its plugin is quarantined, with quarantine_on_violation.
+        violation of a sandbox beyond violation_threshold, and then its plugin is quarantined, with quarantine_on_violation:
+        the one whose call it is of, or, where that is not known, the only one that has run there.
 
         Args:
             violation: one of a sandbox of this process, as its `details["sandbox_id"]` says; auto_recovery_attempted and
@@ -92,11 +93,20 @@ class SandboxRecoveryManager:
         return worked
 
     def _escalate(self, sandbox: EnhancedPluginSandbox, violation: SandboxViolation) -> None:
-        plugin_id = sandbox.get_telemetry().plugin_id
-        if plugin_id:
+        plugin_id = sandbox._plugin_of(violation)
+        if not plugin_id:
+            note = "nobody can tell whose violation it is: several plugins have run, or none"
+            self._tell(violation, "quarantine", False, note)
+        elif not self._is_quarantined(plugin_id):
             count, threshold = self._violations[sandbox.sandbox_id], self.config.violation_threshold
             self.quarantine_plugin(plugin_id, f"{count} violations, more than violation_threshold={threshold}")
             self._tell(violation, "quarantine", True, plugin_id)
+
+    def _is_quarantined(self, plugin_id: str) -> bool:
+        from sandbox.recovery.store import Store
+
+        with Store(self.state_folder) as store:
+            return store.is_quarantined(plugin_id) is not None
 
     def _tell(self, violation: SandboxViolation, action: str, success: bool, note: str) -> bool:
         step = {"timestamp": datetime.now(UTC).isoformat(), "sandbox_id": violation.details.get("sandbox_id", "")}

@@ -784,6 +784,35 @@ def test_beyond_the_threshold_any_violation_is_the_end(tmp_path: Path, quarantin
         assert len(found[0].violations) == 2
 
 
+def innocent() -> int:
+    return 1
+
+
+def test_who_has_only_run_beside_it_is_not_quarantined(tmp_path: Path) -> None:
+    config = IsolationConfig(violation_threshold=1)
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STANDARD) as sandbox:
+            manager = Manager(config, state_folder=tmp_path / "state")
+            await sandbox.execute_plugin_safe(connect_to, [1, 2, 3])
+            await sandbox.execute_plugin_safe(innocent)
+            found = sandbox.get_violations()
+            assert len(found) == 3
+            for each in found:
+                await manager.auto_recovery_violation(each)
+            await manager.auto_recovery_violation(violation(sandbox, Kind.SECURITY_BREACH))  # of nobody knows which call
+            said = [
+                (step["success"], step["note"]) for step in manager.get_recovery_history() if step["action"] == "quarantine"
+            ]
+            assert said[0] == (True, "connect_to")
+            assert not said[1][0]
+            assert len(said) == 2  # it is quarantined once
+
+    asyncio.run(main())
+    with Store(tmp_path / "state") as store:
+        assert [each.plugin_id for each in store.quarantined()] == ["connect_to"]
+
+
 def test_each_step_is_told_once(tmp_path: Path) -> None:
     async def main() -> None:
         async with harness.open_sandbox(IsolationLevel.STANDARD) as sandbox:
