@@ -265,7 +265,8 @@ class EnhancedPluginFramework:
         try:
             await self._run(load, ready, started)
             more = retry_memory(ready.manifest, self.limits)
-            if load.limit == "memory" and load.config.auto_recovery_enabled and more > load.limits.max_memory_mb:
+            may_retry = load.config.auto_recovery_enabled and not load.quarantined
+            if load.limit == "memory" and may_retry and more > load.limits.max_memory_mb:
                 await self._retry(load, ready, more)
         finally:
             await asyncio.to_thread(ready.staged.release)

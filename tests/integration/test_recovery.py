@@ -888,6 +888,19 @@ def test_the_framework_tries_once_more_with_the_memory_of_the_manifest(asked: in
         assert history[0]["limits"]["max_memory_mb"] == min(asked, 200)
 
 
+CURIOUS_AND_HUNGRY = """
+def main():
+    for name in ("shadow", "gshadow", "passwd"):
+        try:
+            open(f"/etc/{name}", "a")
+        except OSError:
+            pass
+    kept = []
+    while True:
+        kept.append(bytearray(1 << 20))
+"""
+
+
 def test_a_second_try_is_the_last(tmp_path: Path) -> None:
     plugins = tmp_path / "p"
     plugins.mkdir()
@@ -900,6 +913,20 @@ def test_a_second_try_is_the_last(tmp_path: Path) -> None:
         framework.close()
     assert not done["success"]
     assert [(step["action"], step["success"]) for step in done["recovery"] if step["action"] == "retry"] == [("retry", False)]
+
+
+def test_who_is_to_be_quarantined_has_no_second_try(tmp_path: Path) -> None:
+    plugins = tmp_path / "p"
+    plugins.mkdir()
+    (plugins / "bad.py").write_text(CURIOUS_AND_HUNGRY)
+    (plugins / "bad.toml").write_text("[limits]\nmax_memory_mb = 32\n[recovery]\nmax_memory_mb = 48\n")
+    framework = EnhancedPluginFramework(str(plugins), IsolationConfig(violation_threshold=1), state_folder=tmp_path / "state")
+    try:
+        done = asyncio.run(framework.load_plugin_enhanced("bad"))
+        assert [each["plugin_id"] for each in framework.get_quarantined_plugins()] == ["bad"]
+    finally:
+        framework.close()
+    assert "retry" not in [step["action"] for step in done["recovery"]]
 
 
 COMMAND = """
