@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import os
 import resource
+import shlex
 import weakref
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -293,7 +294,7 @@ class EnhancedPluginFramework:
         found = self._records.is_quarantined(plugin.id, plugin.sha256, file)
         if found is not None:
             which = "" if found.plugin_id == plugin.id else f" as {escape_text(found.plugin_id, keep='')}, which it equals"
-            mend = f"psie quarantine release {found.plugin_id}"
+            mend = f"psie quarantine release {shlex.quote(found.plugin_id)}"
             raise Refused(f"it is quarantined{which} ({found.reason}): look into it, then {mend}", QUARANTINED)
         said = manifest.of(plugin)
         load.config, load.limits, load.permissions = effective(said, load.config, self.limits, self.permissions)

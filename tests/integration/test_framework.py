@@ -441,6 +441,8 @@ def test_what_the_command_has_quarantined_is_no_plugin(tmp_path: Path, name: str
         assert done["error"].startswith("it is quarantined as /elsewhere/two.py, which it equals (bad)")
         store.release("/elsewhere/two.py", "somebody")
         assert load(framework, "one")["result"] == 1
+        store.quarantine("/else; where.py", hashlib.sha256(source.encode()).hexdigest(), "bad", [], "command")
+        assert load(framework, "one")["error"].endswith("psie quarantine release '/else; where.py'")  # for a shell
 
 
 def test_switches(tmp_path: Path) -> None:
