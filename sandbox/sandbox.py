@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
 MB = 1 << 20
 TAIL_BYTES = 64 << 10  # of the output that are kept
+LOOK_AGAIN = 0.005  # seconds
 ACTIVITIES = 10_000  # network operations that are kept; further ones are only counted
 
 
@@ -625,8 +626,13 @@ class EnhancedPluginSandbox:
         return asyncio.run_coroutine_threadsafe(work(*args), self._loop)
 
     async def _discard(self) -> dict[str, Any]:
-        """Have changes of granted folders discarded: now, or when the calls that run have ended."""
-        if self._running or self._busy:
+        """Have changes of granted folders discarded: now, or when the calls that run have ended.
+
+        A commit that goes on cannot be stopped: what there is after it is discarded, not what a later call will change.
+        """
+        while self._busy:
+            await asyncio.sleep(LOOK_AGAIN)
+        if self._running:
             self._tainted = self._tainted or "recovery discards them"
             return {"before": {"are_kept": True}, "after": {"are_kept": False}}
         before = await asyncio.to_thread(self._changed)

@@ -385,6 +385,28 @@ def test_files_are_discarded(level: IsolationLevel, tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_recovery_during_a_commit_is_no_loss_for_the_next_call(tmp_path: Path) -> None:
+    granted = tmp_path / "granted"
+    granted.mkdir()
+    granted.chmod(0o777)
+
+    async def main() -> None:
+        permissions = {"allowed_directories": [str(granted)]}
+        async with harness.open_sandbox(IsolationLevel.STRICT, permissions=permissions) as sandbox:
+            await sandbox.execute_plugin_safe(write_into, str(granted), "one", False)
+            committing = asyncio.create_task(sandbox.commit_changes())
+            while not sandbox._busy and not committing.done():
+                await asyncio.sleep(0)
+            manager = Manager()
+            assert await manager.auto_recovery_violation(violation(sandbox, Kind.FILESYSTEM_VIOLATION)) is True
+            assert len(await committing) == 1
+            assert manager.get_recovery_history()[0]["before"]["changes"] == 0  # it was too late for them
+            await sandbox.execute_plugin_safe(write_into, str(granted), "two", False)
+            assert [Path(change.path).name for change in sandbox.changes()] == ["two"]
+
+    asyncio.run(main())
+
+
 def test_where_nothing_was_granted_there_is_nothing_to_discard(level: IsolationLevel) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox:
