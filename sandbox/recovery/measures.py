@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MB = 1 << 20
 SOON = 0.005  # seconds between two looks at what the kernel does at once
 ANSWER = 2.0  # seconds that a part of the sandbox gets for an answer
+LOOKS = 3  # in a row that find nobody running
 LOW = 0.9  # of the warning threshold: what memory is brought below while the plugin stands still
 RECLAIM_BYTES = 8 * MB  # at a time, so that the engine's thread is soon free again
 SETTLE_SECONDS, SETTLE_LOOK = 3.0, 0.1  # that memory is looked at after a measure, to tell whether it still grows
@@ -206,29 +207,28 @@ class Recovery:
     def _freeze(self, violation: SandboxViolation) -> Steps:
         """Stop everything in the sandbox: cgroup.freeze, or where it has no cgroup SIGSTOP."""
         if self.sandbox.leaf_fd < 0:
-            return (yield from self._stop(violation))
+            running = yield from self._halt()
+            stopped, note = len(self._pids()) - running, "by SIGSTOP: there is no cgroup"
+            return self._tell(violation, "freeze", {}, {"stopped": stopped}, bool(stopped) and not running, note)
         before = {"frozen": self._is_frozen()}
-        leaf.write(self.sandbox.leaf_fd, "cgroup.freeze", "1")
-        for _ in range(int(ANSWER / SOON)):
-            if self._is_frozen():
-                break
-            yield SOON
-        after = {"frozen": self._is_frozen()}
+        after = {"frozen": not (yield from self._halt())}
         return self._tell(violation, "freeze", before, after, after["frozen"])
 
-    def _stop(self, violation: SandboxViolation) -> Steps:
-        """Again, until all of them stand: who was still running may have woken others."""
-        pids: list[int] = []
-        running = 1
-        for _ in range(int(ANSWER / SOON)):
+    def _halt(self) -> Generator[float, None, int]:
+        """Stop everything until `_thaw`; how much of it still runs."""
+        if self.sandbox.leaf_fd >= 0:
+            leaf.write(self.sandbox.leaf_fd, "cgroup.freeze", "1")
+            return int(not (yield from self._until(self._is_frozen, ANSWER)))
+        running = looks = 0
+        for _ in range(int(ANSWER / SOON)):  # who was still running may have woken others, or made one and ended
             pids = self._pids()
             running = sum(not processes.is_stopped(pid) for pid in pids)
-            if not running:
+            looks = 0 if running else looks + 1
+            if looks == LOOKS:
                 break
             self._signal_all(pids, signal.SIGSTOP)
             yield SOON
-        worked, note = bool(pids) and not running, "by SIGSTOP: there is no cgroup"
-        return self._tell(violation, "freeze", {}, {"stopped": len(pids) - running}, worked, note)
+        return running
 
     @staticmethod
     def _signal_all(pids: list[int], number: int) -> None:
@@ -338,10 +338,14 @@ class Recovery:
     def _cpu(self, violation: SandboxViolation) -> Steps:
         """A fourth of its limit, and last in the queue, for a while."""
         if not self._has("cpu"):
-            threads = [int(thread) for pid in self._pids() for thread in os.listdir(f"/proc/{pid}/task")]
-            nice = min((os.getpriority(os.PRIO_PROCESS, thread) for thread in threads), default=0)
-            for thread in threads:
-                os.setpriority(os.PRIO_PROCESS, thread, NICEST)
+            try:
+                yield from self._halt()  # else new ones come meanwhile
+                threads = [int(thread) for pid in self._pids() for thread in os.listdir(f"/proc/{pid}/task")]
+                nice = min((os.getpriority(os.PRIO_PROCESS, thread) for thread in threads), default=0)
+                for thread in threads:
+                    os.setpriority(os.PRIO_PROCESS, thread, NICEST)
+            finally:
+                self._thaw()
             note = "by nice, for as long as they run: there is no cpu controller"
             return self._tell(violation, "slow down", {"nice": nice}, {"nice": NICEST}, bool(threads), note)
         names = ("cpu.max", "cpu.weight")
@@ -362,14 +366,18 @@ class Recovery:
 
     def _processes(self, violation: SandboxViolation) -> Steps:
         """No further process or thread, as long as its calls run."""
-        yield 0
         if self._has("pids"):
+            yield 0
             before = {"pids.max": self._get("pids.max"), "pids.current": self._get("pids.current")}
             self._set("pids.max", before["pids.current"])
             after = {"pids.max": self._get("pids.max"), "pids.current": self._get("pids.current")}
             return self._tell(violation, "stop forks", before, after, after["pids.max"] == before["pids.current"])
-        pids = self._pids()
-        limits = [resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0)) for pid in pids]
+        try:
+            yield from self._halt()  # else new ones come meanwhile, with the limit of old
+            pids = self._pids()
+            limits = [resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0)) for pid in pids]
+        finally:
+            self._thaw()
         before = {"RLIMIT_NPROC": str(limits[0][0]) if limits else ""}
         return self._tell(violation, "stop forks", before, {"RLIMIT_NPROC": "0", "processes": len(pids)}, bool(pids))
 

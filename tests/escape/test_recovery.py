@@ -29,6 +29,7 @@ from sandbox import (
     SandboxViolation,
     SandboxViolationType,
     SecurityViolationError,
+    host,
 )
 
 Kind = SandboxViolationType
@@ -132,6 +133,60 @@ def test_forks_stay_stopped(level: IsolationLevel) -> None:
     assert (without, stopped) == ("escaped: forked", "stopped")
 
 
+def be_another_each_time() -> None:
+    """A process that makes the next one and ends: whoever looks finds those that were."""
+    import os
+    import time
+
+    if os.fork() == 0:
+        number = 0
+        while True:
+            number += 1
+            try:
+                if os.fork():
+                    os._exit(0)
+            except OSError:
+                time.sleep(60)
+            if number % 20 == 0:
+                with open("number", "w") as file:
+                    file.write(str(number))
+    time.sleep(60)
+
+
+@namespaced
+@pytest.mark.skipif("pids" in host.facts().controllers, reason="pids.max counts them, whoever they are")
+def test_forks_of_a_moving_process_are_stopped(level: IsolationLevel) -> None:
+    moved: list[bool] = []
+
+    async def has_moved(sandbox: EnhancedPluginSandbox) -> bool:
+        before = sandbox.read_file("number")
+        await asyncio.sleep(0.2)
+        return sandbox.read_file("number") != before
+
+    async def main() -> None:
+        limits = PluginLimitsV2(max_subprocess_count=8)
+        permissions = PluginPermissionsV2(allow_subprocess_execution=True)
+        for _ in range(6):  # luck helps one time in three
+            async with EnhancedPluginSandbox(limits, permissions, IsolationConfig(level=level)) as sandbox:
+                task = asyncio.create_task(sandbox.execute_plugin_safe(be_another_each_time))
+                end = time.monotonic() + SECONDS
+                while not any(entry.path == "number" for entry in sandbox.list_files()):
+                    assert time.monotonic() < end
+                    assert not task.done(), task.exception()
+                    await asyncio.sleep(0.005)
+                assert await has_moved(sandbox)
+                details = {"sandbox_id": sandbox.sandbox_id, "limit": "pids"}
+                violation = SandboxViolation(Kind.RESOURCE_EXCEEDED, "an attack", datetime.now(UTC), details=details)
+                assert await SandboxRecoveryManager().auto_recovery_violation(violation) is True
+                await asyncio.sleep(0.2)  # what it was about to write
+                moved.append(await has_moved(sandbox))
+                task.cancel()
+                await asyncio.wait([task])
+
+    asyncio.run(main())
+    assert not any(moved)
+
+
 def be_nice_no_more() -> int:
     """The lowest nice value of its threads that it can have."""
     import os
@@ -161,8 +216,6 @@ def test_priority_stays_low(level: IsolationLevel) -> None:
     """Where there is a cpu controller its settings lie outside, where nothing of the sandbox can write."""
     without, slow = with_and_without(level, be_nice_no_more, Kind.RESOURCE_EXCEEDED, "cpu")
     assert without == 0
-    from sandbox import host
-
     assert slow == (0 if "cpu" in host.facts().controllers else 19)
 
 
