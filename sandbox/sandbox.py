@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
 MB = 1 << 20
 TAIL_BYTES = 64 << 10  # of the output that are kept
+LOOK_AGAIN = 0.005  # seconds
 ACTIVITIES = 10_000  # network operations that are kept; further ones are only counted
 
 
@@ -142,6 +143,7 @@ class EnhancedPluginSandbox:
         self._is_recorded = True  # each call: not where whoever uses it does that
         self._has_told = False  # that they cannot be
         self._plain_limits: dict[str, Any] = {}
+        self._plugins: dict[int, str] = {}  # names, by call
         self._was_beyond = False  # whether a call was killed for more violations than the threshold
         self._on_taint: Callable[[GrantedChanges], None] | None = None  # sees the changes before they are discarded
 
@@ -440,6 +442,7 @@ class EnhancedPluginSandbox:
             self._post(run.give_up)
             raise
         remembered.call = run.call
+        self._plugins[run.call.number] = remembered.name
         run.call.source_file = file
         try:
             await run.execute(instruction, payload, self.limits.max_execution_time_seconds)
@@ -590,6 +593,13 @@ class EnhancedPluginSandbox:
         self._post(begin)
         return worked
 
+    def _plugin_of(self, violation: SandboxViolation) -> str:
+        """The plugin whose call a violation was in, or the only one that there was; "" where that cannot be told."""
+        names = set(self._plugins.values())
+        if str(violation.details.get("call", "")).isdecimal():
+            names = {self._plugins.get(int(violation.details["call"]), "")}
+        return names.pop() if len(names) == 1 else ""
+
     def _recoveries(self, sandbox: client.Sandbox) -> Recovery:
         """In the engine's thread."""
         if self._recovery is None:
@@ -616,8 +626,13 @@ class EnhancedPluginSandbox:
         return asyncio.run_coroutine_threadsafe(work(*args), self._loop)
 
     async def _discard(self) -> dict[str, Any]:
-        """Have changes of granted folders discarded: now, or when the calls that run have ended."""
-        if self._running or self._busy:
+        """Have changes of granted folders discarded: now, or when the calls that run have ended.
+
+        A commit that goes on cannot be stopped: what there is after it is discarded, not what a later call will change.
+        """
+        while self._busy:
+            await asyncio.sleep(LOOK_AGAIN)
+        if self._running:
             self._tainted = self._tainted or "recovery discards them"
             return {"before": {"are_kept": True}, "after": {"are_kept": False}}
         before = await asyncio.to_thread(self._changed)

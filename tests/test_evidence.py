@@ -270,6 +270,15 @@ def test_it_goes_by_size_the_oldest_first(here: Path) -> None:
     assert sorted(os.listdir(here)) == ["case-0", "just now"]  # its quarantine may be on its way
 
 
+def test_there_is_a_bound_on_all_of_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of what is in force or young, which is not removed: hostile plugins shall not fill the disk with it."""
+    make(here, "first", changes=[("a", b"x" * 5000)])
+    monkeypatch.setattr(evidence, "MAX_BYTES", 5000)
+    with pytest.raises(ResourceError, match=r"holds .* MB already: psie gc removes what is old"):
+        make(here, "second")
+    assert os.listdir(here) == ["first"]
+
+
 def test_who_is_killed_while_it_is_removed_leaves_no_half(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     aged(here, "old", 100)
 

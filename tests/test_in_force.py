@@ -95,8 +95,9 @@ def test_a_plugin_of_the_framework_is_known_by_its_digest() -> None:
     digest = in_force.sha256(SOURCE)
     for name in ("bad.py", "main.py", "__init__.py"):
         quarantined = entry("bad", files.digest({name: SOURCE}))
-        assert in_force.find([quarantined], "/tmp/copy.py", digest) == quarantined
-        assert in_force.find([quarantined], "/tmp/copy.py", in_force.sha256(SOURCE + b"#")) is None
+        assert in_force.find([quarantined], "/tmp/copy.py", "ff" * 32, [digest]) == quarantined
+        other = in_force.sha256(SOURCE + b"#")
+        assert in_force.find([quarantined], "/tmp/copy.py", other, [other]) is None
     assert in_force.find([entry("bad")], "/tmp/bad.py", digest) is None  # a name is no path
 
 

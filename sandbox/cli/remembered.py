@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from time import localtime, monotonic, strftime, time
 
-from sandbox.cli.run import Failed
+from sandbox.cli.run import SOURCE_BYTES, Failed, read_text
 from sandbox.errors import (
     ResourceError,
     ResourceLimitExceededError,
@@ -21,7 +21,7 @@ from sandbox.state import folder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
     from sandbox.cli.session import Session
@@ -45,19 +45,30 @@ class Remembered:
         plugin_id: what its row calls it.
         path: of the file, by which it is quarantined.
         source: its content.
+        beside: paths of the modules and packages beside it that it can import.
         say: prints one line.
     """
 
-    def __init__(self, given: dict[str, Any], plugin_id: str, path: str, source: bytes, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        given: dict[str, Any],
+        plugin_id: str,
+        path: str,
+        source: bytes,
+        beside: Sequence[str],
+        say: Callable[[str], None],
+    ) -> None:
         self.given = given
         self.plugin_id = plugin_id
         self.path = path
         self.source = source
+        self.beside = beside
         self.say = say
         self.started, self.begun = time(), monotonic()
         self.session: Session | None = None
         self.is_written = False
-        self.sha256 = ""
+        self.sha256 = ""  # of all that is run: of the file alone, or with what is beside it
+        self.parts: list[str] = []  # digests of each of its files
 
     def refuse_quarantined(self) -> None:
         """Raises Quarantined; ResourceError where the records are there, but cannot be believed."""
@@ -75,7 +86,7 @@ class Remembered:
         if not entries:
             return
         self.hash()
-        found = in_force.find(entries, self.path, self.sha256)
+        found = in_force.find(entries, self.path, self.sha256, self.parts)
         if found is not None:
             from shlex import quote
 
@@ -91,7 +102,16 @@ class Remembered:
         """And import what the row needs; called while the plugin runs."""
         from sandbox.recovery import in_force, spool  # noqa: F401
 
-        self.sha256 = self.sha256 or in_force.sha256(self.source)
+        if self.sha256:
+            return
+        own, lines = in_force.sha256(self.source), []
+        for name, data in modules(self.beside):
+            digest = in_force.sha256(data)
+            self.parts.append(digest)
+            lines.append(f"{digest}  {name}\n".encode("utf-8", "backslashreplace"))
+        # The same main file with other modules is another program, and no reason to refuse this one.
+        self.parts += [] if lines else [own]
+        self.sha256 = in_force.sha256(b"".join([own.encode(), b"\n", *sorted(lines)])) if lines else own
 
     def _ask_store(self) -> list[dict[str, Any]]:
         """Where the file of quarantines is damaged; to open the store writes it anew."""
@@ -181,6 +201,19 @@ class Remembered:
         except (ValueError, TypeError, SandboxException):  # mistakes, for which there is no row
             return {"telemetry": False}
         return {"telemetry": config.telemetry_enabled, "level": config.level.value, "limits": to_plain(asdict(limits))}
+
+
+def modules(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each Python file of modules and packages beside a plugin's file."""
+    for path in paths:
+        if not os.path.isdir(path):
+            yield os.path.basename(path), read_text(path, SOURCE_BYTES)
+            continue
+        for place, _, names in os.walk(path):
+            for name in names:
+                if name.endswith((".py", ".so")):
+                    file = os.path.join(place, name)
+                    yield os.path.relpath(file, os.path.dirname(path)), read_text(file, SOURCE_BYTES)
 
 
 def outcome_of(session: Session, status: int) -> str:

@@ -104,11 +104,11 @@ def siblings(path: str, source: bytes) -> list[str]:
     return found
 
 
-def read_text(path: str) -> bytes:
+def read_text(path: str, most: int = TEXT_BYTES) -> bytes:
     """The beginning of a regular file; nothing of what is none, or cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return b""
     with open(fd, "rb") as file:
-        return file.read(TEXT_BYTES) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        return file.read(most) if stat.S_ISREG(os.fstat(fd).st_mode) else b""

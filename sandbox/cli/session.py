@@ -96,10 +96,11 @@ def remember(
     reply: Callable[[Session], int] = lambda session: 0,
 ) -> int:
     """A run from the look at the quarantines to its row; `reply` is what there is to do after status 0."""
-    run = remembered.Remembered(given, plugin_id, path, source, say)
+    files = run_command.siblings(path, source)
+    run = remembered.Remembered(given, plugin_id, path, source, files[1:], say)
     try:
         run.refuse_quarantined()
-        session = run.session = Session(given, started, read_only=run_command.siblings(path, source))
+        session = run.session = Session(given, started, read_only=files)
         session.meanwhile = run.hash
         status = session.finish(job(session), source) or reply(session)
     except Exception as error:

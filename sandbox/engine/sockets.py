@@ -38,7 +38,7 @@ OPTION = "setsockopt"  # of which the filter leaves SO_LINGER to us
 LINGER_BYTES = 8  # struct linger: int l_onoff; int l_linger, in seconds
 UNDER_WAY = (1, 2)  # states of a connection, linux/tcp_states.h: TCP_ESTABLISHED, TCP_SYN_SENT
 SOCKADDR_BYTES = 128  # struct sockaddr_storage
-SO_PEEK_OFF, SCM_MAX_FD = 42, 253  # asm-generic/socket.h, net/scm.h
+SO_OOBINLINE, SO_PEEK_OFF, SCM_MAX_FD = 10, 42, 253  # asm-generic/socket.h, net/scm.h
 PIDFD_THREAD = os.O_EXCL  # linux/pidfd.h
 MESSAGES_WAITING, LINE_BYTES = 4096, 1 << 16  # of a Unix socket: more than its buffer holds
 WAITING = 64  # connects of one call that are under way at once
@@ -439,7 +439,12 @@ def shut_down(sock: _socket.socket, seen: set[int]) -> int:
 
 
 def in_flight(sock: _socket.socket) -> Iterator[_socket.socket]:
-    """The sockets in messages that a Unix socket has not received yet, which stay there: unix(7), SO_PEEK_OFF in socket(7)."""
+    """The sockets in messages that a Unix socket has not received yet, which stay there: unix(7), SO_PEEK_OFF in socket(7).
+
+    A message that was sent with MSG_OOB is passed over by who looks, unless it counts as one of the others.
+    """
+    is_inline = sock.getsockopt(_socket.SOL_SOCKET, SO_OOBINLINE)
+    sock.setsockopt(_socket.SOL_SOCKET, SO_OOBINLINE, 1)
     sock.setsockopt(_socket.SOL_SOCKET, SO_PEEK_OFF, 0)
     try:
         for _ in range(MESSAGES_WAITING):
@@ -458,6 +463,7 @@ def in_flight(sock: _socket.socket) -> Iterator[_socket.socket]:
         return
     finally:
         sock.setsockopt(_socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+        sock.setsockopt(_socket.SOL_SOCKET, SO_OOBINLINE, is_inline)
 
 
 def process_of(thread: int) -> int:

@@ -1,11 +1,13 @@
 """Processes below a process, from /proc: no look at all the others of a host, whose number is not ours.
 
-Must be light: the zygote and the warden use it. Source: proc_tid_children(5).
+Must be light: the zygote and the warden use it. Source: proc_tid_children(5), proc_pid_stat(5).
 """
 
 from __future__ import annotations
 
 import os
+
+STANDING = ("T", "t", "Z", "X")  # states of a thread that is stopped, traced, or has ended
 
 
 def children(pid: int) -> list[int]:
@@ -29,6 +31,22 @@ def tree(pid: int) -> list[int]:
     for each in found:
         found += children(each)
     return found
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether nothing of it runs: each of its threads, which may live longer than the first, was stopped or has ended."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return True
+    return all(_state(f"/proc/{pid}/task/{thread}/stat") in STANDING for thread in threads)
+
+
+def _state(path: str) -> str:
+    try:
+        return read(path).rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
 
 
 def read(path: str) -> str:

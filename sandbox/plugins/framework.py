@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import os
 import resource
+import shlex
 import weakref
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from sandbox.plugins.discovery import Found
     from sandbox.plugins.manifest import Manifest
     from sandbox.plugins.stage import Staged
-    from sandbox.violations import SandboxViolation
 
 MB = 1 << 20
 OK, ERROR, LIMIT, VIOLATION, REFUSED, QUARANTINED = "ok", "error", "limit", "violation", "refused", "quarantined"
@@ -288,11 +288,12 @@ class EnhancedPluginFramework:
         finally:
             os.close(folder)
         load.sha256 = plugin.sha256
-        file = hashlib.sha256(plugin.files[plugin.main]).hexdigest()
-        found = self._records.is_quarantined(plugin.id, plugin.sha256, file)
+        # The command knows a file alone by its own digest.
+        alone = [hashlib.sha256(source).hexdigest() for source in plugin.files.values()] if len(plugin.files) == 1 else []
+        found = self._records.is_quarantined(plugin.id, plugin.sha256, *alone)
         if found is not None:
             which = "" if found.plugin_id == plugin.id else f" as {escape_text(found.plugin_id, keep='')}, which it equals"
-            mend = f"psie quarantine release {found.plugin_id}"
+            mend = f"psie quarantine release {shlex.quote(found.plugin_id)}"
             raise Refused(f"it is quarantined{which} ({found.reason}): look into it, then {mend}", QUARANTINED)
         said = manifest.of(plugin)
         load.config, load.limits, load.permissions = effective(said, load.config, self.limits, self.permissions)
@@ -330,9 +331,6 @@ class EnhancedPluginFramework:
         source, job = ready.job()
         try:
             load.result = await sandbox.execute_file(load.plugin_id, source, job)
-            reason = self._reason_for_quarantine(load, sandbox)
-            if reason:
-                load.failed(VIOLATION, SecurityViolationError(reason))
             if sandbox.recipe is not None and any(folder["kind"] in KEPT_KINDS for folder in sandbox.recipe.granted):
                 await self._settle(load, sandbox)
         except SecurityViolationError as error:
@@ -389,14 +387,8 @@ class EnhancedPluginFramework:
 
     @staticmethod
     def _reason_for_quarantine(load: Load, sandbox: EnhancedPluginSandbox) -> str:
-        if not load.config.quarantine_on_violation:
-            return ""
-        if sandbox._was_beyond:
-            return str(load.error)
-        refused = sum(_was_refused(violation) for violation in load.telemetry.violations)
-        if refused > load.config.violation_threshold:
-            return f"it ran into {refused} protections, more than violation_threshold={load.config.violation_threshold}"
-        return ""
+        """More violations than the threshold: of those that the kernel tells, which no harmless plugin has."""
+        return str(load.error) if load.config.quarantine_on_violation and sandbox._was_beyond else ""
 
     async def _record(self, load: Load, since: float) -> None:
         """Where it cannot be stored, the load has not succeeded: nobody would know of it."""
@@ -534,10 +526,6 @@ def _setting(name: str, value: Any, kind: type[Any]) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"EnhancedPluginFramework: {name} is a {type(value).__name__}: give a {kind.__name__}")
     return value
-
-
-def _was_refused(violation: SandboxViolation) -> bool:
-    return violation.explanation is None or violation.explanation.refused
 
 
 def _now() -> Any:

@@ -57,7 +57,7 @@ def bundle(
 
     Raises:
         ValueError: `name` is no plain name.
-        ResourceError: there is such a folder already, or it cannot be written.
+        ResourceError: there is such a folder already, all of them have MAX_BYTES, or it cannot be written.
     """
     if not name or name.startswith(".") or "/" in name or "\0" in name or len(os.fsencode(name)) > NAME_BYTES:
         raise ValueError(f"bundle: {name[:NAME_BYTES]!r} is no plain name: give one without separators or a dot at the start")
@@ -65,6 +65,7 @@ def bundle(
     path = os.path.join(place, name)
     try:
         with private.folder(place) as parent, _unfinished(parent, place) as inside:
+            _check_room(parent, place)
             parts = {
                 "violations.json": _listed(violations),
                 "samples.json": _listed(samples),
@@ -88,6 +89,14 @@ def bundle(
     except OSError as error:
         raise ResourceError(f"{path} cannot be written ({error.strerror}): see to the disk and its rights") from None
     return Path(path)
+
+
+def _check_room(parent: int, place: str) -> None:
+    """Hostile plugins shall not fill the disk with what is kept of them. Raises ResourceError."""
+    if sum(size for _, _, size in _bundles(parent)) >= MAX_BYTES:
+        raise ResourceError(
+            f"{place} holds {MAX_BYTES >> 20} MB already: psie gc removes what is old; look into quarantines, and release them"
+        )
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> bool:

@@ -75,11 +75,14 @@ def write(folder: int, entries: list[dict[str, Any]]) -> None:
     os.fsync(folder)
 
 
-def find(entries: Iterable[dict[str, Any]], plugin_id: str, digest: str) -> dict[str, Any] | None:
-    """The first of them that is of this file: of its path, or of its content, by itself or as the whole of a plugin."""
+def find(entries: Iterable[dict[str, Any]], plugin_id: str, digest: str, parts: Iterable[str] = ()) -> dict[str, Any] | None:
+    """The first of them that is of this file: of its path, or of its content, with what is beside it. Or of one of its `parts`
+    (digests of files), alone as a file or as the whole of a plugin: that would be run as well."""
     known = plugin_id.encode("utf-8", "backslashreplace").decode()  # as the store has it
+    alone = list(parts)
     for each in entries:
-        if each["plugin_id"] == known or (each["sha256"] and each["sha256"] in _digests(digest, each["plugin_id"])):
+        of_part = {one for part in alone for one in _digests(part, each["plugin_id"])}
+        if each["plugin_id"] == known or (each["sha256"] and each["sha256"] in {digest, *of_part}):
             return each
     return None
 

@@ -43,6 +43,7 @@ class SandboxRecoveryManager:
         self._history: list[dict[str, Any]] = []
         self._violations: Counter[str] = Counter()  # seen, by sandbox
         self._handled: list[SandboxViolation] = []
+        self._taken: dict[str, int] = {}  # how many steps of a sandbox's history were looked at for ours
 
     async def auto_recovery_violation(self, violation: SandboxViolation) -> bool:
         """Attempt automatic recovery from a violation: what is done depends on what has happened.
@@ -52,7 +53,8 @@ class SandboxRecoveryManager:
         long as its calls run. Files, and what they take of the disk: changes in allowed directories are discarded, when the
         calls that run have ended. Network: cut off for the rest of the sandbox's life. Time: SIGTERM, a grace period of 1 s
         at most, SIGKILL. Anything else: it stands still while evidence is kept, and is killed. So it is for every further
-        violation of a sandbox beyond violation_threshold, and then its plugin is quarantined, with quarantine_on_violation.
+        violation of a sandbox beyond violation_threshold, and then its plugin is quarantined, with quarantine_on_violation:
+        the one whose call it is of, or, where that is not known, the only one that has run there.
 
         Args:
             violation: one of a sandbox of this process, as its `details["sandbox_id"]` says; auto_recovery_attempted and
@@ -83,17 +85,28 @@ class SandboxRecoveryManager:
             note = "contained: the sandbox is gone" if violation.resolved else "the sandbox is gone: nothing is left to act on"
             return self._tell(violation, "none", violation.resolved, note)
         worked = await asyncio.wrap_future(working)
-        self._history += sandbox.get_recovery_history()[before:]
+        steps = sandbox.get_recovery_history()
+        self._history += steps[max(before, self._taken.get(sandbox_id, 0)) :]
+        self._taken[sandbox_id] = len(steps)
         if is_beyond and self.config.quarantine_on_violation:
             await asyncio.to_thread(self._escalate, sandbox, violation)
         return worked
 
     def _escalate(self, sandbox: EnhancedPluginSandbox, violation: SandboxViolation) -> None:
-        plugin_id = sandbox.get_telemetry().plugin_id
-        if plugin_id:
+        plugin_id = sandbox._plugin_of(violation)
+        if not plugin_id:
+            note = "nobody can tell whose violation it is: several plugins have run, or none"
+            self._tell(violation, "quarantine", False, note)
+        elif not self._is_quarantined(plugin_id):
             count, threshold = self._violations[sandbox.sandbox_id], self.config.violation_threshold
             self.quarantine_plugin(plugin_id, f"{count} violations, more than violation_threshold={threshold}")
             self._tell(violation, "quarantine", True, plugin_id)
+
+    def _is_quarantined(self, plugin_id: str) -> bool:
+        from sandbox.recovery.store import Store
+
+        with Store(self.state_folder) as store:
+            return store.is_quarantined(plugin_id) is not None
 
     def _tell(self, violation: SandboxViolation, action: str, success: bool, note: str) -> bool:
         step = {"timestamp": datetime.now(UTC).isoformat(), "sandbox_id": violation.details.get("sandbox_id", "")}
@@ -103,6 +116,8 @@ class SandboxRecoveryManager:
 
     def quarantine_plugin(self, plugin_id: str, reason: str) -> None:
         """Quarantine a problematic plugin, by its name: the framework and `psie run` refuse it until a person releases it.
+
+        A name is the id of a plugin in any plugin folder, or the absolute path of a file; a function's means nothing to them.
 
         The violations that this manager has handled are kept with it.
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MB = 1 << 20
 SOON = 0.005  # seconds between two looks at what the kernel does at once
 ANSWER = 2.0  # seconds that a part of the sandbox gets for an answer
+LOOKS = 3  # in a row that find nobody running
 LOW = 0.9  # of the warning threshold: what memory is brought below while the plugin stands still
 RECLAIM_BYTES = 8 * MB  # at a time, so that the engine's thread is soon free again
 SETTLE_SECONDS, SETTLE_LOOK = 3.0, 0.1  # that memory is looked at after a measure, to tell whether it still grows
@@ -84,6 +85,7 @@ class Recovery:
         self.waiting: list[tuple[SandboxViolation, Callable[[bool], object], str]] = []
         self.is_busy = False
         self.settings: dict[str, str] = {}  # of the cgroup, as they were before a measure
+        self.evidence_of: tuple[int, tuple[int, ...]] | None = None  # the calls that there were, and ran, when it was kept last
         self.squeezed: SandboxViolation | None = None  # the warning of memory that was acted on in the calls that run
 
     def recover(self, violation: SandboxViolation, then: Callable[[bool], object] = bool, *, end: bool = False) -> None:
@@ -191,37 +193,56 @@ class Recovery:
                 return source.pids()
             finally:
                 source.close()
-        inits = [int(call.read_back["init"]) for call in self.sandbox.calls.values() if call.read_back]
-        return [pid for init in inits for pid in processes.tree(init)]
+        # Of an ended call the numbers may be somebody else's by now. What has left its worker is below init.
+        standing = [call.read_back for call in self.sandbox.calls.values() if call.read_back and not call.done]
+        inits = [int(read_back["init"]) for read_back in standing]
+        return [pid for init in inits for pid in processes.tree(init) if pid != init]
 
     def _running(self, number: int = 0) -> list[Call]:
-        """The calls that run; only the one with this number, if it does."""
+        """The calls that run; with a number only that one, if it does still."""
         running = [call for call in self.sandbox.calls.values() if call.is_running]
-        return [call for call in running if call.number == number] or running
+        return [call for call in running if call.number == number] if number else running
 
     def _freeze(self, violation: SandboxViolation) -> Steps:
         """Stop everything in the sandbox: cgroup.freeze, or where it has no cgroup SIGSTOP."""
         if self.sandbox.leaf_fd < 0:
-            pids = self._pids()
-            for pid in pids:
-                os.kill(pid, signal.SIGSTOP)
-            return self._tell(violation, "freeze", {}, {"stopped": len(pids)}, bool(pids), "by SIGSTOP: there is no cgroup")
+            running = yield from self._halt()
+            stopped, note = len(self._pids()) - running, "by SIGSTOP: there is no cgroup"
+            return self._tell(violation, "freeze", {}, {"stopped": stopped}, bool(stopped) and not running, note)
         before = {"frozen": self._is_frozen()}
-        leaf.write(self.sandbox.leaf_fd, "cgroup.freeze", "1")
-        for _ in range(int(ANSWER / SOON)):
-            if self._is_frozen():
-                break
-            yield SOON
-        after = {"frozen": self._is_frozen()}
+        after = {"frozen": not (yield from self._halt())}
         return self._tell(violation, "freeze", before, after, after["frozen"])
+
+    def _halt(self) -> Generator[float, None, int]:
+        """Stop everything until `_thaw`; how much of it still runs."""
+        if self.sandbox.leaf_fd >= 0:
+            leaf.write(self.sandbox.leaf_fd, "cgroup.freeze", "1")
+            return int(not (yield from self._until(self._is_frozen, ANSWER)))
+        running = looks = 0
+        for _ in range(int(ANSWER / SOON)):  # who was still running may have woken others, or made one and ended
+            pids = self._pids()
+            running = sum(not processes.is_stopped(pid) for pid in pids)
+            looks = 0 if running else looks + 1
+            if looks == LOOKS:
+                break
+            self._signal_all(pids, signal.SIGSTOP)
+            yield SOON
+        return running
+
+    @staticmethod
+    def _signal_all(pids: list[int], number: int) -> None:
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue  # it has just ended
 
     def _is_frozen(self) -> bool:
         return "frozen 1" in self._get("cgroup.events")
 
     def _thaw(self) -> None:
         if self.sandbox.leaf_fd < 0:
-            for pid in self._pids():
-                os.kill(pid, signal.SIGCONT)
+            self._signal_all(self._pids(), signal.SIGCONT)
         else:
             leaf.write(self.sandbox.leaf_fd, "cgroup.freeze", "0")
 
@@ -241,8 +262,13 @@ class Recovery:
         return condition()
 
     def _wait(self, finding: Finding) -> Generator[float, None, dict[str, Any]]:
+        """What the owner has found; not for longer than the sandbox lives, for an owner may do something else for ever."""
         while not finding.done():
+            if self.sandbox.is_gone:
+                return {"error": "the sandbox has gone meanwhile"}
             yield SOON
+        if finding.cancelled():
+            return {"error": "it was cancelled"}
         error = finding.exception()
         return finding.result() if error is None else {"error": str(error).partition("\n")[0]}
 
@@ -311,15 +337,19 @@ class Recovery:
     def _cpu(self, violation: SandboxViolation) -> Steps:
         """A fourth of its limit, and last in the queue, for a while."""
         if not self._has("cpu"):
-            threads = [int(thread) for pid in self._pids() for thread in os.listdir(f"/proc/{pid}/task")]
-            nice = min((os.getpriority(os.PRIO_PROCESS, thread) for thread in threads), default=0)
-            for thread in threads:
-                os.setpriority(os.PRIO_PROCESS, thread, NICEST)
+            try:
+                yield from self._halt()  # else new ones come meanwhile
+                threads = [int(thread) for pid in self._pids() for thread in os.listdir(f"/proc/{pid}/task")]
+                nice = min((os.getpriority(os.PRIO_PROCESS, thread) for thread in threads), default=0)
+                for thread in threads:
+                    os.setpriority(os.PRIO_PROCESS, thread, NICEST)
+            finally:
+                self._thaw()
             note = "by nice, for as long as they run: there is no cpu controller"
             return self._tell(violation, "slow down", {"nice": nice}, {"nice": NICEST}, bool(threads), note)
         names = ("cpu.max", "cpu.weight")
         before = {name: self._get(name) for name in names}
-        quota, period = before["cpu.max"].split()
+        quota, period = self.settings.get("cpu.max", before["cpu.max"]).split()  # of its limit, also when it is slow already
         self._set("cpu.max", f"{max(1000, int(quota) // SHARE)} {period}")
         self._set("cpu.weight", "1")
         after = {name: self._get(name) for name in names}
@@ -335,14 +365,18 @@ class Recovery:
 
     def _processes(self, violation: SandboxViolation) -> Steps:
         """No further process or thread, as long as its calls run."""
-        yield 0
         if self._has("pids"):
+            yield 0
             before = {"pids.max": self._get("pids.max"), "pids.current": self._get("pids.current")}
             self._set("pids.max", before["pids.current"])
             after = {"pids.max": self._get("pids.max"), "pids.current": self._get("pids.current")}
             return self._tell(violation, "stop forks", before, after, after["pids.max"] == before["pids.current"])
-        pids = self._pids()
-        limits = [resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0)) for pid in pids]
+        try:
+            yield from self._halt()  # else new ones come meanwhile, with the limit of old
+            pids = self._pids()
+            limits = [resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0)) for pid in pids]
+        finally:
+            self._thaw()
         before = {"RLIMIT_NPROC": str(limits[0][0]) if limits else ""}
         return self._tell(violation, "stop forks", before, {"RLIMIT_NPROC": "0", "processes": len(pids)}, bool(pids))
 
@@ -387,15 +421,25 @@ class Recovery:
     def _end(self, violation: SandboxViolation) -> Steps:
         """Stand still, while what it has left is kept as evidence, and be killed."""
         calls = self._running(violation.details.get("call", 0))
-        yield from self._freeze(violation)
-        finding = self.evidence(violation)
+        try:
+            try:
+                yield from self._freeze(violation)
+                yield from self._keep_evidence(violation)
+            except (OSError, RuntimeError) as error:  # it goes all the same
+                self._tell(violation, "keep evidence", {}, {}, False, str(error))
+            return (yield from self._kill(violation, calls))
+        finally:
+            self._thaw()  # other calls go on, or the next one begins
+
+    def _keep_evidence(self, violation: SandboxViolation) -> Generator[float, None, None]:
+        """Once for the same calls: of their many violations each would have a copy of all that they have left."""
+        seen = self.sandbox.next_call, tuple(call.number for call in self._running())
+        finding = self.evidence(violation) if seen != self.evidence_of else None
         if finding is not None:
             found = yield from self._wait(finding)
             note = found.get("error", "")
+            self.evidence_of = seen if not note else self.evidence_of
             self._tell(violation, "keep evidence", {}, {"evidence": found.get("evidence")}, not note, note)
-        worked = yield from self._kill(violation, calls)
-        self._thaw()  # other calls go on, or the next one begins
-        return worked
 
 
 def drive(loop: Loop, steps: Steps, then: Callable[[bool], None]) -> None:

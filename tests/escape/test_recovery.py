@@ -29,6 +29,7 @@ from sandbox import (
     SandboxViolation,
     SandboxViolationType,
     SecurityViolationError,
+    host,
 )
 
 Kind = SandboxViolationType
@@ -132,6 +133,60 @@ def test_forks_stay_stopped(level: IsolationLevel) -> None:
     assert (without, stopped) == ("escaped: forked", "stopped")
 
 
+def be_another_each_time() -> None:
+    """A process that makes the next one and ends: whoever looks finds those that were."""
+    import os
+    import time
+
+    if os.fork() == 0:
+        number = 0
+        while True:
+            number += 1
+            try:
+                if os.fork():
+                    os._exit(0)
+            except OSError:
+                time.sleep(60)
+            if number % 20 == 0:
+                with open("number", "w") as file:
+                    file.write(str(number))
+    time.sleep(60)
+
+
+@namespaced
+@pytest.mark.skipif("pids" in host.facts().controllers, reason="pids.max counts them, whoever they are")
+def test_forks_of_a_moving_process_are_stopped(level: IsolationLevel) -> None:
+    moved: list[bool] = []
+
+    async def has_moved(sandbox: EnhancedPluginSandbox) -> bool:
+        before = sandbox.read_file("number")
+        await asyncio.sleep(0.2)
+        return sandbox.read_file("number") != before
+
+    async def main() -> None:
+        limits = PluginLimitsV2(max_subprocess_count=8)
+        permissions = PluginPermissionsV2(allow_subprocess_execution=True)
+        for _ in range(6):  # luck helps one time in three
+            async with EnhancedPluginSandbox(limits, permissions, IsolationConfig(level=level)) as sandbox:
+                task = asyncio.create_task(sandbox.execute_plugin_safe(be_another_each_time))
+                end = time.monotonic() + SECONDS
+                while not any(entry.path == "number" for entry in sandbox.list_files()):
+                    assert time.monotonic() < end
+                    assert not task.done(), task.exception()
+                    await asyncio.sleep(0.005)
+                assert await has_moved(sandbox)
+                details = {"sandbox_id": sandbox.sandbox_id, "limit": "pids"}
+                violation = SandboxViolation(Kind.RESOURCE_EXCEEDED, "an attack", datetime.now(UTC), details=details)
+                assert await SandboxRecoveryManager().auto_recovery_violation(violation) is True
+                await asyncio.sleep(0.2)  # what it was about to write
+                moved.append(await has_moved(sandbox))
+                task.cancel()
+                await asyncio.wait([task])
+
+    asyncio.run(main())
+    assert not any(moved)
+
+
 def be_nice_no_more() -> int:
     """The lowest nice value of its threads that it can have."""
     import os
@@ -161,8 +216,6 @@ def test_priority_stays_low(level: IsolationLevel) -> None:
     """Where there is a cpu controller its settings lie outside, where nothing of the sandbox can write."""
     without, slow = with_and_without(level, be_nice_no_more, Kind.RESOURCE_EXCEEDED, "cpu")
     assert without == 0
-    from sandbox import host
-
     assert slow == (0 if "cpu" in host.facts().controllers else 19)
 
 
@@ -205,6 +258,7 @@ def keep_a_connection(port: int, where: str) -> str:
     import ctypes
     import os
     import socket
+    import sys
     import threading
 
     def alive(sock: socket.socket) -> str:
@@ -238,6 +292,15 @@ def keep_a_connection(port: int, where: str) -> str:
         fds = []
         while not fds:
             _, fds, _, _ = socket.recv_fds(there, 5, 4)
+        return alive(socket.socket(fileno=fds[0]))
+    if where == "urgent":  # a message that is passed over until it counts as one of the others
+        here, there = socket.socketpair()
+        with connect() as sock:
+            passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, sock.fileno().to_bytes(4, sys.byteorder))]
+            here.sendmsg([b"x"], passed, socket.MSG_OOB)
+        go_on()
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        _, fds, _, _ = socket.recv_fds(there, 5, 4)
         return alive(socket.socket(fileno=fds[0]))
     if where == "thread":  # with a table of descriptors of its own
         said: list[str] = []
@@ -280,7 +343,7 @@ def keep_a_connection(port: int, where: str) -> str:
     return max(alive(each) for each in copies) if where == "copies" else alive(connect())
 
 
-@pytest.mark.parametrize("where", ["copies", "message", "packet", "nested", "thread", "child"])
+@pytest.mark.parametrize("where", ["copies", "message", "packet", "nested", "urgent", "thread", "child"])
 @levels
 def test_no_connection_is_kept(level: IsolationLevel, where: str) -> None:
     if where == "child" and level is IsolationLevel.MINIMAL:
@@ -305,6 +368,77 @@ def test_no_connection_is_kept(level: IsolationLevel, where: str) -> None:
         assert after == without
     else:
         assert (without, after) == ("escaped: it answers", "stopped")
+
+
+# -- standing still ----------------------------------------------------------------------------------------------------
+
+
+def go_on_counting(how: str) -> None:
+    """What is stopped by a signal is woken by a process that has left it, or goes on in a thread that outlives the first."""
+    import ctypes
+    import os
+    import signal
+    import threading
+    import time
+
+    def count() -> None:
+        number = 0
+        while True:
+            number += 1
+            with open("number", "w") as file:
+                file.write(str(number))
+            time.sleep(0.001)
+
+    if how == "woken":
+        worker = os.getpid()
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                while True:
+                    os.kill(worker, signal.SIGCONT)
+            os._exit(0)
+        os.wait()
+    threading.Thread(target=count).start()
+    open("ready", "w").close()
+    if how == "thread":
+        ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)  # exit(2), of this thread alone
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("how", ["woken", "thread"])
+@namespaced
+def test_it_stands_still_while_evidence_is_kept(level: IsolationLevel, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[bool] = []
+
+    async def has_moved(sandbox: EnhancedPluginSandbox) -> bool:
+        before = sandbox.read_file("number")
+        await asyncio.sleep(0.2)
+        return sandbox.read_file("number") != before
+
+    async def keep(sandbox: EnhancedPluginSandbox, violation: SandboxViolation) -> dict[str, Any]:
+        moved.append(await has_moved(sandbox))
+        return {}
+
+    async def main() -> None:
+        limits = PluginLimitsV2(max_subprocess_count=4)
+        permissions = PluginPermissionsV2(allow_subprocess_execution=True)
+        async with EnhancedPluginSandbox(limits, permissions, IsolationConfig(level=level)) as sandbox:
+            task = asyncio.create_task(sandbox.execute_plugin_safe(go_on_counting, how))
+            end = time.monotonic() + SECONDS
+            while not {"ready", "number"} <= {entry.path for entry in sandbox.list_files()}:
+                assert time.monotonic() < end
+                assert not task.done(), task.exception()
+                await asyncio.sleep(0.005)
+            moved.append(await has_moved(sandbox))
+            monkeypatch.setattr(EnhancedPluginSandbox, "_keep_evidence", keep)
+            details = {"sandbox_id": sandbox.sandbox_id}
+            violation = SandboxViolation(Kind.SECURITY_BREACH, "an attack", datetime.now(UTC), details=details)
+            assert await SandboxRecoveryManager().auto_recovery_violation(violation) is True
+            with pytest.raises(SecurityViolationError):
+                await task
+
+    asyncio.run(main())
+    assert moved == [True, False]
 
 
 # -- time and the end ----------------------------------------------------------------------------------------------------

@@ -441,6 +441,8 @@ def test_what_the_command_has_quarantined_is_no_plugin(tmp_path: Path, name: str
         assert done["error"].startswith("it is quarantined as /elsewhere/two.py, which it equals (bad)")
         store.release("/elsewhere/two.py", "somebody")
         assert load(framework, "one")["result"] == 1
+        store.quarantine("/else; where.py", hashlib.sha256(source.encode()).hexdigest(), "bad", [], "command")
+        assert load(framework, "one")["error"].endswith("psie quarantine release '/else; where.py'")  # for a shell
 
 
 def test_switches(tmp_path: Path) -> None:
@@ -459,7 +461,7 @@ def test_switches(tmp_path: Path) -> None:
 
 CURIOUS = """
     def main():
-        for path in ("shadow", "gshadow", "passwd", "group"):
+        for path in ("shadow", "gshadow", "passwd", "group", "sudoers", "hosts"):
             try:
                 open(f"/etc/{path}", "a")
             except OSError:
@@ -470,7 +472,8 @@ CURIOUS = """
 """
 
 
-def test_violations_that_a_plugin_survives_count(tmp_path: Path) -> None:
+def test_what_the_interpreter_tells_is_no_reason_for_quarantine(tmp_path: Path) -> None:
+    """Harmless plugins look where they may not, and go on; hostile ones would not tell."""
     granted = tmp_path / "granted"
     granted.mkdir()
     granted.chmod(0o777)
@@ -478,22 +481,39 @@ def test_violations_that_a_plugin_survives_count(tmp_path: Path) -> None:
     asked = json.dumps({"permissions": {"allowed_directories": [str(granted)]}})
     write(tmp_path, {"curious.py": CURIOUS % made, "curious.json": asked})
     permissions = PluginPermissionsV2(allowed_directories=[str(granted)])
-    config = IsolationConfig(level=IsolationLevel.STANDARD, violation_threshold=3, quarantine_on_violation=False)
-    with opened(tmp_path, config=config, permissions=permissions) as framework:
-        (done,) = loads(framework, "curious")
-        assert (done.outcome, done.result, len(done.violations)) == ("ok", "survived", 4)
-        assert os.listdir(granted) == ["made"]
-        os.unlink(made)
     config = IsolationConfig(level=IsolationLevel.STANDARD, violation_threshold=3)
     with opened(tmp_path, config=config, permissions=permissions) as framework:
         (done,) = loads(framework, "curious")
+        assert (done.outcome, done.result, len(done.violations)) == ("ok", "survived", 6)
+        assert os.listdir(granted) == ["made"]
+        assert framework.get_quarantined_plugins() == []
+
+
+def test_of_a_quarantined_plugin_the_changes_are_evidence(tmp_path: Path) -> None:
+    granted = tmp_path / "granted"
+    granted.mkdir()
+    granted.chmod(0o777)
+    made = str(granted / "made")
+    text = f"def main():\n    with open({made!r}, 'w') as file: file.write('made'){AND_BREAK}"
+    write(tmp_path, {"bad.py": text, "bad.json": json.dumps({"permissions": {"allowed_directories": [str(granted)]}})})
+    with opened(tmp_path, permissions=PluginPermissionsV2(allowed_directories=[str(granted)])) as framework:
+        (done,) = loads(framework, "bad")
         assert (done.outcome, done.result) == ("violation", None)
-        assert done.error == "it ran into 4 protections, more than violation_threshold=3"
         assert os.listdir(granted) == []
         (quarantined,) = framework.get_quarantined_plugins()
         index = Path(quarantined["evidence"], "changes", "index.json").read_text()
         assert made in index
         assert (Path(quarantined["evidence"]) / "changes" / "0").read_text() == "made"
+
+
+@pytest.mark.parametrize("others", [{"one/helpers.py": "VALUE = 2"}, {}], ids=["with others", "alone"])
+def test_a_file_is_quarantined_with_its_modules_or_alone(tmp_path: Path, others: dict[str, str]) -> None:
+    """The same main file with other modules is another program: it is not refused for what the one has done."""
+    source = "def main(): return 1"
+    write(tmp_path, {"one/main.py": source, **others})
+    with opened(tmp_path) as framework, Store(tmp_path / "state") as store:
+        store.quarantine("/elsewhere.py", hashlib.sha256(source.encode()).hexdigest(), "bad", [], "command")
+        assert load(framework, "one")["success"] is bool(others)
 
 
 def test_what_cannot_be_recorded_has_not_succeeded(tmp_path: Path) -> None:

@@ -624,6 +624,27 @@ def test_quarantined_files_are_refused(caller: Caller, store: Store) -> None:
     assert caller.run("run", "-q", copy).out == "fine\n"
 
 
+def test_a_file_is_quarantined_with_what_is_beside_it(caller: Caller, store: Store) -> None:
+    """An imitation of its main file with other modules gets nobody quarantined, and none runs as a module of another."""
+    honest = caller.write("honest/main.py", "from helpers import work\nwork()\n")
+    caller.write("honest/helpers.py", "def work(): print('honest')\n")
+    evil = caller.write("evil/main.py", "from helpers import work\nwork()\n")
+    caller.write("evil/helpers.py", textwrap.dedent(f"def work():\n{textwrap.indent(textwrap.dedent(BREAK_OFTEN), '    ')}\n"))
+    assert caller.run("run", "-q", honest).out == "honest\n"
+    assert caller.run("run", "-q", evil).status == 126
+    assert_refused(caller.run("run", "-q", evil), "is quarantined")
+    assert caller.run("run", "-q", honest).out == "honest\n"
+    for name in ("main.py", "helpers.py"):
+        caller.write(f"copy/{name}", (caller.folder / "evil" / name).read_text())
+    assert_refused(caller.run("run", "-q", caller.folder / "copy/main.py"), f"as {evil}, which it equals")
+
+    start = caller.write("start.py", BREAK_OFTEN)
+    wrapped = caller.write("wrapped/wrap.py", "import start\n")
+    caller.write("wrapped/start.py", BREAK_OFTEN)
+    assert caller.run("run", "-q", start).status == 126
+    assert_refused(caller.run("run", "-q", wrapped), f"as {start}, which it equals")
+
+
 @pytest.mark.parametrize("damaged", ["store", "file"])
 def test_damage_ends_no_quarantine(caller: Caller, store: Store, here: Path, damaged: str) -> None:
     path = caller.write("plugin.py", FINE)

@@ -385,6 +385,28 @@ def test_files_are_discarded(level: IsolationLevel, tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_recovery_during_a_commit_is_no_loss_for_the_next_call(tmp_path: Path) -> None:
+    granted = tmp_path / "granted"
+    granted.mkdir()
+    granted.chmod(0o777)
+
+    async def main() -> None:
+        permissions = {"allowed_directories": [str(granted)]}
+        async with harness.open_sandbox(IsolationLevel.STRICT, permissions=permissions) as sandbox:
+            await sandbox.execute_plugin_safe(write_into, str(granted), "one", False)
+            committing = asyncio.create_task(sandbox.commit_changes())
+            while not sandbox._busy and not committing.done():
+                await asyncio.sleep(0)
+            manager = Manager()
+            assert await manager.auto_recovery_violation(violation(sandbox, Kind.FILESYSTEM_VIOLATION)) is True
+            assert len(await committing) == 1
+            assert manager.get_recovery_history()[0]["before"]["changes"] == 0  # it was too late for them
+            await sandbox.execute_plugin_safe(write_into, str(granted), "two", False)
+            assert [Path(change.path).name for change in sandbox.changes()] == ["two"]
+
+    asyncio.run(main())
+
+
 def test_where_nothing_was_granted_there_is_nothing_to_discard(level: IsolationLevel) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox:
@@ -466,6 +488,27 @@ def test_a_breach_is_the_end(level: IsolationLevel, kind: SandboxViolationType) 
     asyncio.run(main())
 
 
+def test_evidence_is_kept_once_of_the_same_calls(tmp_path: Path) -> None:
+    """A plugin can make hundreds of violations: each would take a copy of all that it has left on the host's disk."""
+
+    async def main() -> list[str]:
+        kept = []
+        async with harness.open_sandbox(IsolationLevel.STRICT) as sandbox:
+            manager = Manager(IsolationConfig(quarantine_on_violation=False))
+            for _ in range(2):
+                await sandbox.execute_plugin_safe(return_it, 1)
+                for _ in range(5):
+                    assert await manager.auto_recovery_violation(violation(sandbox, Kind.SECURITY_BREACH)) is True
+            for step in manager.get_recovery_history():
+                if step["action"] == "keep evidence":
+                    kept.append(step["after"]["evidence"])
+        return kept
+
+    kept = asyncio.run(main())
+    subprocess.run(["rm", "-r", *kept], check=True)
+    assert len(set(kept)) == 2  # of each call
+
+
 def test_without_telemetry_no_evidence_is_kept() -> None:
     async def main() -> None:
         async with harness.open_sandbox(IsolationLevel.STANDARD, config={"telemetry_enabled": False}) as sandbox:
@@ -475,6 +518,78 @@ def test_without_telemetry_no_evidence_is_kept() -> None:
             with pytest.raises(SecurityViolationError):
                 await task
             assert actions(manager.get_recovery_history()) == [("freeze", True), ("kill", True)]
+
+    asyncio.run(main())
+
+
+def test_without_its_evidence_it_is_killed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task that keeps it may be cancelled by the caller's program, with all others; nothing stays frozen."""
+    tasks: list[asyncio.Task[Any] | None] = []
+
+    async def keep(sandbox: EnhancedPluginSandbox, found: SandboxViolation) -> dict[str, Any]:
+        tasks.append(asyncio.current_task())
+        await asyncio.sleep(60)
+        return {}
+
+    async def main() -> None:
+        monkeypatch.setattr(EnhancedPluginSandbox, "_keep_evidence", keep)
+        async with harness.open_sandbox(IsolationLevel.STRICT) as sandbox:
+            task = await running_call(sandbox, ignore, 20 * harness.PATIENCE)
+            recovering = asyncio.create_task(Manager().auto_recovery_violation(violation(sandbox, Kind.SECURITY_BREACH)))
+            await harness.wait_for(lambda: tasks)
+            assert tasks[0] is not None
+            tasks[0].cancel()
+            assert await recovering is True
+            with pytest.raises(SecurityViolationError, match="recovery ended the plugin"):
+                await task
+            assert actions(sandbox.get_recovery_history()) == [("freeze", True), ("keep evidence", False), ("kill", True)]
+            assert await sandbox.execute_plugin_safe(return_it, "thawed") == "thawed"
+
+    asyncio.run(main())
+
+
+def test_recovery_ends_with_the_sandbox_though_its_caller_does_something_else() -> None:
+    """Its loop does not run, so no evidence ever comes."""
+    loop = asyncio.new_event_loop()
+    sandbox = harness.open_sandbox(IsolationLevel.STRICT)
+
+    async def begin() -> None:
+        await sandbox.__aenter__()
+        tasks.append(await running_call(sandbox, ignore, 20 * harness.PATIENCE))
+
+    tasks: list[asyncio.Task[Any]] = []
+    loop.run_until_complete(begin())
+    worked = sandbox._recover(violation(sandbox, Kind.SECURITY_BREACH))
+    assert worked is not None
+    assert sandbox._sandbox is not None
+    sandbox._post(sandbox._sandbox.close)
+    assert harness.wait_until(worked.done), "it polls without end"
+    loop.run_until_complete(asyncio.wait(tasks))
+    assert isinstance(tasks[0].exception(), Exception)
+    loop.run_until_complete(sandbox.cleanup_sandbox())
+    loop.close()
+
+
+def test_who_has_got_the_number_of_an_ended_process_is_left_alone() -> None:
+    """A recovery that still waits when the sandbox has gone finds calls whose numbers are others' by now."""
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STRICT) as sandbox:
+            task = await running_call(sandbox, ignore, 20 * harness.PATIENCE)
+            assert sandbox._sandbox is not None
+            recovery, (call,) = sandbox._recoveries(sandbox._sandbox), sandbox._sandbox.calls.values()
+            assert recovery._pids()
+        with contextlib.suppress(Exception):
+            await task
+        other = subprocess.Popen(["sleep", "60"])
+        try:
+            assert call.read_back is not None
+            call.read_back["NSpid"] = f"{other.pid}\t2"
+            sandbox._sandbox.calls[call.number] = call
+            assert recovery._pids() == []
+        finally:
+            other.kill()
+            other.wait()
 
     asyncio.run(main())
 
@@ -689,6 +804,47 @@ def test_beyond_the_threshold_any_violation_is_the_end(tmp_path: Path, quarantin
     if found:
         assert found[0].by == "library"
         assert len(found[0].violations) == 2
+
+
+def innocent() -> int:
+    return 1
+
+
+def test_who_has_only_run_beside_it_is_not_quarantined(tmp_path: Path) -> None:
+    config = IsolationConfig(violation_threshold=1)
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STANDARD) as sandbox:
+            manager = Manager(config, state_folder=tmp_path / "state")
+            await sandbox.execute_plugin_safe(connect_to, [1, 2, 3])
+            await sandbox.execute_plugin_safe(innocent)
+            found = sandbox.get_violations()
+            assert len(found) == 3
+            for each in found:
+                await manager.auto_recovery_violation(each)
+            await manager.auto_recovery_violation(violation(sandbox, Kind.SECURITY_BREACH))  # of nobody knows which call
+            said = [
+                (step["success"], step["note"]) for step in manager.get_recovery_history() if step["action"] == "quarantine"
+            ]
+            assert said[0] == (True, "connect_to")
+            assert not said[1][0]
+            assert len(said) == 2  # it is quarantined once
+
+    asyncio.run(main())
+    with Store(tmp_path / "state") as store:
+        assert [each.plugin_id for each in store.quarantined()] == ["connect_to"]
+
+
+def test_each_step_is_told_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STANDARD) as sandbox:
+            manager = Manager()
+            wanted = [violation(sandbox, Kind.FILESYSTEM_VIOLATION) for _ in range(3)]
+            await asyncio.gather(*map(manager.auto_recovery_violation, wanted))
+            assert manager.get_recovery_history() == sandbox.get_recovery_history()
+            assert len(manager.get_recovery_history()) == 3
+
+    asyncio.run(main())
 
 
 def test_mistakes_are_told() -> None:
