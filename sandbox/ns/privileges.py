@@ -26,12 +26,16 @@ def die_with_parent() -> None:
     prctl.set_pdeathsig(signal.SIGKILL)
 
 
-def become(uid: int, gid: int) -> None:
-    """Take on the ids for good, without supplementary groups where the kernel lets us drop them."""
+def become(uid: int, gid: int, may_keep_groups: bool) -> None:
+    """Take on the ids for good, without supplementary groups.
+
+    `may_keep_groups`: rootless, setgroups(2) is denied in the outer user namespace, and the caller's own groups stay.
+    """
     try:
         os.setgroups([])
     except PermissionError:
-        pass  # rootless: setgroups(2) is denied in the outer user namespace, the caller's own groups stay
+        if not may_keep_groups:
+            raise
     sc.prctl(sc.PR_SET_KEEPCAPS, 1)  # the capabilities go later, in one step, when nothing needs them any more
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
