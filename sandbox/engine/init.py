@@ -91,10 +91,10 @@ def run(
     `lock` is the sandbox's place in the ledger: it must not be free before the last process of the sandbox has gone.
     """
     try:
-        privileges.die_with_parent()
-        channel.keep_only([report.fileno(), lock, *fds])
-        expect(report, "go")
         try:
+            step("call: pdeathsig", privileges.die_with_parent)
+            channel.keep_only([report.fileno(), lock, *fds])
+            expect(report, "go")
             notes = set_up(recipe, ids, report)
             pid = fork_worker()
         except mounts.LineFailed as failure:
