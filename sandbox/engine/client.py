@@ -791,8 +791,9 @@ class Call:
         view = memoryview(header + payload)
         try:
             channel.instruct(self.job, {"header": len(header), "size": len(view)})
-        except OSError:
-            return  # it has ended already; its end is reported
+        except OSError as error:
+            self._unsent(error)
+            return
         self._outgoing = [view[start : start + channel.FRAME] for start in range(0, len(view), channel.FRAME)]
         self._outgoing.reverse()
         self._send_more()
@@ -829,10 +830,20 @@ class Call:
 
     def _frame(self, kind: bytes, data: bytes) -> None:
         """One frame of the reply. What belongs to no reply is nobody's; who sends much of it is not listened to any more."""
+                self._unsent(error)
         last, kind = kind.isupper(), kind.lower()
         if kind == channel.NOTE and self._note(data):
             return
         known = kind in (channel.REPLY_VALUE, channel.REPLY_ERROR, channel.REPLY_UNFIT)
+    def _unsent(self, error: OSError) -> None:
+        """The worker has ended already, which is reported; or it would wait for a job that never comes."""
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+            if self.error is None:
+                self.error = ResourceError(
+                    f"a sandbox could not be given its job ({error.strerror}): {mend_of(error.errno or 0)}"
+                )
+            self.kill("failed")
+
         if self.reply_complete or not known or self.reply_kind not in (b"", kind) or not (data or last):
             self.strays += 1
             if self.strays > STRAYS:
