@@ -55,6 +55,9 @@ MENDS = {
     errno.ENOMEM: "free memory, or lower max_memory_mb",
     errno.EPERM: "allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), "
     "or look at what confines this process (a container's seccomp profile, for instance)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or close other sandboxes",
+    errno.ENFILE: "raise fs.file-max (sysctl), or close what has many files open",
+    errno.EROFS: "make it writable, or set XDG_RUNTIME_DIR and XDG_STATE_HOME to folders that are",
     errno.EDQUOT: "raise max_disk_usage_mb or max_inodes",
     errno.ENOENT: "check that the path exists",
     errno.EACCES: "make the path readable for the caller",
@@ -72,8 +75,13 @@ def failed_line(fields: dict[str, str]) -> SandboxInitializationError:
         line=fields.get("line", ""),
         errno=number or None,
         path=fields.get("path") or None,
-        mend=MENDS.get(number, "run psie explain to see what this host can do"),
+        mend=mend_of(number),
     )
+
+
+def mend_of(number: int) -> str:
+    """What a caller can do about this errno in a set-up."""
+    return MENDS.get(number, "run psie explain to see what this host can do")
 
 
 def hang_up(sock: _socket.socket) -> None:
@@ -827,14 +835,6 @@ class Call:
             self._close_job()
             return
         self._frame(data[:1], data[1:])
-
-    def _frame(self, kind: bytes, data: bytes) -> None:
-        """One frame of the reply. What belongs to no reply is nobody's; who sends much of it is not listened to any more."""
-                self._unsent(error)
-        last, kind = kind.isupper(), kind.lower()
-        if kind == channel.NOTE and self._note(data):
-            return
-        known = kind in (channel.REPLY_VALUE, channel.REPLY_ERROR, channel.REPLY_UNFIT)
     def _unsent(self, error: OSError) -> None:
         """The worker has ended already, which is reported; or it would wait for a job that never comes."""
         if error.errno not in (errno.EPIPE, errno.ECONNRESET):
@@ -844,6 +844,14 @@ class Call:
                 )
             self.kill("failed")
 
+
+    def _frame(self, kind: bytes, data: bytes) -> None:
+        """One frame of the reply. What belongs to no reply is nobody's; who sends much of it is not listened to any more."""
+                self._unsent(error)
+        last, kind = kind.isupper(), kind.lower()
+        if kind == channel.NOTE and self._note(data):
+            return
+        known = kind in (channel.REPLY_VALUE, channel.REPLY_ERROR, channel.REPLY_UNFIT)
         if self.reply_complete or not known or self.reply_kind not in (b"", kind) or not (data or last):
             self.strays += 1
             if self.strays > STRAYS:
