@@ -102,10 +102,16 @@ class Zygote:
     """A zygote process of ours. `recipe` decides its interpreter, template and outer user namespace."""
 
     def __init__(self, loop: Loop, pid: int, control: _socket.socket) -> None:
-        """Take over a zygote that `sandbox.engine.spawn` has started."""
+        """Take over a zygote that `sandbox.engine.spawn` has started. Raises OSError, and then it is gone."""
         self.loop = loop
         self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
+        try:
+            self.pidfd = os.pidfd_open(pid)
+        except OSError:
+            control.close()
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         self.control = control
         self.control.setblocking(False)
         self.sandboxes: dict[str, Sandbox] = {}
@@ -373,15 +379,16 @@ class Sandbox:
             raise
 
     def _open(self, wire: dict[str, Any]) -> None:
-        hub, hub_inside = channel.pair()
-        violations, violations_inside = channel.pair()
-        fds = {"hub": hub_inside.fileno(), "violations": violations_inside.fileno(), "lock": self.slot.fd}
-        temporary = [hub_inside, violations_inside]
+        pairs: list[tuple[_socket.socket, _socket.socket]] = []
         opened: list[int] = []
         ids = self._ids()
         self.owner = tuple(ids["owner"])
         instruction: dict[str, object] = {"sandbox": self.name, "memory": int(self.recipe.limits["memory_bytes"]), **ids}
         try:
+            for _ in range(2):
+                pairs.append(channel.pair())
+            (self.hub, hub_inside), (self.violations, violations_inside) = pairs
+            fds = {"hub": hub_inside.fileno(), "violations": violations_inside.fileno(), "lock": self.slot.fd}
             if self.recipe.cgroup is not None:
                 parent, own = self._make_leaf()
                 self.leaf_fd = own
@@ -401,16 +408,20 @@ class Sandbox:
             instruction["granted"] = [folder.found() for folder in self.granted]
             instruction["recipe_number"] = self.zygote.teach(wire)
             instruction["fds"] = list(fds)
-            hub.setblocking(False)
-            violations.setblocking(False)
-            self.hub, self.violations = hub, violations
-            self.loop.add_reader(hub.fileno(), self._hub_readable)
-            self.loop.add_reader(violations.fileno(), self._violation_readable)
+            self.hub.setblocking(False)
+            self.violations.setblocking(False)
+            self.loop.add_reader(self.hub.fileno(), self._hub_readable)
+            self.loop.add_reader(self.violations.fileno(), self._violation_readable)
             self.zygote.open(self, instruction, list(fds.values()))
+        except BaseException:
+            for sock, _ in pairs:
+                self.loop.remove_reader(sock.fileno())
+                sock.close()
+            raise
         finally:
             close_fds(opened)
-            for sock in temporary:
-                sock.close()
+            for _, inside in pairs:
+                inside.close()
 
     def _ids(self) -> dict[str, Any]:
         """Where the ids of this sandbox lie on the host, and what the plugin's id is inside."""
@@ -465,12 +476,16 @@ class Sandbox:
             sweep.workspaces()
         parent = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         name = self.slot.name
-        workspace.remove_folder(parent, name)
-        self.folder = os.path.join(work, name)
-        for path in (self.folder, self.folder + "/files"):
-            os.mkdir(path, 0o700)
-            if os.getuid() == 0:
-                os.chown(path, *owner)
+        try:
+            workspace.remove_folder(parent, name)
+            self.folder = os.path.join(work, name)
+            for path in (self.folder, self.folder + "/files"):
+                os.mkdir(path, 0o700)
+                if os.getuid() == 0:
+                    os.chown(path, *owner)
+        except BaseException:
+            os.close(parent)
+            raise
         return parent
 
     # -- its time --------------------------------------------------------------------------------------------------
@@ -813,11 +828,21 @@ class Call:
             except BlockingIOError:
                 self.loop.add_writer(self.job.fileno(), self._send_more)
                 return
-            except OSError:
+            except OSError as error:
                 self._outgoing.clear()
+                self._unsent(error)
                 break
             self._outgoing.pop()
         self.loop.remove_writer(self.job.fileno())
+
+    def _unsent(self, error: OSError) -> None:
+        """The worker has ended already, which is reported; or it would wait for a job that never comes."""
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+            if self.error is None:
+                self.error = ResourceError(
+                    f"a sandbox could not be given its job ({error.strerror}): {mend_of(error.errno or 0)}"
+                )
+            self.kill("failed")
 
     def expect(self, what: str, after: float = 0.0) -> None:
         """The warden is to do this next; if it does not, the whole sandbox goes."""
@@ -835,19 +860,9 @@ class Call:
             self._close_job()
             return
         self._frame(data[:1], data[1:])
-    def _unsent(self, error: OSError) -> None:
-        """The worker has ended already, which is reported; or it would wait for a job that never comes."""
-        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
-            if self.error is None:
-                self.error = ResourceError(
-                    f"a sandbox could not be given its job ({error.strerror}): {mend_of(error.errno or 0)}"
-                )
-            self.kill("failed")
-
 
     def _frame(self, kind: bytes, data: bytes) -> None:
         """One frame of the reply. What belongs to no reply is nobody's; who sends much of it is not listened to any more."""
-                self._unsent(error)
         last, kind = kind.isupper(), kind.lower()
         if kind == channel.NOTE and self._note(data):
             return
