@@ -44,6 +44,7 @@ STATUS_LINES = (
 # for us, after a rest of so many milliseconds, or when there are so many.
 REST_MS = 20
 KEPT = 16
+RETRY_SECONDS = 0.001
 SAMPLE_SECONDS = 0.1  # between looks at the memory of running calls, where no memory controller does it
 
 
@@ -597,7 +598,8 @@ def end_children() -> None:
         while True:
             for pid in processes.children(os.getpid()):
                 os.kill(pid, signal.SIGKILL)
-            os.waitpid(-1, 0)
+            if not os.waitpid(-1, 0 if found else os.WNOHANG)[0]:
+                select.select([], [], [], RETRY_SECONDS)  # /proc could not be read just now
     except ChildProcessError:
         return
 
