@@ -596,7 +596,8 @@ def end_children() -> None:
     """Kill all that is left below us, and reap it."""
     try:
         while True:
-            for pid in processes.children(os.getpid()):
+            found = processes.children(os.getpid())
+            for pid in found:
                 os.kill(pid, signal.SIGKILL)
             if not os.waitpid(-1, 0 if found else os.WNOHANG)[0]:
                 select.select([], [], [], RETRY_SECONDS)  # /proc could not be read just now
@@ -692,6 +693,8 @@ def run(
             instruction["baseline"] = baseline
             given = dict(zip(instruction["fds"], fds, strict=True))
             recipe = recipes[instruction["recipe_number"]]
+            if unprepared is not None:
+                unprepared = prepare(template)  # what failed when nobody wanted it yet may be had now
             serve_sandbox(recipe, instruction, given, host_namespace, link_socket, kept, unprepared)
             if "network" in given:
                 os._exit(0)
