@@ -39,6 +39,7 @@ VALUE_MODULES = ("sandbox.engine.codec",)  # what a zygote needs whose workers s
 SHUT_RDWR = 2
 TEXT = 1000  # characters of what a worker says about itself
 STRAYS = 1000
+COUNTERS = "memory.events ", "pids.events "
 FILE = "file"  # what stands for the number of a system call where the interpreter tells of a refused file
 NAME = "name"  # and where it tells of a host's name that was asked for
 FILE_ERRORS = {str(number): errno.errorcode[number] for number in (errno.EACCES, errno.EPERM, errno.EROFS)}
@@ -47,6 +48,29 @@ NOTES = 6000  # about those that are read: of 256 different refusals 2 ** 23 eac
 REFUSALS = 10_000  # refused calls after which a plugin only burns our time and is ended
 CLOCK_REALTIME_COARSE = 5  # linux/time.h
 GRACE = 5.0  # seconds that a zygote has to kill a warden, or to leave, before it is killed itself
+NONSENSE = "the sandbox's {} says what makes no sense, and its sandbox was ended: report this as a bug of psie"
+# Of the messages that are understood here: what each must have, which fields are whole numbers wherever they are, and which
+# are times.
+OPERATION = "operation", "family", "kind", "address", "port", "allowed", "reason", "excess"
+FIELDS = {
+    "opened": ("granted",),
+    "failed": (),
+    "sealed": ("call",),
+    "renewed": (),
+    "ended": ("call", "cause", "used"),
+    "violation": ("call", "nr", "arg0", "arg1", "arg2", "pid", "count"),
+    "network": ("call", "pid", "count", *OPERATION),
+    "cut_off": (),
+    "ready": (),
+    "closed": ("sandbox",),
+}
+WHOLE = frozenset(
+    (
+        *("call", "nr", "arg0", "arg1", "arg2", "pid", "count", "port", "errno", "used", "status", "maxrss_kb"),
+        *("links", "supervised", "connections", "rx_bytes", "rx_packets", "tx_bytes", "tx_packets"),
+    )
+)
+TIMES = frozenset(("time", "utime", "stime"))
 WATCH_AFTER = 0.05  # seconds that a call must have run to be watched: of shorter ones the counters are read at their end
 
 MENDS = {
@@ -66,9 +90,45 @@ MENDS = {
 }
 
 
+def understood(data: bytes) -> tuple[str, dict[str, str]]:
+    """(kind, fields) of a message of zygote, warden or supervisor, which has what is used of it, numbers where those belong.
+
+    Raises channel.Malformed: its sender is not what it was, and nothing that it says counts.
+    """
+    kind, fields = channel.unpack(data)
+    wanted = (*FIELDS.get(kind, ()), *(OPERATION if kind == "violation" and "operation" in fields else ()))
+    lacking = [name for name in wanted if name not in fields]
+    odd = [name for name in fields.keys() & WHOLE if not is_whole(fields[name])]
+    odd += [name for name in fields if name.startswith(COUNTERS) and not is_whole(fields[name])]
+    odd += [name for name in fields.keys() & TIMES if not is_time(fields[name])]
+    if not is_number(fields.get("errno", "0"), 4095) or not is_status(fields.get("status", "0")):  # MAX_ERRNO, linux/err.h
+        odd.append("errno or status")
+    if lacking or odd:
+        raise channel.Malformed(f"{kind[:TEXT]} lacks {lacking} or is wrong about {odd}")
+    return kind, fields
+
+
+def is_whole(text: str) -> bool:
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdecimal() and len(digits) <= 20
+
+
+def is_status(text: str) -> bool:
+    """A wait status of a process that has ended: wait(2)."""
+    return is_number(text, 0xFFFF) and (os.WIFEXITED(int(text)) or os.WIFSIGNALED(int(text)))
+
+
+def is_time(text: str) -> bool:
+    """Seconds, as Python writes a float."""
+    try:
+        return text.isascii() and len(text) < 40 and 0 <= float(text) < 1e11
+    except ValueError:
+        return False
+
+
 def failed_line(fields: dict[str, str]) -> SandboxInitializationError:
     """The error for a "failed" message: it names the recipe's line, errno, path and mend."""
-    number = int(fields.get("errno", "0") or "0")
+    number = int(fields.get("errno", "0"))
     state.distrust()
     return SandboxInitializationError(
         f"a sandbox could not be set up: {fields.get('text', '')}",
@@ -250,10 +310,13 @@ class Zygote:
         except channel.Malformed:
             data, fds = b"", []
         close_fds(fds)
+        try:
+            kind, fields = understood(data) if data else ("", {})
+        except channel.Malformed:
+            self.error, data = ResourceError(NONSENSE.format("zygote")), b""
         if not data:
             self._died()
             return False
-        kind, fields = channel.unpack(data)
         sandbox = self.sandboxes.get(fields.get("sandbox", ""))
         if kind == "failed" and sandbox is not None:
             sandbox.fail(failed_line(fields))
@@ -583,9 +646,14 @@ class Sandbox:
             died = ZYGOTE_DIED if self.zygote.has_ended() else WARDEN_DIED
             self.fail(self.error or self.zygote.error or self._unanswered or ResourceError(died))
             return False
-        kind, fields = channel.unpack(data)
-        call = self.calls.get(int(fields.get("call", "0") or "0"))
-        if kind == "opened":
+        try:
+            kind, fields = understood(data)
+        except channel.Malformed:
+            close_fds(fds)
+            self.fail(ResourceError(NONSENSE.format("warden")))
+            return False
+        call = self.calls.get(int(fields.get("call", "0")))
+        if kind == "opened" and self.workspace is None:
             self.layers = fds.pop() if len(fds) > 1 else None
             self.workspace = fds.pop() if fds else None
             self.granted_kinds = fields["granted"]
@@ -597,7 +665,7 @@ class Sandbox:
             if self.on_renewed is not None:
                 self.on_renewed()
         elif kind == "cut_off":
-            self.cut |= {name: int(value) for name, value in fields.items()}
+            self.cut |= {name: int(fields.get(name, "0")) for name in ("links", "supervised")}
         elif kind == "failed" and call is None:
             self.fail(failed_line(fields))
         elif kind == "failed" and call is not None:
@@ -625,10 +693,14 @@ class Sandbox:
 
     def _supervised(self, data: bytes) -> None:
         """One message of the supervisor."""
-        kind, fields = channel.unpack(data)
-        call = self.calls.get(int(fields["call"]))
+        try:
+            kind, fields = understood(data)
+        except channel.Malformed:
+            self.fail(ResourceError(NONSENSE.format("supervisor")))
+            return
+        call = self.calls.get(int(fields.get("call", "0")))
         if kind == "cut_off":
-            self.cut["connections"] = int(fields["connections"])
+            self.cut["connections"] = int(fields.get("connections", "0"))
         elif kind == "violation" and call is not None:
             call.violation(fields)
         elif kind == "network" and self.on_network is not None:
