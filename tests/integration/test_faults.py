@@ -48,9 +48,10 @@ from . import faults, harness, plugins
 
 rootless = pytest.mark.rootless
 EVERY = os.environ.get("PSIE_TEST_EVERY_FAULT") == "1"
+long = pytest.mark.timeout(1800 if EVERY else 60 * harness.PATIENCE)
 BOUND = 5.0 * harness.PATIENCE  # seconds in which a caller knows what became of its sandbox
 SOME = (IsolationLevel.MINIMAL, IsolationLevel.STANDARD, IsolationLevel.MAXIMUM)  # STRICT makes no call that these do not
-PLACES = 4  # calls of one name in one set-up that fail, unless EVERY
+PLACES = 3  # calls of one name in one set-up that fail, unless EVERY
 
 GENERAL = (errno.EPERM, errno.ENOSYS, errno.ENOMEM)
 DESCRIPTORS = (*GENERAL, errno.EMFILE)
@@ -99,6 +100,12 @@ CALLS: dict[str, tuple[int, ...]] = {
 SUBSTITUTES = {
     "granted folders": {"mount", "mount_setattr", "openat", "open_tree", "clone3", "unshare", "write", "fcntl"},
     "own /proc": {"mount"},
+}
+# Without these nothing of a sandbox may stand: a failure is never passed over. (A user's own groups may stay.)
+PROTECTING = {
+    *("capset", "clone", "landlock_add_rule", "landlock_create_ruleset", "landlock_restrict_self", "pivot_root", "prctl"),
+    *("prlimit64", "seccomp", "sethostname", "setns", "setresgid", "setresuid", "unshare"),
+    *(("setgroups",) if harness.ROOT else ()),
 }
 # The way to the caller is what fails: it learns that the sandbox has gone, and no more.
 WORDLESS = {"sendmsg", "write", "fcntl"}
@@ -174,6 +181,7 @@ def outcome(
     for name in different:
         assert call in SUBSTITUTES.get(name, ()), f"{what}: {name} is {states(sandbox)[name]}"
         assert states(sandbox)[name] == "substituted", f"{what}: {name}"
+    assert different or starts or call not in PROTECTING, f"{what}: it was passed over"
     return "substituted" if different else "harmless"
 
 
@@ -224,7 +232,7 @@ def descriptors_of_the_engine() -> int:
 
 
 @rootless
-@pytest.mark.timeout(60 * harness.PATIENCE)
+@long
 @pytest.mark.parametrize(
     "level", [IsolationLevel.MINIMAL, IsolationLevel.STANDARD, IsolationLevel.MAXIMUM], ids=lambda level: level.value
 )
@@ -263,7 +271,7 @@ def test_a_warden_that_serves_many_collects_no_descriptors(level: IsolationLevel
 
 
 @rootless
-@pytest.mark.timeout(60 * harness.PATIENCE)
+@long
 def test_a_call_of_a_zygotes_start_fails(engine: faults.Injector) -> None:
     """Each time in a new zygote, from its first instruction on, with the command that puts it into its user namespace."""
     level = IsolationLevel.MAXIMUM
@@ -301,7 +309,7 @@ def tried(level: IsolationLevel, function: Callable[[int], int], armed: Callable
 
 
 @rootless
-@pytest.mark.timeout(60 * harness.PATIENCE)
+@long
 @pytest.mark.parametrize("level", SOME, ids=lambda level: level.value)
 def test_a_call_fails_while_a_plugin_runs_or_ends(engine: faults.Injector, level: IsolationLevel) -> None:
     for call, errors in CALLS.items():
@@ -331,8 +339,8 @@ HOST_CALLS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
 
 
 @rootless
-@pytest.mark.timeout(60 * harness.PATIENCE)
-@pytest.mark.parametrize("level", SOME, ids=lambda level: level.value)
+@long
+@pytest.mark.parametrize("level", (SOME[0], SOME[-1]), ids=lambda level: level.value)
 @pytest.mark.parametrize("call", HOST_CALLS)
 def test_a_call_of_the_callers_side_fails(level: IsolationLevel, call: str) -> None:
     """In the engine's thread, from the start of a zygote to the end of a sandbox."""
@@ -390,7 +398,7 @@ def said(error: SandboxException) -> str:
 
 
 @rootless
-@pytest.mark.timeout(60 * harness.PATIENCE)
+@long
 @pytest.mark.parametrize("zygote", ["new", "old"])
 def test_the_caller_has_no_more_descriptors(level: IsolationLevel, zygote: str) -> None:
     """With every number of free ones from none to enough."""
@@ -504,7 +512,7 @@ def has_folder(level: IsolationLevel) -> bool:
 
 
 @rootless
-@pytest.mark.timeout(60 * harness.PATIENCE)
+@long
 @pytest.mark.parametrize("victim", ["zygote", "warden", "supervisor", "init", "worker"])
 def test_a_part_is_killed_at_any_moment(level: IsolationLevel, victim: str) -> None:
     """From the first moment of the set-up on; test_life.py kills them at chosen ones."""
@@ -532,7 +540,7 @@ def test_a_part_is_killed_at_any_moment(level: IsolationLevel, victim: str) -> N
             await killer
 
     function = hostile_pause if victim == "supervisor" else pause
-    for _ in range(4):
+    for _ in range(3):
         came = asyncio.run(main(function))
         faults.TABLE.add("killed at any moment", victim, "harmless" if came == "1" else came)
     # One that was just killed could be given to the next sandbox.
