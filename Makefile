@@ -44,5 +44,5 @@ bench: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache vagrant/.vagrant vagrant/results
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis vagrant/.vagrant vagrant/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

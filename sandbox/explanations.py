@@ -268,7 +268,10 @@ def network(record: Mapping[str, Any], what: str, sandbox: Sandbox, *, is_excess
         return explain("sockets")
     if record["operation"] != "connect" or record["family"] not in ("AF_INET", "AF_INET6"):
         return explain("network", what, note=record["reason"])
-    address, port = plain(parse(record["address"])), record["port"] or 0
+    try:
+        address, port = plain(parse(record["address"] or "")), record["port"] or 0
+    except OSError:
+        return explain("network", what, note=record["reason"])  # no address: nothing that a setting could allow
     if not port or Access(rules["access"], sandbox.resolved).decide(address, port)[0]:
         return explain("impossible connection", what)
     return connection(address, port, rules["access"], sandbox.resolved)

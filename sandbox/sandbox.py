@@ -1095,7 +1095,8 @@ def no_start(error: Exception) -> SandboxException:
         return error
     if isinstance(error, OSError):
         text = f"a sandbox could not be opened: {error.strerror or error}"
-        return SandboxInitializationError(text, errno=error.errno, path=error.filename)
+        mend = client.mend_of(error.errno or 0)
+        return SandboxInitializationError(text, line="caller: start", errno=error.errno, path=error.filename, mend=mend)
     return SandboxInitializationError(f"a sandbox could not be opened: {type(error).__name__}: {error}")
 
 

@@ -39,6 +39,7 @@ VALUE_MODULES = ("sandbox.engine.codec",)  # what a zygote needs whose workers s
 SHUT_RDWR = 2
 TEXT = 1000  # characters of what a worker says about itself
 STRAYS = 1000
+COUNTERS = "memory.events ", "pids.events "
 FILE = "file"  # what stands for the number of a system call where the interpreter tells of a refused file
 NAME = "name"  # and where it tells of a host's name that was asked for
 FILE_ERRORS = {str(number): errno.errorcode[number] for number in (errno.EACCES, errno.EPERM, errno.EROFS)}
@@ -47,6 +48,29 @@ NOTES = 6000  # about those that are read: of 256 different refusals 2 ** 23 eac
 REFUSALS = 10_000  # refused calls after which a plugin only burns our time and is ended
 CLOCK_REALTIME_COARSE = 5  # linux/time.h
 GRACE = 5.0  # seconds that a zygote has to kill a warden, or to leave, before it is killed itself
+NONSENSE = "the sandbox's {} says what makes no sense, and its sandbox was ended: report this as a bug of psie"
+# Of the messages that are understood here: what each must have, which fields are whole numbers wherever they are, and which
+# are times.
+OPERATION = "operation", "family", "kind", "address", "port", "allowed", "reason", "excess"
+FIELDS = {
+    "opened": ("granted",),
+    "failed": (),
+    "sealed": ("call",),
+    "renewed": (),
+    "ended": ("call", "cause", "used"),
+    "violation": ("call", "nr", "arg0", "arg1", "arg2", "pid", "count"),
+    "network": ("call", "pid", "count", *OPERATION),
+    "cut_off": (),
+    "ready": (),
+    "closed": ("sandbox",),
+}
+WHOLE = frozenset(
+    (
+        *("call", "nr", "arg0", "arg1", "arg2", "pid", "count", "port", "errno", "used", "status", "maxrss_kb"),
+        *("links", "supervised", "connections", "rx_bytes", "rx_packets", "tx_bytes", "tx_packets"),
+    )
+)
+TIMES = frozenset(("time", "utime", "stime"))
 WATCH_AFTER = 0.05  # seconds that a call must have run to be watched: of shorter ones the counters are read at their end
 
 MENDS = {
@@ -55,6 +79,9 @@ MENDS = {
     errno.ENOMEM: "free memory, or lower max_memory_mb",
     errno.EPERM: "allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), "
     "or look at what confines this process (a container's seccomp profile, for instance)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or close other sandboxes",
+    errno.ENFILE: "raise fs.file-max (sysctl), or close what has many files open",
+    errno.EROFS: "make it writable, or set XDG_RUNTIME_DIR and XDG_STATE_HOME to folders that are",
     errno.EDQUOT: "raise max_disk_usage_mb or max_inodes",
     errno.ENOENT: "check that the path exists",
     errno.EACCES: "make the path readable for the caller",
@@ -63,17 +90,58 @@ MENDS = {
 }
 
 
+def understood(data: bytes) -> tuple[str, dict[str, str]]:
+    """(kind, fields) of a message of zygote, warden or supervisor, which has what is used of it, numbers where those belong.
+
+    Raises channel.Malformed: its sender is not what it was, and nothing that it says counts.
+    """
+    kind, fields = channel.unpack(data)
+    wanted = (*FIELDS.get(kind, ()), *(OPERATION if kind == "violation" and "operation" in fields else ()))
+    lacking = [name for name in wanted if name not in fields]
+    odd = [name for name in fields.keys() & WHOLE if not is_whole(fields[name])]
+    odd += [name for name in fields if name.startswith(COUNTERS) and not is_whole(fields[name])]
+    odd += [name for name in fields.keys() & TIMES if not is_time(fields[name])]
+    if not is_number(fields.get("errno", "0"), 4095) or not is_status(fields.get("status", "0")):  # MAX_ERRNO, linux/err.h
+        odd.append("errno or status")
+    if lacking or odd:
+        raise channel.Malformed(f"{kind[:TEXT]} lacks {lacking} or is wrong about {odd}")
+    return kind, fields
+
+
+def is_whole(text: str) -> bool:
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdecimal() and len(digits) <= 20
+
+
+def is_status(text: str) -> bool:
+    """A wait status of a process that has ended: wait(2)."""
+    return is_number(text, 0xFFFF) and (os.WIFEXITED(int(text)) or os.WIFSIGNALED(int(text)))
+
+
+def is_time(text: str) -> bool:
+    """Seconds, as Python writes a float."""
+    try:
+        return text.isascii() and len(text) < 40 and 0 <= float(text) < 1e11
+    except ValueError:
+        return False
+
+
 def failed_line(fields: dict[str, str]) -> SandboxInitializationError:
     """The error for a "failed" message: it names the recipe's line, errno, path and mend."""
-    number = int(fields.get("errno", "0") or "0")
+    number = int(fields.get("errno", "0"))
     state.distrust()
     return SandboxInitializationError(
         f"a sandbox could not be set up: {fields.get('text', '')}",
         line=fields.get("line", ""),
         errno=number or None,
         path=fields.get("path") or None,
-        mend=MENDS.get(number, "run psie explain to see what this host can do"),
+        mend=mend_of(number),
     )
+
+
+def mend_of(number: int) -> str:
+    """What a caller can do about this errno in a set-up."""
+    return MENDS.get(number, "run psie explain to see what this host can do")
 
 
 def hang_up(sock: _socket.socket) -> None:
@@ -94,10 +162,16 @@ class Zygote:
     """A zygote process of ours. `recipe` decides its interpreter, template and outer user namespace."""
 
     def __init__(self, loop: Loop, pid: int, control: _socket.socket) -> None:
-        """Take over a zygote that `sandbox.engine.spawn` has started."""
+        """Take over a zygote that `sandbox.engine.spawn` has started. Raises OSError, and then it is gone."""
         self.loop = loop
         self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
+        try:
+            self.pidfd = os.pidfd_open(pid)
+        except OSError:
+            control.close()
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         self.control = control
         self.control.setblocking(False)
         self.sandboxes: dict[str, Sandbox] = {}
@@ -236,10 +310,13 @@ class Zygote:
         except channel.Malformed:
             data, fds = b"", []
         close_fds(fds)
+        try:
+            kind, fields = understood(data) if data else ("", {})
+        except channel.Malformed:
+            self.error, data = ResourceError(NONSENSE.format("zygote")), b""
         if not data:
             self._died()
             return False
-        kind, fields = channel.unpack(data)
         sandbox = self.sandboxes.get(fields.get("sandbox", ""))
         if kind == "failed" and sandbox is not None:
             sandbox.fail(failed_line(fields))
@@ -365,15 +442,16 @@ class Sandbox:
             raise
 
     def _open(self, wire: dict[str, Any]) -> None:
-        hub, hub_inside = channel.pair()
-        violations, violations_inside = channel.pair()
-        fds = {"hub": hub_inside.fileno(), "violations": violations_inside.fileno(), "lock": self.slot.fd}
-        temporary = [hub_inside, violations_inside]
+        pairs: list[tuple[_socket.socket, _socket.socket]] = []
         opened: list[int] = []
         ids = self._ids()
         self.owner = tuple(ids["owner"])
         instruction: dict[str, object] = {"sandbox": self.name, "memory": int(self.recipe.limits["memory_bytes"]), **ids}
         try:
+            for _ in range(2):
+                pairs.append(channel.pair())
+            (self.hub, hub_inside), (self.violations, violations_inside) = pairs
+            fds = {"hub": hub_inside.fileno(), "violations": violations_inside.fileno(), "lock": self.slot.fd}
             if self.recipe.cgroup is not None:
                 parent, own = self._make_leaf()
                 self.leaf_fd = own
@@ -393,16 +471,20 @@ class Sandbox:
             instruction["granted"] = [folder.found() for folder in self.granted]
             instruction["recipe_number"] = self.zygote.teach(wire)
             instruction["fds"] = list(fds)
-            hub.setblocking(False)
-            violations.setblocking(False)
-            self.hub, self.violations = hub, violations
-            self.loop.add_reader(hub.fileno(), self._hub_readable)
-            self.loop.add_reader(violations.fileno(), self._violation_readable)
+            self.hub.setblocking(False)
+            self.violations.setblocking(False)
+            self.loop.add_reader(self.hub.fileno(), self._hub_readable)
+            self.loop.add_reader(self.violations.fileno(), self._violation_readable)
             self.zygote.open(self, instruction, list(fds.values()))
+        except BaseException:
+            for sock, _ in pairs:
+                self.loop.remove_reader(sock.fileno())
+                sock.close()
+            raise
         finally:
             close_fds(opened)
-            for sock in temporary:
-                sock.close()
+            for _, inside in pairs:
+                inside.close()
 
     def _ids(self) -> dict[str, Any]:
         """Where the ids of this sandbox lie on the host, and what the plugin's id is inside."""
@@ -457,12 +539,16 @@ class Sandbox:
             sweep.workspaces()
         parent = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         name = self.slot.name
-        workspace.remove_folder(parent, name)
-        self.folder = os.path.join(work, name)
-        for path in (self.folder, self.folder + "/files"):
-            os.mkdir(path, 0o700)
-            if os.getuid() == 0:
-                os.chown(path, *owner)
+        try:
+            workspace.remove_folder(parent, name)
+            self.folder = os.path.join(work, name)
+            for path in (self.folder, self.folder + "/files"):
+                os.mkdir(path, 0o700)
+                if os.getuid() == 0:
+                    os.chown(path, *owner)
+        except BaseException:
+            os.close(parent)
+            raise
         return parent
 
     # -- its time --------------------------------------------------------------------------------------------------
@@ -560,9 +646,14 @@ class Sandbox:
             died = ZYGOTE_DIED if self.zygote.has_ended() else WARDEN_DIED
             self.fail(self.error or self.zygote.error or self._unanswered or ResourceError(died))
             return False
-        kind, fields = channel.unpack(data)
-        call = self.calls.get(int(fields.get("call", "0") or "0"))
-        if kind == "opened":
+        try:
+            kind, fields = understood(data)
+        except channel.Malformed:
+            close_fds(fds)
+            self.fail(ResourceError(NONSENSE.format("warden")))
+            return False
+        call = self.calls.get(int(fields.get("call", "0")))
+        if kind == "opened" and self.workspace is None:
             self.layers = fds.pop() if len(fds) > 1 else None
             self.workspace = fds.pop() if fds else None
             self.granted_kinds = fields["granted"]
@@ -574,7 +665,7 @@ class Sandbox:
             if self.on_renewed is not None:
                 self.on_renewed()
         elif kind == "cut_off":
-            self.cut |= {name: int(value) for name, value in fields.items()}
+            self.cut |= {name: int(fields.get(name, "0")) for name in ("links", "supervised")}
         elif kind == "failed" and call is None:
             self.fail(failed_line(fields))
         elif kind == "failed" and call is not None:
@@ -602,10 +693,14 @@ class Sandbox:
 
     def _supervised(self, data: bytes) -> None:
         """One message of the supervisor."""
-        kind, fields = channel.unpack(data)
-        call = self.calls.get(int(fields["call"]))
+        try:
+            kind, fields = understood(data)
+        except channel.Malformed:
+            self.fail(ResourceError(NONSENSE.format("supervisor")))
+            return
+        call = self.calls.get(int(fields.get("call", "0")))
         if kind == "cut_off":
-            self.cut["connections"] = int(fields["connections"])
+            self.cut["connections"] = int(fields.get("connections", "0"))
         elif kind == "violation" and call is not None:
             call.violation(fields)
         elif kind == "network" and self.on_network is not None:
@@ -791,8 +886,9 @@ class Call:
         view = memoryview(header + payload)
         try:
             channel.instruct(self.job, {"header": len(header), "size": len(view)})
-        except OSError:
-            return  # it has ended already; its end is reported
+        except OSError as error:
+            self._unsent(error)
+            return
         self._outgoing = [view[start : start + channel.FRAME] for start in range(0, len(view), channel.FRAME)]
         self._outgoing.reverse()
         self._send_more()
@@ -804,11 +900,21 @@ class Call:
             except BlockingIOError:
                 self.loop.add_writer(self.job.fileno(), self._send_more)
                 return
-            except OSError:
+            except OSError as error:
                 self._outgoing.clear()
+                self._unsent(error)
                 break
             self._outgoing.pop()
         self.loop.remove_writer(self.job.fileno())
+
+    def _unsent(self, error: OSError) -> None:
+        """The worker has ended already, which is reported; or it would wait for a job that never comes."""
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+            if self.error is None:
+                self.error = ResourceError(
+                    f"a sandbox could not be given its job ({error.strerror}): {mend_of(error.errno or 0)}"
+                )
+            self.kill("failed")
 
     def expect(self, what: str, after: float = 0.0) -> None:
         """The warden is to do this next; if it does not, the whole sandbox goes."""

@@ -41,8 +41,9 @@ def set_up(recipe: dict[str, Any], ids: dict[str, Any], report: _socket.socket) 
     """Everything between clone3 and the fork of the worker; returns what was substituted. Raises mounts.LineFailed."""
     namespaces = recipe["namespaces"]
     notes = []
+    may_keep_groups = not recipe["ids_allocated"]
     if ids["setup"] is not None:
-        step("call: ids of the set-up", privileges.become, *ids["setup"])
+        step("call: ids of the set-up", privileges.become, *ids["setup"], may_keep_groups)
     if "mnt" in namespaces:
         notes = mounts.carry_out("", recipe["call_mounts"], "call")
     if "net" in namespaces and not ids["shares_network"]:
@@ -51,7 +52,7 @@ def set_up(recipe: dict[str, Any], ids: dict[str, Any], report: _socket.socket) 
             expect(report, "linked")
     if "uts" in namespaces:
         step("call: hostname", _socket.sethostname, recipe["hostname"])
-    step("call: change of ids", privileges.become, *ids["plugin"])
+    step("call: change of ids", privileges.become, *ids["plugin"], may_keep_groups)
     step("call: not dumpable", sc.prctl, sc.PR_SET_DUMPABLE, 0)
     if "pid" not in namespaces:
         step("call: subreaper", sc.prctl, sc.PR_SET_CHILD_SUBREAPER, 1)
@@ -90,10 +91,10 @@ def run(
     `lock` is the sandbox's place in the ledger: it must not be free before the last process of the sandbox has gone.
     """
     try:
-        privileges.die_with_parent()
-        channel.keep_only([report.fileno(), lock, *fds])
-        expect(report, "go")
         try:
+            step("call: pdeathsig", privileges.die_with_parent)
+            channel.keep_only([report.fileno(), lock, *fds])
+            expect(report, "go")
             notes = set_up(recipe, ids, report)
             pid = fork_worker()
         except mounts.LineFailed as failure:

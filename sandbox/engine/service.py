@@ -281,7 +281,11 @@ class Service:
             except FileNotFoundError as error:
                 raise ResourceError(f"{error.filename} is missing: install util-linux") from None
             zygote = Zygote(self.loop, pid, control)
-            zygote.set_up(recipe, CALL_MODULES, spare=True)
+            try:
+                zygote.set_up(recipe, CALL_MODULES, spare=True)
+            except BaseException:
+                zygote.close()
+                raise
             zygote.on_idle = self._let_idle_go
             self.zygotes[key] = zygote
         return zygote

@@ -53,23 +53,28 @@ def _spawn(command: list[str], module: str) -> tuple[int, _socket.socket]:
     arguments = [*command, "-I", "-S", "-c", code]
     environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
     environment.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
-    caller = os.pidfd_open(os.getpid())
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE) for fd in (inside.fileno(), caller)]
-    actions: list[tuple[Any, ...]] = [
-        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
-        (os.POSIX_SPAWN_DUP2, 0, 1),
-        (os.POSIX_SPAWN_DUP2, high[0], 3),
-        (os.POSIX_SPAWN_DUP2, high[1], 4),
-    ]
-    if not os.environ.get("PSIE_DEBUG"):
-        actions.append((os.POSIX_SPAWN_DUP2, 0, 2))
+    high: list[int] = []  # of control socket and caller, where posix_spawn does not overwrite them
     try:
+        high.append(fcntl.fcntl(inside.fileno(), fcntl.F_DUPFD_CLOEXEC, FIRST_FREE))
+        caller = os.pidfd_open(os.getpid())
+        try:
+            high.append(fcntl.fcntl(caller, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE))
+        finally:
+            os.close(caller)
+        actions: list[tuple[Any, ...]] = [
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
+            (os.POSIX_SPAWN_DUP2, 0, 1),
+            (os.POSIX_SPAWN_DUP2, high[0], 3),
+            (os.POSIX_SPAWN_DUP2, high[1], 4),
+        ]
+        if not os.environ.get("PSIE_DEBUG"):
+            actions.append((os.POSIX_SPAWN_DUP2, 0, 2))
         pid = os.posix_spawn(arguments[0], arguments, environment, file_actions=actions)
     except BaseException:
         control.close()
         raise
     finally:
         inside.close()
-        for fd in (caller, *high):
+        for fd in high:
             os.close(fd)
     return pid, control

@@ -44,6 +44,7 @@ STATUS_LINES = (
 # for us, after a rest of so many milliseconds, or when there are so many.
 REST_MS = 20
 KEPT = 16
+RETRY_SECONDS = 0.001
 SAMPLE_SECONDS = 0.1  # between looks at the memory of running calls, where no memory controller does it
 
 
@@ -158,7 +159,12 @@ class Warden:
         number = int(instruction["call"])
         shares = self.shares_network
         flags = sum(NAMESPACES[name] for name in self.recipe["namespaces"] if not (shares and name == "net"))
-        report, inside = channel.pair()
+        try:
+            report, inside = channel.pair()
+        except OSError as error:
+            close_all(fds)
+            self.report_failure(mounts.LineFailed("call: socket to init", error), number)
+            return
         cgroup = self.fds.get("cgroup")
         own = cgroup
         try:
@@ -188,7 +194,6 @@ class Warden:
         if cgroup is not None and cgroup != own:
             os.close(cgroup)
         call = Call(number, pid, pidfd, report)
-        call.counted = self.counters()
         if "mnt" in self.recipe["namespaces"]:
             # While we hold it, init need not wait until it has been torn down.
             try:
@@ -199,12 +204,14 @@ class Warden:
         self.reports[report.fileno()] = call
         self.poll.register(pidfd, select.POLLIN)
         self.poll.register(report.fileno(), select.POLLIN)
-        report.setsockopt(_socket.SOL_SOCKET, channel.SO_PASSCRED, 1)
         try:
+            call.counted = self.counters()
+            report.setsockopt(_socket.SOL_SOCKET, channel.SO_PASSCRED, 1)
             self.bless(call)
         except (OSError, ValueError) as error:
-            line = "call: id maps and link"
-            self.report_failure(mounts.LineFailed(line, error), number)
+            self.drain(call)
+            if call.cause != "failed":  # else init has ended over a line of its own, and this only follows from that
+                self.report_failure(mounts.LineFailed("call: id maps and link", error), number)
             self.kill(call, "failed")
 
     def bless(self, call: Call) -> None:
@@ -589,9 +596,11 @@ def end_children() -> None:
     """Kill all that is left below us, and reap it."""
     try:
         while True:
-            for pid in processes.children(os.getpid()):
+            found = processes.children(os.getpid())
+            for pid in found:
                 os.kill(pid, signal.SIGKILL)
-            os.waitpid(-1, 0)
+            if not os.waitpid(-1, 0 if found else os.WNOHANG)[0]:
+                select.select([], [], [], RETRY_SECONDS)  # /proc could not be read just now
     except ChildProcessError:
         return
 
@@ -618,7 +627,12 @@ def serve_sandbox(
         try:
             if unprepared is not None:
                 raise unprepared
-            warden.set_up(host_namespace)
+            try:
+                warden.set_up(host_namespace)
+            except OSError as error:
+                # It may have left us in a mount namespace that is not ours: this warden gets no other sandbox.
+                warden.report_failure(mounts.LineFailed("sandbox: workspace and granted folders", error))
+                raise
             if warden.shares_network:
                 warden.join_network()
             warden.serve()
@@ -679,6 +693,8 @@ def run(
             instruction["baseline"] = baseline
             given = dict(zip(instruction["fds"], fds, strict=True))
             recipe = recipes[instruction["recipe_number"]]
+            if unprepared is not None:
+                unprepared = prepare(template)  # what failed when nobody wanted it yet may be had now
             serve_sandbox(recipe, instruction, given, host_namespace, link_socket, kept, unprepared)
             if "network" in given:
                 os._exit(0)

@@ -395,6 +395,9 @@ def main() -> None:
         except mounts.LineFailed as failure:
             zygote.report_failure(failure)
             os._exit(1)
+        except OSError as error:
+            zygote.report_failure(mounts.LineFailed("zygote: start", error))
+            os._exit(1)
         zygote.serve()
         zygote.finish()
     except BaseException:

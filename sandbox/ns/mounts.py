@@ -174,7 +174,7 @@ def cover(root: str, files: dict[str, str]) -> None:
         for number, (path, text) in enumerate(files.items()):
             if os.path.isfile(root + path):
                 file(place, f"/{number}", text)
-                sc.move_mount(take(f"{place}/{number}", "ro,nosuid,nodev,noexec", recursive=False), root + path)
+                put(take(f"{place}/{number}", "ro,nosuid,nodev,noexec", recursive=False), root, path)
     finally:
         sc.umount(place)  # what covers a file keeps it
 

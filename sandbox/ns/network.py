@@ -42,15 +42,18 @@ def helper_namespace() -> _socket.socket:
         try:
             made = _socket.socket(AF_NETLINK, _socket.SOCK_RAW, NETLINK_ROUTE)
             channel.send_bytes(there, b"link", [made.fileno()])
+        except OSError as error:
+            channel.send_bytes(there, str(error.errno).encode())
         finally:
             os._exit(0)
     there.close()
-    _, fds, _ = channel.receive_bytes(here, 16, 1)
+    said, fds, _ = channel.receive_bytes(here, 16, 1)
     here.close()
     os.close(pidfd)
     os.waitpid(pid, 0)
     if not fds:
-        raise OSError(errno.ENOTRECOVERABLE, "its maker has died")
+        code = int(said or errno.ENOTRECOVERABLE)
+        raise OSError(code, os.strerror(code) if said else "its maker has died")
     link_socket = _socket.socket(AF_NETLINK, _socket.SOCK_RAW, NETLINK_ROUTE, fds[0])
     os.set_inheritable(link_socket.fileno(), False)
     return link_socket

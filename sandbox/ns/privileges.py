@@ -7,6 +7,7 @@ python-prctl does not know. Sources: capabilities(7), prctl(2), setrlimit(2).
 from __future__ import annotations
 
 import _signal as signal
+import errno
 import os
 import resource
 
@@ -26,19 +27,26 @@ def die_with_parent() -> None:
     prctl.set_pdeathsig(signal.SIGKILL)
 
 
-def become(uid: int, gid: int) -> None:
-    """Take on the ids for good, without supplementary groups where the kernel lets us drop them."""
+def become(uid: int, gid: int, may_keep_groups: bool) -> None:
+    """Take on the ids for good, without supplementary groups.
+
+    `may_keep_groups`: rootless, setgroups(2) is denied in the outer user namespace, and the caller's own groups stay.
+    """
     try:
         os.setgroups([])
     except PermissionError:
-        pass  # rootless: setgroups(2) is denied in the outer user namespace, the caller's own groups stay
+        if not may_keep_groups:
+            raise
     sc.prctl(sc.PR_SET_KEEPCAPS, 1)  # the capabilities go later, in one step, when nothing needs them any more
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
 
 
 def set_rlimits(lines: list[list[object]]) -> None:
-    """Lines are (name as in setrlimit(2), value); soft and hard limit alike, so that nothing can be raised again."""
+    """Lines are (name as in setrlimit(2), value); soft and hard limit alike, so that nothing can be raised again.
+
+    Raises OSError with the name as filename.
+    """
     for name, value in lines:
         limit = int(value)  # type: ignore[call-overload]
         which = getattr(resource, str(name))
@@ -46,7 +54,10 @@ def set_rlimits(lines: list[list[object]]) -> None:
         if hard != resource.RLIM_INFINITY:
             limit = min(limit, hard)
         # At the soft limit of CPU time the kernel sends SIGXCPU, which says why; at the hard one SIGKILL.
-        resource.setrlimit(which, (limit, limit + 1 if name == "RLIMIT_CPU" else limit))
+        try:
+            resource.setrlimit(which, (limit, limit + 1 if name == "RLIMIT_CPU" else limit))
+        except ValueError:  # Python's word for EPERM
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(name)) from None
 
 
 def empty_bounding_set() -> None:

@@ -10,7 +10,7 @@ import pytest
 from sandbox import IsolationLevel
 from sandbox.ns import userids
 
-from . import harness
+from . import faults, harness
 from .unprivileged import User, temporary_user
 
 
@@ -63,3 +63,11 @@ def own_ledger(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def as_root() -> None:
     if not harness.ROOT:
         pytest.skip("needs root")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What came of which fault (test_faults.py)."""
+    if faults.TABLE.cells:
+        terminalreporter.section(f"faults as {'root' if harness.ROOT else 'an unprivileged user'}, and what came of them")
+        for line in faults.TABLE.lines():
+            terminalreporter.write_line(line)

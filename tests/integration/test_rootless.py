@@ -22,6 +22,7 @@ FILES = [
     "test_framework.py",
     "test_recovery.py",
     "test_lifetimes.py",
+    "test_faults.py",
 ]
 
 
