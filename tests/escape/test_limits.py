@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import stat
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from escape.kit import (
     attempt,
     carry_out,
     first_escape,
+    given,
     matrix,
     syscall,
 )
@@ -240,7 +243,6 @@ def many_file_operations_in_folders() -> str:
 @attack(DISK, refusals=("EINVAL",))
 def raise_a_limit() -> str:
     """Also by the value that the kernel takes for no limit."""
-    import os
     import resource
 
     def raise_(which: int, hard: int) -> None:
@@ -253,14 +255,55 @@ def raise_a_limit() -> str:
     return first_escape(
         {
             "files": lambda: raise_(resource.RLIMIT_NOFILE, hard + 1),
-            "core": lambda: (_ for _ in ()).throw(PermissionError(1, "0")) if resource.getrlimit(4)[1] == 0 else os.getpid(),
+            "core": lambda: raise_(resource.RLIMIT_CORE, -1),
+            "core, lower": lambda: raise_(resource.RLIMIT_CORE, 0),
         }
     )
+
+
+@attack(
+    DISK,
+    ALL if ROOT else NAMESPACED,
+    scene=given(program=sys.executable),
+    permissions={"allow_subprocess_execution": True},
+    limits={"max_subprocess_count": 3, "max_file_size_mb": 500.0},
+)
+def core_dump_of_a_program(program: str) -> str:
+    """A program is dumpable again, whatever the plugin itself is; who takes its dump may be a program of the host's root."""
+    import os
+    import resource
+    import signal
+
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except (ValueError, OSError):
+        pass
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    pid = os.posix_spawn(program, [program, "-I", "-S", "-c", code], {})
+    _, status = os.waitpid(pid, 0)
+    if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGSEGV:
+        return f"failed: it ended by {status:#x}"
+    return "escaped: it has left a core dump" if os.WCOREDUMP(status) else "stopped: no dump"
 
 
 @matrix(__name__)
 def test_attack(one: Attack, level: IsolationLevel, outside: Outside, tmp_path: Path) -> None:
     carry_out(one, level, outside, tmp_path)
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_a_crash_starts_no_program_of_the_host(level: IsolationLevel) -> None:
+    """Where core_pattern names one, the limit of core dumps is not looked at, unless it is 1 (core(5), fs/coredump.c)."""
+
+    def limit() -> tuple[int, int]:
+        import resource
+
+        return resource.getrlimit(resource.RLIMIT_CORE)
+
+    _unless_closed(level)
+    if not ROOT and resource.getrlimit(resource.RLIMIT_CORE)[1] == 0:
+        pytest.skip("only root can raise this user's limit of 0")
+    assert kit.run_inside(limit, level=level).value == (1, 1)
 
 
 # -- time ----------------------------------------------------------------------------------------------------------------
