@@ -263,6 +263,15 @@ def hold_every_file_watch(numbers: dict[str, int]) -> str:
     )
 
 
+@attack(SURFACE, scene=calls("io_setup"))
+def hold_contexts_of_asynchronous_io(numbers: dict[str, int]) -> str:
+    """Their number is one for all the machine (fs.aio-max-nr), whatever the namespace; outside it takes only a few."""
+    import ctypes
+
+    context = ctypes.c_uint64()
+    return attempt(lambda: syscall(numbers["io_setup"], 100, ctypes.byref(context)))
+
+
 @attack(SURFACE, scene=calls("memfd_secret", "process_madvise", "vmsplice", "set_mempolicy", "syslog"))
 def rarely_needed_calls(numbers: dict[str, int]) -> str:
     return first_escape(
@@ -384,12 +393,9 @@ def datagram_pair(numbers: dict[str, int]) -> str:
 # -- allowlists ----------------------------------------------------------------------------------------------------------
 
 
-@attack(LISTED, STRICTER, scene=calls("io_setup"))
+@attack(LISTED, STRICTER, scene=calls("munlockall"))
 def calls_beyond_the_allowlist(numbers: dict[str, int]) -> str:
-    import ctypes
-
-    context = ctypes.c_uint64()
-    return first_escape({"io_setup": lambda: syscall(numbers["io_setup"], 1, ctypes.byref(context))})
+    return first_escape({"munlockall": lambda: syscall(numbers["munlockall"])})
 
 
 @attack(LISTED, (MAXIMUM,), scene=calls("memfd_create", "eventfd2", "timerfd_create", "mlock", "splice"))
