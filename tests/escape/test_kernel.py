@@ -443,6 +443,38 @@ def new_threads() -> str:
     return "escaped: a thread"
 
 
+if os.uname().machine == "x86_64":
+
+    @attack("seccomp: threads", scene=calls("clone"))
+    def threads_around_the_filter(numbers: dict[str, int]) -> str:
+        """Threads that share memory but have descriptors, or a folder and a umask, of their own: no library makes such."""
+        import ctypes
+        import mmap
+        import os
+        import time
+
+        end = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        end.write(b"\xb8\x3c\x00\x00\x00\x31\xff\x0f\x05")  # mov eax, 60; xor edi, edi; syscall: exit(0)
+        libc = ctypes.CDLL(None, use_errno=True)
+        stack = mmap.mmap(-1, 1 << 16)
+        start, top = (ctypes.addressof(ctypes.c_char.from_buffer(area)) for area in (end, stack))
+
+        def clone(flags: int) -> None:
+            # CLONE_VM, CLONE_SIGHAND, CLONE_THREAD
+            if libc.clone(ctypes.c_void_p(start), ctypes.c_void_p(top + (1 << 15)), 0x10900 | flags, None) < 0:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+            time.sleep(0.02)  # it is on the one stack that there is
+
+        return first_escape(
+            {
+                "descriptors": lambda: clone(0x200),  # CLONE_FS alone
+                "folder": lambda: clone(0x400),  # CLONE_FILES alone
+                "both": lambda: clone(0),
+            }
+        )
+
+
 @matrix(__name__)
 def test_attack(one: Attack, level: IsolationLevel, outside: Outside, tmp_path: Path) -> None:
     carry_out(one, level, outside, tmp_path)
