@@ -398,7 +398,8 @@ class Warden:
     def memory_of(self, call: Call) -> int:
         """Bytes of memory that the call's processes hold beyond what they share with the zygote (proc_pid_status(5)).
 
-        Anonymous memory, and the larger of mapped shared memory and files in the scratch and workspace tmpfs.
+        Anonymous memory, page tables, and the larger of mapped shared memory and files in the scratch and workspace tmpfs.
+        Tables can be without memory: for the one page of zeroes that is behind all that was only read.
         """
         anonymous = shared = 0
         for pid in processes.tree(call.pid)[1:]:
@@ -410,6 +411,8 @@ class Warden:
                 name, _, value = line.partition(":")
                 if name == "RssAnon":
                     anonymous += max(0, int(value.split()[0]) * 1024 - self.instruction["baseline"])
+                elif name == "VmPTE":
+                    anonymous += int(value.split()[0]) * 1024
                 elif name == "RssShmem":
                     shared += int(value.split()[0]) * 1024
         files = 0

@@ -82,6 +82,28 @@ def memory_files() -> str:
     return attempt(take)
 
 
+@attack(MEMORY, limits=SMALL, ends=(*LIMIT, PluginExecutionError), refusals=("ENOMEM",))
+def page_tables() -> str:
+    """Of memory that is only read: all of it is one page of zeroes, but each 2 MB of addresses take a page of the kernel's."""
+    import ctypes
+    import os
+    import time
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    size = 1 << 38
+    # PROT_READ; MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+    start = libc.mmap(None, ctypes.c_size_t(size), 1, 0x4022, -1, ctypes.c_long(0))
+    if start in (None, (1 << 64) - 1):
+        code = ctypes.get_errno()
+        return attempt(lambda: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), 15)  # MADV_NOHUGEPAGE
+    for place in range(start, start + size, 1 << 21):
+        ctypes.c_char.from_address(place).value  # noqa: B018 - reading it is what takes the memory
+    time.sleep(0.3)  # somebody may look
+    return f"escaped: {size >> 29} MB"
+
+
 @attack(
     MEMORY,
     limits={**SMALL, "max_disk_usage_mb": 50.0},
