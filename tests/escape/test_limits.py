@@ -22,6 +22,7 @@ from escape.kit import (
     Outside,
     attack,
     attempt,
+    calls,
     carry_out,
     first_escape,
     given,
@@ -30,6 +31,7 @@ from escape.kit import (
 )
 from sandbox.config import IsolationLevel
 from sandbox.errors import PluginExecutionError, ResourceLimitExceededError, SecurityViolationError
+from sandbox.host import facts
 
 MEMORY = "memory"
 PROCESSES = "processes and threads"
@@ -102,6 +104,38 @@ def page_tables() -> str:
         ctypes.c_char.from_address(place).value  # noqa: B018 - reading it is what takes the memory
     time.sleep(0.3)  # somebody may look
     return f"escaped: {size >> 29} MB"
+
+
+@attack(
+    MEMORY,
+    () if "memory" in facts().controllers else ALL,  # the controller counts them
+    scene=calls("landlock_create_ruleset", "landlock_add_rule"),
+    limits=SMALL,
+    ends=LIMIT,
+)
+def rules_of_landlock(numbers: dict[str, int]) -> str:
+    """Each is memory of the kernel's, and there may be 65,535 of ports for each descriptor. Outside it takes those of one."""
+    import struct
+
+    attributes = struct.pack("=2Q", 0, 3)  # handled_access_net: LANDLOCK_ACCESS_NET_BIND_TCP, LANDLOCK_ACCESS_NET_CONNECT_TCP
+
+    def take() -> int:
+        ruleset = syscall(numbers["landlock_create_ruleset"], attributes, len(attributes), 0)
+        for port in range(1000):
+            syscall(numbers["landlock_add_rule"], ruleset, 2, struct.pack("=QQ", 1, port), 0)
+        return port
+
+    return attempt(take)
+
+
+@attack(MEMORY, refusals=("EMFILE",))
+def large_pipes() -> str:
+    """What lies in pipes is no process's memory, and their pages are counted for the host user, for whom there are few."""
+    import fcntl
+    import os
+
+    _, writer = os.pipe()
+    return attempt(lambda: fcntl.fcntl(writer, 1031, 1 << 20))  # F_SETPIPE_SZ
 
 
 @attack(
