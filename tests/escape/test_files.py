@@ -207,6 +207,25 @@ def chmod_by_descriptor(folder: str) -> str:
     return first_escape({"fchmod": by_descriptor, "/proc/self/fd": by_proc})
 
 
+@attack(WRITES)
+def keys_of_encrypted_folders() -> str:
+    """They are the file system's: added or taken away through any folder of it, for all of a user's processes."""
+    import ctypes
+    import fcntl
+    import os
+
+    folder = os.open("/usr", os.O_RDONLY)
+    key = ctypes.create_string_buffer(128)
+    key[0] = 2  # type: ignore[call-overload]  # FSCRYPT_KEY_SPEC_TYPE_IDENTIFIER
+    key[40] = 32  # type: ignore[call-overload]  # raw_size
+    return first_escape(
+        {
+            "add": lambda: fcntl.ioctl(folder, 0xC0506617, key),
+            "remove": lambda: fcntl.ioctl(folder, 0xC0406618, ctypes.create_string_buffer(key.raw[:64], 64)),
+        }
+    )
+
+
 @contextmanager
 def state_folder(where: Where) -> Iterator[Scene]:
     """psie's ledger: whoever locks it stops every further sandbox of this user."""

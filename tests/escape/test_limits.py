@@ -138,6 +138,31 @@ def large_pipes() -> str:
     return attempt(lambda: fcntl.fcntl(writer, 1031, 1 << 20))  # F_SETPIPE_SZ
 
 
+@attack(MEMORY)
+def huge_pages() -> str:
+    """Set aside for the whole machine (vm.nr_hugepages), where they are; shared ones are in no limit's sum."""
+    import ctypes
+    import os
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+
+    def take(flags: int, fd: int = -1) -> int:
+        start = libc.mmap(None, ctypes.c_size_t(2 << 20), 3, flags, fd, ctypes.c_long(0))  # PROT_READ, PROT_WRITE
+        if start in (None, (1 << 64) - 1):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return int(start)
+
+    return first_escape(
+        {
+            "shared": lambda: take(0x40021),  # MAP_SHARED, MAP_ANONYMOUS, MAP_HUGETLB
+            "private": lambda: take(0x40022),
+            "file": lambda: take(1, os.memfd_create("x", 4)),  # MFD_HUGETLB
+        }
+    )
+
+
 @attack(
     MEMORY,
     limits={**SMALL, "max_disk_usage_mb": 50.0},
