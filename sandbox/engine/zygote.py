@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 CALLS = (
     *("clone3", "pivot_root", "open_tree", "move_mount", "mount_setattr", "seccomp"),
     *("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"),
-    *("pidfd_getfd", *sockets.OPERATIONS),
+    *("openat2", "pidfd_getfd", *sockets.OPERATIONS),
 )
 # Seconds that the wardens get to end by themselves when the caller has gone.
 GRACE = 0.5

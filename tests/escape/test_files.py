@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -34,7 +36,7 @@ from escape.kit import (
     matrix,
 )
 from sandbox.config import IsolationLevel
-from sandbox.errors import ResourceLimitExceededError
+from sandbox.errors import ResourceLimitExceededError, SandboxInitializationError
 
 WRITES = "writes only to the workspace"
 VIEW = "view of the files"
@@ -456,6 +458,43 @@ def test_workspaces_are_private(level: IsolationLevel) -> None:
 
     _unless_closed(level)
     assert kit.bounded(go()).startswith("stopped")
+
+
+@pytest.mark.parametrize("level", NAMESPACED)
+def test_a_source_that_is_swapped_leads_nowhere(level: IsolationLevel) -> None:
+    """Between the look at a path and its mount somebody makes a link of it, to what lies behind a closed folder: whoever
+    may write beside a plugin's files."""
+    from sandbox import recipe
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        mine, closed = Path(name, "mine"), Path(name, "closed")
+        for folder, text in ((mine, "of the plugin"), (closed / "inner", SECRET)):
+            folder.mkdir(parents=True)
+            (folder / "file").write_text(text)
+        closed.chmod(0o700)
+        compile_recipe = recipe.compile
+        swaps = True
+
+        def compile_and_swap(*arguments: Any, **keywords: Any) -> recipe.Recipe:
+            made = compile_recipe(*arguments, **keywords)
+            if swaps:
+                mine.rename(mine.with_name("moved"))
+                mine.symlink_to(closed / "inner")
+            return made
+
+        async def read() -> object:
+            async with kit.sandbox(level, read_only=(str(mine),)) as one:
+                return await one.execute_plugin_safe(lambda path: open(path).read(), f"{mine}/file")
+
+        _unless_closed(level)
+        with mock.patch.object(recipe, "compile", compile_and_swap):
+            with pytest.raises(SandboxInitializationError, match="symbolic link"):
+                kit.bounded(read())
+            assert mine.joinpath("file").read_text() == SECRET  # by the path itself it is reached
+            mine.unlink()
+            mine.with_name("moved").rename(mine)
+            swaps = False
+            assert kit.bounded(read()) == "of the plugin"
 
 
 def make_a_mess(target: str) -> str:
