@@ -37,6 +37,7 @@ from escape.kit import (
 )
 from sandbox.config import IsolationLevel
 from sandbox.errors import ResourceLimitExceededError, SandboxInitializationError
+from sandbox.recipe_data import Recipe
 
 WRITES = "writes only to the workspace"
 VIEW = "view of the files"
@@ -475,7 +476,7 @@ def test_a_source_that_is_swapped_leads_nowhere(level: IsolationLevel) -> None:
         compile_recipe = recipe.compile
         swaps = True
 
-        def compile_and_swap(*arguments: Any, **keywords: Any) -> recipe.Recipe:
+        def compile_and_swap(*arguments: Any, **keywords: Any) -> Recipe:
             made = compile_recipe(*arguments, **keywords)
             if swaps:
                 mine.rename(mine.with_name("moved"))
