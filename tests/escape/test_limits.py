@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
-import stat
 import sys
 import time
 from pathlib import Path
@@ -27,6 +25,7 @@ from escape.kit import (
     first_escape,
     given,
     matrix,
+    socket_to_the_caller,
     syscall,
 )
 from sandbox.config import IsolationLevel
@@ -431,17 +430,6 @@ def flood_of_refusals(number: int) -> None:
             syscall(number, 0)
         except OSError:
             continue
-
-
-def socket_to_the_caller() -> socket.socket:
-    """The one socket that a plugin finds among its descriptors."""
-    for fd in range(3, 1024):
-        try:
-            if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                return socket.socket(fileno=fd)
-        except OSError:
-            continue
-    raise LookupError("no descriptor is a socket")
 
 
 def flood_of_frames() -> None:

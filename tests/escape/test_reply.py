@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from escape import kit
-from escape.kit import ALL, MINIMAL, NAMESPACED, ROOT, STRICT
+from escape.kit import ALL, MINIMAL, NAMESPACED, ROOT, STRICT, socket_to_the_caller
 from sandbox.config import IsolationLevel
 from sandbox.errors import PluginExecutionError, ResourceLimitExceededError, SandboxException
 
@@ -261,11 +261,10 @@ def test_a_hostile_exception_is_told_and_no_more(function: Callable[[], None], l
 def split_frames() -> None:
     """A reply of single bytes, each in a frame of its own, and half of a message."""
     import os
-    import socket
 
     from sandbox.engine import codec
 
-    job = socket.socket(fileno=3)
+    job = socket_to_the_caller()
     for byte in codec.encode(["a value", 1.5]):
         job.send(b"v" + bytes([byte]))
     job.send(b"V")
@@ -275,11 +274,10 @@ def split_frames() -> None:
 def repeated_replies() -> None:
     """A whole reply, and then others after it."""
     import os
-    import socket
 
     from sandbox.engine import codec
 
-    job = socket.socket(fileno=3)
+    job = socket_to_the_caller()
     try:
         for number in range(2000):
             job.send(b"V" + codec.encode(number))
@@ -289,9 +287,7 @@ def repeated_replies() -> None:
 
 def notes_without_number() -> str:
     """Frames that belong to no reply, of all that a worker may tell, and of what it may not."""
-    import socket
-
-    job = socket.socket(fileno=3)
+    job = socket_to_the_caller()
     for text in (
         b"refused\0path\0/x\0operation\0open\0errno\x00999999",
         b"asked\0name\0" + b"x" * 60000,
@@ -307,7 +303,7 @@ def notes_without_number() -> str:
 def half_closed() -> str:
     import socket
 
-    job = socket.socket(fileno=3)
+    job = socket_to_the_caller()
     job.shutdown(socket.SHUT_WR)
     job.detach()
     return "never arrives"
@@ -315,10 +311,9 @@ def half_closed() -> str:
 
 def stands_still_in_a_reply() -> None:
     """A reply that has begun, and does not go on."""
-    import socket
     import time
 
-    socket.socket(fileno=3).send(b"v" + b"psi1")
+    socket_to_the_caller().send(b"v" + b"psi1")
     time.sleep(60)
 
 
@@ -341,12 +336,11 @@ def test_a_second_process_at_the_reply(level: IsolationLevel) -> None:
 
     def both() -> object:
         import os
-        import socket
 
         from sandbox.engine import codec
 
         if os.fork() == 0:
-            job = socket.socket(fileno=3)
+            job = socket_to_the_caller()
             try:
                 while True:
                     job.send(b"V" + codec.encode("of the child"))
