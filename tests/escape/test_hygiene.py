@@ -166,7 +166,7 @@ def disturb() -> int:
         lambda: signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65)),
         lambda: signal.setitimer(signal.ITIMER_REAL, 1000),
         lambda: sys.path.insert(0, "/evil"),
-        lambda: sys.meta_path.insert(0, wave),
+        lambda: sys.meta_path.insert(0, wave),  # type: ignore[arg-type]
         lambda: setattr(builtins, "open", colorsys.rgb_to_hsv),
         lambda: setattr(builtins, "left", "here"),
         lambda: setattr(sys, "excepthook", print),
