@@ -247,7 +247,7 @@ def look_into_the_parent(numbers: dict[str, int]) -> str:
             "reopen": lambda: os.open(f"/proc/{pid}/fd/2", os.O_RDONLY | os.O_NONBLOCK),
             "root": lambda: os.listdir(f"/proc/{pid}/root"),
             "maps": lambda: open(f"/proc/{pid}/maps").read(1) or (_ for _ in ()).throw(PermissionError(13, "empty")),
-            "stack": lambda: os.open(f"/proc/{pid}/syscall", os.O_RDONLY),
+            "stack": lambda: open(f"/proc/{pid}/syscall").read(),
             "vm": vm,
             "getfd": lambda: syscall(numbers["pidfd_getfd"], os.pidfd_open(pid), 0, 0),
         }
