@@ -15,6 +15,7 @@ import itertools
 import json
 import mmap
 import os
+import re
 import resource
 import select
 import signal
@@ -1071,6 +1072,34 @@ def test_without_metadata(machine: str, profile: str) -> None:
         assert allowed("ioctl", 0, request) == ALLOW
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+@every_profile
+def test_only_what_a_profile_names_is_ever_allowed(machine: str, profile: str) -> None:
+    """Whatever the library or the kernel know beside: their newer calls are refused until a profile decides on them."""
+    arguments = [(), (1, 1), (2, 1), (0x3D0F00,), (0, 0x5401), (15,), (0, 0, 0o644)]
+    answer = program_for(machine, profile, OPEN)
+    allowed = {number for number in range(1024) for given in arguments if answer(number, *given) == ALLOW}
+    names = {number: name for name, number in NUMBERS_OF[machine].items()}
+    assert {names[number] for number in allowed} <= profiles._Profile(profile).allow
+
+
+HEADER = Path("/usr/include", str(getattr(sys.implementation, "_multiarch", "")), "asm/unistd_64.h")
+
+
+@pytest.mark.skipif(not HEADER.exists(), reason="the kernel's headers are not here: apt-get install linux-libc-dev")
+def test_every_system_call_of_the_headers_is_decided() -> None:
+    """In words, with a reason: what else this kernel has is refused, see test_numbers_newer_than_the_library_are_absent."""
+    names = set(re.findall(r"#define __NR_(\w+)", HEADER.read_text()))
+    assert len(names) > 300
+    assert names - profiles._Profile("denylist").named_syscalls() == set()
+
+
+def test_the_table_in_the_docs_is_the_profiles() -> None:
+    root = Path(__file__).parents[1]
+    made = subprocess.run([sys.executable, "tools/syscall_table.py"], cwd=root, capture_output=True, text=True, check=True)
+    assert (root / "docs" / "syscalls.md").read_text() == made.stdout, "run: python tools/syscall_table.py >docs/syscalls.md"
+
+
 # The data files -------------------------------------------------------------------------------------------------------
 
 
@@ -1090,15 +1119,15 @@ def test_names_exist() -> None:
         ('base = "denylist"\n[allow]\na = ["mount"]', "both allowed and refused"),
         ('base = "denylist"\n[allow]\na = ["read"]\n[refuse]\na = ["mount"]', "listed twice"),
         ('base = "denylist"\n[alow]\na = ["read"]', "unknown keys"),
-        ('allow = "known"\n[[rule]]\nsyscalls = ["read"]\naction = "allow"', "unknown action"),
-        ('allow = "known"\n[[rule]]\nsyscalls = ["read"]\naction = "pass"\nwhen = "allow_all"', "unknown feature"),
-        ('allow = "known"\n[[rule]]\nsyscalls = ["read"]\naction = "pass"\nif = 1', "unknown key in the rule"),
+        ('[allow]\n[[rule]]\nsyscalls = ["read"]\naction = "allow"', "unknown action"),
+        ('[allow]\n[[rule]]\nsyscalls = ["read"]\naction = "pass"\nwhen = "allow_all"', "unknown feature"),
+        ('[allow]\n[[rule]]\nsyscalls = ["read"]\naction = "pass"\nif = 1', "unknown key in the rule"),
         (
-            'allow = "known"\n[[rule]]\nsyscalls = ["read"]\naction = "refuse"\nwhere = [{argument = 0, equal = [1]}]',
+            '[allow]\n[[rule]]\nsyscalls = ["read"]\naction = "refuse"\nwhere = [{argument = 0, equal = [1]}]',
             "unknown condition",
         ),
         (
-            'allow = "known"\n[[rule]]\nsyscalls = ["read"]\naction = "refuse"\nwhere = [{argument = 0, bits = ["X"]}]',
+            '[allow]\n[[rule]]\nsyscalls = ["read"]\naction = "refuse"\nwhere = [{argument = 0, bits = ["X"]}]',
             "unknown constants",
         ),
     ],

@@ -77,6 +77,17 @@ def explain(**given: Any) -> None:
 
 
 @group.command()
+@click.option("--level", metavar="LEVEL", help="minimal, standard, strict or maximum; all if left out.")
+@click.option("--config", metavar="FILE.toml", help="Settings: tables [isolation], [limits], [permissions].")
+@click.option("--json", "as_json", is_flag=True, help="The ratings as JSON.")
+def score(**given: Any) -> None:
+    """Rate how exposed each level leaves this host, from 0 to 10, and say what would change that most."""
+    from sandbox.cli import score as command
+
+    sys.exit(command.rate(**given))
+
+
+@group.command()
 def levels() -> None:
     """Print the table of levels: what each one promises where the host can do everything."""
     from sandbox.cli import explain as command

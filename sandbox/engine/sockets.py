@@ -403,19 +403,18 @@ def sockets_of(pid: int) -> Iterator[_socket.socket]:
         return  # it has ended
     for thread in threads:
         try:
-            names = os.listdir(f"/proc/{pid}/task/{thread}/fd")
-            process = os.pidfd_open(thread, PIDFD_THREAD)
-        except OSError:  # it has ended; EINVAL before Linux 6.9
-            if thread != pid:
-                continue
-            process = os.pidfd_open(pid)
+            process = os.pidfd_open(thread, PIDFD_THREAD if thread != pid else 0)
+        except OSError:
+            continue  # it has ended; EINVAL before Linux 6.9
         try:
-            for name in names:
+            for name in os.listdir(f"/proc/{pid}/task/{thread}/fd"):
                 try:
                     if os.readlink(f"/proc/{pid}/task/{thread}/fd/{name}").startswith("socket:"):
                         yield _socket.socket(fileno=sc.syscall("pidfd_getfd", process, int(name), 0))
                 except OSError:
                     continue  # closed meanwhile
+        except OSError:
+            continue  # it is not ours to read, and has no sockets then, or it has ended
         finally:
             os.close(process)
 

@@ -316,6 +316,7 @@ class Warden:
             fields["ns/" + name] = "own" if own else "shared"
         if "user" in self.recipe["namespaces"]:
             fields["uid_map"] = " ".join(read(f"/proc/{pid}/uid_map").split())
+        fields["init"] = str(init_pid)
         fields["cgroup"] = read(f"/proc/{pid}/cgroup").strip().replace("\n", " ")
         for line in read(f"/proc/{pid}/limits").splitlines()[1:]:
             fields["limit/" + line[:26].strip()] = line[26:47].strip()

@@ -191,8 +191,8 @@ class Recovery:
                 return source.pids()
             finally:
                 source.close()
-        workers = [int(call.read_back["NSpid"].split()[0]) for call in self.sandbox.calls.values() if call.read_back]
-        return [pid for worker in workers for pid in processes.tree(worker)]
+        inits = [int(call.read_back["init"]) for call in self.sandbox.calls.values() if call.read_back]
+        return [pid for init in inits for pid in processes.tree(init)]
 
     def _running(self, number: int = 0) -> list[Call]:
         """The calls that run; only the one with this number, if it does."""

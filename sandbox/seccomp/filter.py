@@ -123,24 +123,20 @@ class _Profile:
     """A profile and its base, read and checked. Anything not understood is an error: a typo must not open a door."""
 
     def __init__(self, name: str) -> None:
-        import tomllib
-
         if name not in PROFILES:
             raise ValueError(f"no seccomp profile {name!r}: there are {', '.join(PROFILES)}")
         self.name = name
-        with open(_data_path(name), "rb") as file:
-            data = tomllib.load(file)
-        known_keys = {"base", "allow", "newer", "rule", "constants", *_LISTS}
+        data = _raw(name)
+        known_keys = {"base", "allow", "allow_like", "newer", "rule", "constants", *_LISTS}
         self._check(not data.keys() - known_keys, f"unknown keys {sorted(data.keys() - known_keys)}")
 
         base = _Profile(data["base"]) if "base" in data else None
         self.newer: set[str] = {*data.get("newer", []), *(base.newer if base else ())}
         self.constants: dict[str, int] = {**(base.constants if base else {}), **data.get("constants", {})}
         self.actions: dict[str, int] = dict(base.actions) if base else {}
-        self.allows_known = data["allow"] == "known"
-        self.allow: set[str] = set()
-        if not self.allows_known:
-            self.allow.update(self._unique(data["allow"]))
+        self.allow = set(self._unique(data["allow"]))
+        if "allow_like" in data:
+            self.allow.update(self._unique(_raw(data["allow_like"])["allow"]))
         for kind, action in _LISTS.items():
             for syscall in self._unique(data.get(kind, {})):
                 self._check(syscall not in self.actions, f"{syscall} is listed twice")
@@ -195,6 +191,14 @@ class _Profile:
             raise ValueError(f"seccomp profile {self.name}: {mistake}")
 
 
+def _raw(profile: str) -> dict[str, Any]:
+    """What the data file of a profile says."""
+    import tomllib
+
+    with open(_data_path(profile), "rb") as file:
+        return tomllib.load(file)
+
+
 def _data_path(profile: str) -> str:
     return os.path.join(_FOLDER, f"{profile}.toml")
 
@@ -222,7 +226,7 @@ def _compile(profile: _Profile, permitted: tuple[str, ...], machine: str, notify
                 actions[syscall] = _LISTS[rules[0]["action"]]
         elif rules:
             gate.add(numbers[syscall], rules, profile, notify)
-    for syscall in numbers if profile.allows_known else profile.allow:
+    for syscall in profile.allow:
         actions.setdefault(syscall, pyseccomp.ALLOW)
     tree = {name: action for name, action in actions.items() if name in numbers}
     program = gate.assemble() + _tree(architectures[machine], tree, notify)

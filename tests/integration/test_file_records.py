@@ -109,7 +109,8 @@ def test_who_passes_the_limit_is_stopped(level: IsolationLevel, seconds: float) 
             assert caught.value.used == 21
             await sandbox.execute_plugin_safe(make, [b"more"], seconds)
         assert [violation.type for violation in told] == [SandboxViolationType.RESOURCE_EXCEEDED]
-        assert told[0].details == {"limit": "file_operations", "allowed": 20, "used": 21, "source": "watchdog"}
+        counted = {"limit": "file_operations", "allowed": 20, "used": 21, "source": "watchdog"}
+        assert told[0].details == {**counted, "sandbox_id": sandbox.sandbox_id}
         assert sandbox.get_violations() == told
 
     asyncio.run(main())

@@ -29,7 +29,7 @@ from sandbox.cgroups import place
 from sandbox.engine import service
 from sandbox.ns import userids
 
-from . import harness, plugins
+from . import harness, plugins, soak
 
 rootless = pytest.mark.rootless
 HERE = Path(__file__).parent
@@ -65,6 +65,17 @@ def test_500_calls_do_not_add_up(level: IsolationLevel) -> None:
                     assert await fresh.execute_plugin_safe(plugins.give_back, number) == number
 
     asyncio.run(main())
+
+
+@pytest.mark.alone
+@pytest.mark.timeout(60 * harness.PATIENCE)
+def test_a_short_soak() -> None:
+    """Mixed levels, hostile plugins among them, parts killed at random: see soak.py, which has longer ones."""
+    run = soak.soak(400, 6, seed=7)
+    assert run.wrong == []
+    assert run.begun == 400
+    assert run.outcomes["good"] > 300
+    assert run.outcomes["hostile, stopped"] > 5
 
 
 @rootless
