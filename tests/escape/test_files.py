@@ -189,6 +189,20 @@ def change_what_files_outside_say(folder: str) -> str:
     )
 
 
+@attack(WRITES, scene=open_folder, refusals=("EBADF",))
+def hold_up_who_writes(folder: str) -> str:
+    """A lock that keeps others from writing needs the right to write; a lease only that the file is of one's own id."""
+    import fcntl
+    import os
+
+    def lease() -> None:
+        reader = os.open(folder + "/file", os.O_RDONLY)
+        fcntl.fcntl(reader, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(reader, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+    return first_escape({"lease": lease, "lock": lambda: fcntl.lockf(os.open(folder + "/file", os.O_RDWR), fcntl.LOCK_EX)})
+
+
 @attack(WRITES, scene=open_folder)
 def chmod_by_descriptor(folder: str) -> str:
     import os
