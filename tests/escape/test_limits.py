@@ -105,6 +105,36 @@ def page_tables() -> str:
     return f"escaped: {size >> 29} MB"
 
 
+@attack(MEMORY, limits=SMALL, ends=LIMIT, scene=calls("exit"))
+def memory_of_a_thread_that_stays(numbers: dict[str, int]) -> str:
+    """The first thread of a process ends, and with it what /proc says of the process's memory; another one goes on."""
+    import mmap
+    import os
+    import threading
+    import time
+
+    reader, writer = os.pipe()
+    is_inside = "PSIE_ESCAPE_SECRET" not in os.environ
+
+    def take() -> None:
+        time.sleep(0.05)
+        area = mmap.mmap(-1, 256 << 20)
+        for start in range(0, len(area), 4096):
+            area[start] = 1
+        time.sleep(0.4)
+        if is_inside:  # nobody else can answer there
+            from sandbox.engine import codec
+
+            socket_to_the_caller().send(b"V" + codec.encode(f"escaped: {len(area) >> 20} MB"))
+        os.write(writer, b"x")
+        os._exit(0)
+
+    if not is_inside and os.fork():
+        return "escaped: 256 MB" if os.read(reader, 1) else "failed: it has no memory"
+    threading.Thread(target=take).start()
+    return str(syscall(numbers["exit"], 0))
+
+
 @attack(
     MEMORY,
     () if "memory" in facts().controllers else ALL,  # the controller counts them
