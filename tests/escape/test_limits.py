@@ -350,6 +350,92 @@ def many_file_operations_in_folders() -> str:
     return attempt(work)
 
 
+@attack(DISK, limits={"max_file_size_mb": 1.0}, ends=LIMIT, refusals=("EFBIG", "ENOSPC", "EOPNOTSUPP"))
+def sparse_file() -> str:
+    """It takes no room, and yet whoever copies it or reads it has a terabyte."""
+    import os
+
+    fd = os.open("sparse", os.O_RDWR | os.O_CREAT)
+    return first_escape(
+        {
+            "ftruncate": lambda: os.ftruncate(fd, 1 << 40),
+            "truncate": lambda: os.truncate("sparse", 1 << 40),
+            "pwrite": lambda: os.pwrite(fd, b"x", 1 << 40),
+            "fallocate": lambda: os.posix_fallocate(fd, 0, 4 << 20),
+        }
+    )
+
+
+@attack(DISK, limits={"max_open_files": 50}, refusals=("EMFILE", "ETOOMANYREFS", "EAGAIN"))
+def open_files_in_messages() -> str:
+    """Descriptors that wait in messages are open, and in no process's table."""
+    import os
+    import socket
+
+    one, other = socket.socketpair()
+    other.setblocking(False)
+    one.setblocking(False)
+    fd = os.open("/dev/null", os.O_RDONLY)
+
+    def send() -> int:
+        for _ in range(120):
+            socket.send_fds(one, [b"x"], [fd])
+        return 120
+
+    return attempt(send)
+
+
+@attack(TIME, refusals=("EAGAIN",))
+def timers_and_queued_signals() -> str:
+    """Both are kept by the kernel for the user, whose other programs would have none (RLIMIT_SIGPENDING)."""
+    import ctypes
+    import os
+    import signal
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def timers() -> int:
+        identity = ctypes.c_void_p()
+        for _ in range(600):
+            if libc.timer_create(1, None, ctypes.byref(identity)):
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+        return 600
+
+    def signals() -> int:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGRTMIN])
+        for _ in range(600):
+            if libc.sigqueue(os.getpid(), int(signal.SIGRTMIN), None):
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+        return 600
+
+    return first_escape({"timers": timers, "signals": signals})
+
+
+@attack(PROCESSES)
+def higher_priority() -> str:
+    """Before all others: a negative nice value, the real-time classes, the first place at the disk."""
+    import ctypes
+    import os
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def scheduler(policy: int, priority: int) -> None:
+        value = ctypes.c_int(priority)
+        if libc.sched_setscheduler(0, policy, ctypes.byref(value)):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    return first_escape(
+        {
+            "nice": lambda: os.setpriority(os.PRIO_PROCESS, 0, -5),
+            "fifo": lambda: scheduler(1, 1),
+            "round robin": lambda: scheduler(2, 1),
+        }
+    )
+
+
 @attack(DISK, refusals=("EINVAL",))
 def raise_a_limit() -> str:
     """Also by the value that the kernel takes for no limit."""
