@@ -32,6 +32,9 @@ PROBE = "/run/probe"  # in the scratch tmpfs, beside the folders that appear at 
 SCRATCH = ("/tmp", "/var/tmp", "/dev/shm")
 CPU_WEIGHT = 50  # half of what others have by default, where there is not enough for all
 GRACE_SECONDS = 1.0  # at most, from the SIGTERM at the end of a call's time to SIGKILL
+# Of RLIMIT_CORE. Where core_pattern names a program, the kernel starts that as root of the host, outside of every namespace,
+# with the memory of whatever has crashed. A limit of 0 is for files and does not stop it, 1 does: do_coredump(), fs/coredump.c.
+NO_CORE = 1
 # The processes of a call that are not the plugin's: init. The worker is the first of the plugin's own.
 OWN_PROCESSES = 1
 
@@ -800,7 +803,7 @@ class _Compiler:
 
     def rlimits(self) -> list[Line]:
         lines: list[Line] = [
-            ["RLIMIT_CORE", 0],
+            ["RLIMIT_CORE", NO_CORE],
             ["RLIMIT_NOFILE", self.limits.max_open_files],
             ["RLIMIT_FSIZE", self.file_size],
             ["RLIMIT_MEMLOCK", 65536],

@@ -776,13 +776,13 @@ def test_others_are_left_alone(profile: str) -> None:
     victim = os.getpid()
 
     def attempts() -> dict[str, str]:
-        limits = struct.pack("=qq", *resource.getrlimit(resource.RLIMIT_CORE))
+        limits = struct.pack("=qq", *resource.getrlimit(resource.RLIMIT_STACK))
         cpus = b"\xff" * 128
         return {
-            "limit": call("prlimit64", victim, resource.RLIMIT_CORE, limits, None),
+            "limit": call("prlimit64", victim, resource.RLIMIT_STACK, limits, None),
             "affinity": call("sched_setaffinity", victim, 128, cpus),
             "priority": call("setpriority", os.PRIO_PROCESS, victim, 0),
-            "own limit": call("prlimit64", 0, resource.RLIMIT_CORE, limits, None),
+            "own limit": call("prlimit64", 0, resource.RLIMIT_STACK, limits, None),
             "own affinity": call("sched_setaffinity", 0, 128, cpus),
             "own priority": call("setpriority", os.PRIO_PROCESS, 0, 0),
         }
@@ -795,6 +795,28 @@ def test_others_are_left_alone(profile: str) -> None:
         assert (inside["priority"], inside["own priority"]) == ("EPERM", "ok")
     else:
         assert {inside[name] for name in inside if "limit" not in name} <= {"EPERM", "ENOSYS"}
+
+
+@every_profile
+def test_the_limit_of_core_dumps_stays(profile: str) -> None:
+    """It may be asked for; whoever lowers it to 0 would have the host's handler started for a crash."""
+
+    def attempts() -> dict[str, str]:
+        place = ctypes.create_string_buffer(struct.pack("=qq", *resource.getrlimit(resource.RLIMIT_CORE)), 16)
+        low, high = ctypes.addressof(place), 1 << 46
+        return {
+            "asked": call("prlimit64", 0, resource.RLIMIT_CORE, 0, low),
+            "changed": call("prlimit64", 0, resource.RLIMIT_CORE, low, 0),
+            "changed, high half": call("prlimit64", 0, resource.RLIMIT_CORE, high, 0),
+            "changed, wide": call("prlimit64", 0, resource.RLIMIT_CORE + (1 << 32), low, 0),
+            "old call": call("setrlimit", resource.RLIMIT_CORE, low),
+        }
+
+    outside = confined(attempts, None).value
+    assert outside == {"asked": "ok", "changed": "ok", "changed, high half": "EFAULT", "changed, wide": "ok", "old call": "ok"}
+    inside = confined(attempts, compiled(profile, CLOSED)).value
+    assert inside.pop("asked") == "ok"
+    assert set(inside.values()) <= {"EPERM", "ENOSYS"}
 
 
 # Foreign ABIs ---------------------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 CPython runs them in every forked child, where they write to a hundred pages of the zygote: half a megabyte and half a
 millisecond for each worker that stands idle. The zygote collects them instead of registering them; a worker registers
 them when its job has come, so that forks of the plugin run them, and makes up for those that it has missed itself.
-Must not import anything.
+Must not import anything heavy.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,3 +45,13 @@ def make_up() -> None:
         after = hooks.get("after_in_child")
         if after is not None and after.__module__ not in WITHOUT_EFFECT:
             after()
+    reseed()
+
+
+def reseed() -> None:
+    """numpy seeds its global generator when it is imported and has no handler for forks: every worker would draw the same
+    numbers, which a plugin of one call could foretell for the next. The generators of random are seeded by their handler.
+    """
+    generator = sys.modules.get("numpy.random")
+    if generator is not None:
+        generator.seed()

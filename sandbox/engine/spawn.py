@@ -5,6 +5,7 @@ The command line starts one as its first act and imports the rest while the new 
 
 from __future__ import annotations
 
+import _signal as signal
 import fcntl
 import os
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # util-linux; C programs, because an interpreter more would cost 10 ms
 UNSHARE, NSENTER = "/usr/bin/unshare", "/usr/bin/nsenter"
 FIRST_FREE = 10  # fds of ours that posix_spawn shall copy lie above those it copies to
+SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -69,7 +71,8 @@ def _spawn(command: list[str], module: str) -> tuple[int, _socket.socket]:
         ]
         if not os.environ.get("PSIE_DEBUG"):
             actions.append((os.POSIX_SPAWN_DUP2, 0, 2))
-        pid = os.posix_spawn(arguments[0], arguments, environment, file_actions=actions)
+        # Signals that the caller blocks or ignores would be blocked or ignored in every worker.
+        pid = os.posix_spawn(arguments[0], arguments, environment, file_actions=actions, setsigmask=(), setsigdef=SIGNALS)
     except BaseException:
         control.close()
         raise

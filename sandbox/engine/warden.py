@@ -406,18 +406,18 @@ class Warden:
     def memory_of(self, call: Call) -> int:
         """Bytes of memory that the call's processes hold beyond what they share with the zygote (proc_pid_status(5)).
 
-        Anonymous memory, and the larger of mapped shared memory and files in the scratch and workspace tmpfs.
+        Anonymous memory, also where it was swapped out, page tables, and the larger of mapped shared memory and files in the
+        scratch and workspace tmpfs. Tables can be without memory: for the one page of zeroes that is behind all that was only
+        read.
         """
         anonymous = shared = 0
         for pid in processes.tree(call.pid)[1:]:
-            try:
-                status = read(f"/proc/{pid}/status")
-            except OSError:
-                continue  # it has just ended
-            for line in status.splitlines():
+            for line in memory_lines(pid):
                 name, _, value = line.partition(":")
                 if name == "RssAnon":
                     anonymous += max(0, int(value.split()[0]) * 1024 - self.instruction["baseline"])
+                elif name in ("VmPTE", "VmSwap"):
+                    anonymous += int(value.split()[0]) * 1024
                 elif name == "RssShmem":
                     shared += int(value.split()[0]) * 1024
         files = 0
@@ -584,6 +584,23 @@ class Warden:
         self.hub.close()
         for name in self.fds.keys() - {"hub"}:
             os.close(self.fds[name])
+
+
+def memory_lines(pid: int) -> list[str]:
+    """What the kernel says of a process's memory, which it says of each thread that has not ended. The first may have, while
+    others go on."""
+    try:
+        threads = sorted(map(int, os.listdir(f"/proc/{pid}/task")), key=lambda thread: thread != pid)
+    except OSError:
+        return []  # it has just ended
+    for thread in threads:
+        try:
+            lines = read(f"/proc/{pid}/task/{thread}/status").splitlines()
+        except OSError:
+            continue
+        if any(line.startswith("RssAnon:") for line in lines):
+            return lines
+    return []
 
 
 def has_ended(pidfd: int) -> bool:

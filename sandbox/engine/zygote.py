@@ -44,6 +44,7 @@ import errno
 import gc
 import io
 import os
+import resource
 import select
 import sys
 from collections import deque
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 CALLS = (
     *("clone3", "pivot_root", "open_tree", "move_mount", "mount_setattr", "seccomp"),
     *("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"),
-    *("pidfd_getfd", *sockets.OPERATIONS),
+    *("openat2", "pidfd_getfd", *sockets.OPERATIONS),
 )
 # Seconds that the wardens get to end by themselves when the caller has gone.
 GRACE = 0.5
@@ -129,6 +130,15 @@ def freeze() -> None:
     """
     gc.disable()
     gc.freeze()
+
+
+def allow_core_limit() -> None:
+    """Where the caller's limit of core dumps is 0, as in many containers: root may still raise it to what a recipe wants."""
+    if resource.getrlimit(resource.RLIMIT_CORE)[1] == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+        except ValueError:
+            pass  # not the host's root: a program that crashes may start the host's handler, as any of this user's
 
 
 def anonymous_memory() -> int:
@@ -382,6 +392,7 @@ def main() -> None:
         os.set_inheritable(fd, False)
     os.setsid()
     os.umask(0o022)
+    allow_core_limit()
     sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the caller's Ctrl-C is the caller's to handle

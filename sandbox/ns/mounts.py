@@ -66,9 +66,13 @@ def attributes_of(flags: str) -> int:
     return sum(ATTRIBUTES[flag] for flag in flags.split(",") if flag)
 
 
-def take(source: str, flags: str, *, recursive: bool = True) -> int:
-    """A detached copy of the mount at `source`, of all below it if `recursive`, with `flags` set on every mount of it."""
-    tree = sc.open_tree(source, sc.OPEN_TREE_CLONE | (sc.AT_RECURSIVE if recursive else 0))
+def take(source: str, flags: str, *, recursive: bool = True, at: int | None = None) -> int:
+    """A detached copy of the mount at `source`, of all below it if `recursive`, with `flags` set on every mount of it.
+
+    With `at`, an open fd, it is that which is copied, and `source` only its name.
+    """
+    how = sc.OPEN_TREE_CLONE | (sc.AT_RECURSIVE if recursive else 0)
+    tree = sc.open_tree(source, how) if at is None else sc.open_tree("", how | sc.AT_EMPTY_PATH, at)
     attributes = attributes_of(flags)
     if attributes:
         try:
@@ -77,6 +81,16 @@ def take(source: str, flags: str, *, recursive: bool = True) -> int:
             os.close(tree)
             raise
     return tree
+
+
+def take_without_links(source: str, flags: str, *, recursive: bool) -> int:
+    """As `take`, of a path that had no symbolic link on it when it was looked at: whoever has put one there since leads us to
+    what the plugin was not to see."""
+    fd = sc.open_without_links(source)
+    try:
+        return take(source, flags, recursive=recursive, at=fd)
+    finally:
+        os.close(fd)
 
 
 def put(tree: int, root: str, path: str) -> None:
@@ -301,7 +315,7 @@ def take_from(host_namespace: int, binds: list[tuple[str, str]], *, recursive: b
         try:
             for source, flags in binds:
                 try:
-                    trees.append(take(source, flags, recursive=recursive))
+                    trees.append(take_without_links(source, flags, recursive=recursive))
                 except OSError as error:
                     for tree in trees:
                         os.close(tree)

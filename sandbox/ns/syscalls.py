@@ -195,6 +195,12 @@ def open_beneath(folder: int, path: str, flags: int, *, mode: int = 0) -> int:
     return syscall("openat2", folder, *arguments, what=path)
 
 
+def open_without_links(path: str) -> int:
+    """openat2(2) of an absolute path, as O_PATH; ELOOP if there is a symbolic link on it."""
+    open_how = (ctypes.c_uint64 * 3)(os.O_PATH | os.O_CLOEXEC, 0, RESOLVE_NO_SYMLINKS)
+    return syscall("openat2", AT_FDCWD, os.fsencode(path), ctypes.byref(open_how), ctypes.sizeof(open_how), what=path)
+
+
 def rename(old_folder: int, old: str, new_folder: int, new: str, flags: int) -> None:
     """renameat2(2)"""
     syscall("renameat2", old_folder, os.fsencode(old), new_folder, os.fsencode(new), flags, what=new)

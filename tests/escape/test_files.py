@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -34,7 +36,8 @@ from escape.kit import (
     matrix,
 )
 from sandbox.config import IsolationLevel
-from sandbox.errors import ResourceLimitExceededError
+from sandbox.errors import ResourceLimitExceededError, SandboxInitializationError
+from sandbox.recipe_data import Recipe
 
 WRITES = "writes only to the workspace"
 VIEW = "view of the files"
@@ -186,6 +189,20 @@ def change_what_files_outside_say(folder: str) -> str:
     )
 
 
+@attack(WRITES, scene=open_folder, refusals=("EBADF",))
+def hold_up_who_writes(folder: str) -> str:
+    """A lock that keeps others from writing needs the right to write; a lease only that the file is of one's own id."""
+    import fcntl
+    import os
+
+    def lease() -> None:
+        reader = os.open(folder + "/file", os.O_RDONLY)
+        fcntl.fcntl(reader, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(reader, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+    return first_escape({"lease": lease, "lock": lambda: fcntl.lockf(os.open(folder + "/file", os.O_RDWR), fcntl.LOCK_EX)})
+
+
 @attack(WRITES, scene=open_folder)
 def chmod_by_descriptor(folder: str) -> str:
     import os
@@ -205,6 +222,25 @@ def chmod_by_descriptor(folder: str) -> str:
             os.close(fd)
 
     return first_escape({"fchmod": by_descriptor, "/proc/self/fd": by_proc})
+
+
+@attack(WRITES)
+def keys_of_encrypted_folders() -> str:
+    """They are the file system's: added or taken away through any folder of it, for all of a user's processes."""
+    import ctypes
+    import fcntl
+    import os
+
+    folder = os.open("/usr", os.O_RDONLY)
+    key = ctypes.create_string_buffer(128)
+    key[0] = 2  # type: ignore[call-overload]  # FSCRYPT_KEY_SPEC_TYPE_IDENTIFIER
+    key[40] = 32  # type: ignore[call-overload]  # raw_size
+    return first_escape(
+        {
+            "add": lambda: fcntl.ioctl(folder, 0xC0506617, key),
+            "remove": lambda: fcntl.ioctl(folder, 0xC0406618, ctypes.create_string_buffer(key.raw[:64], 64)),
+        }
+    )
 
 
 @contextmanager
@@ -437,6 +473,43 @@ def test_workspaces_are_private(level: IsolationLevel) -> None:
 
     _unless_closed(level)
     assert kit.bounded(go()).startswith("stopped")
+
+
+@pytest.mark.parametrize("level", NAMESPACED)
+def test_a_source_that_is_swapped_leads_nowhere(level: IsolationLevel) -> None:
+    """Between the look at a path and its mount somebody makes a link of it, to what lies behind a closed folder: whoever
+    may write beside a plugin's files."""
+    from sandbox import recipe
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        mine, closed = Path(name, "mine"), Path(name, "closed")
+        for folder, text in ((mine, "of the plugin"), (closed / "inner", SECRET)):
+            folder.mkdir(parents=True)
+            (folder / "file").write_text(text)
+        closed.chmod(0o700)
+        compile_recipe = recipe.compile
+        swaps = True
+
+        def compile_and_swap(*arguments: Any, **keywords: Any) -> Recipe:
+            made = compile_recipe(*arguments, **keywords)
+            if swaps:
+                mine.rename(mine.with_name("moved"))
+                mine.symlink_to(closed / "inner")
+            return made
+
+        async def read() -> object:
+            async with kit.sandbox(level, read_only=(str(mine),)) as one:
+                return await one.execute_plugin_safe(lambda path: open(path).read(), f"{mine}/file")
+
+        _unless_closed(level)
+        with mock.patch.object(recipe, "compile", compile_and_swap):
+            with pytest.raises(SandboxInitializationError, match="symbolic link"):
+                kit.bounded(read())
+            assert mine.joinpath("file").read_text() == SECRET  # by the path itself it is reached
+            mine.unlink()
+            mine.with_name("moved").rename(mine)
+            swaps = False
+            assert kit.bounded(read()) == "of the plugin"
 
 
 def make_a_mess(target: str) -> str:

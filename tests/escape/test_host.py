@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from escape import kit
-from escape.kit import ALL, MINIMAL
+from escape.kit import ALL, MINIMAL, socket_to_the_caller
 from sandbox.config import IsolationLevel
 from sandbox.errors import PluginExecutionError, SandboxException
 
@@ -17,9 +17,8 @@ from sandbox.errors import PluginExecutionError, SandboxException
 def forge(frames: list[bytes]) -> None:
     """Speak on the job socket as psie's own worker would, and leave before that one can."""
     import os
-    import socket
 
-    job = socket.socket(fileno=3)
+    job = socket_to_the_caller()
     for frame in frames:
         job.send(frame)
     os._exit(0)
@@ -72,7 +71,7 @@ def test_descriptors_do_not_reach_the_host(level: IsolationLevel) -> None:
         import os
         import socket
 
-        job = socket.socket(fileno=3)
+        job = socket_to_the_caller()
         fds = array.array("i", [os.open("/dev/null", os.O_RDONLY) for _ in range(10)])
         for _ in range(50):
             job.sendmsg([b""], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
@@ -112,7 +111,7 @@ def test_a_hundred_calls_leave_nothing_open(level: IsolationLevel) -> None:
         if kind == 2:
             os._exit(3)
         if kind == 3:
-            os.close(3)
+            socket_to_the_caller().close()
         return kind
 
     async def go() -> None:

@@ -263,6 +263,15 @@ def hold_every_file_watch(numbers: dict[str, int]) -> str:
     )
 
 
+@attack(SURFACE, scene=calls("io_setup"))
+def hold_contexts_of_asynchronous_io(numbers: dict[str, int]) -> str:
+    """Their number is one for all the machine (fs.aio-max-nr), whatever the namespace; outside it takes only a few."""
+    import ctypes
+
+    context = ctypes.c_uint64()
+    return attempt(lambda: syscall(numbers["io_setup"], 100, ctypes.byref(context)))
+
+
 @attack(SURFACE, scene=calls("memfd_secret", "process_madvise", "vmsplice", "set_mempolicy", "syslog"))
 def rarely_needed_calls(numbers: dict[str, int]) -> str:
     return first_escape(
@@ -384,12 +393,9 @@ def datagram_pair(numbers: dict[str, int]) -> str:
 # -- allowlists ----------------------------------------------------------------------------------------------------------
 
 
-@attack(LISTED, STRICTER, scene=calls("io_setup"))
+@attack(LISTED, STRICTER, scene=calls("munlockall"))
 def calls_beyond_the_allowlist(numbers: dict[str, int]) -> str:
-    import ctypes
-
-    context = ctypes.c_uint64()
-    return first_escape({"io_setup": lambda: syscall(numbers["io_setup"], 1, ctypes.byref(context))})
+    return first_escape({"munlockall": lambda: syscall(numbers["munlockall"])})
 
 
 @attack(LISTED, (MAXIMUM,), scene=calls("memfd_create", "eventfd2", "timerfd_create", "mlock", "splice"))
@@ -435,6 +441,38 @@ def new_threads() -> str:
     except RuntimeError:
         return "stopped: EPERM"
     return "escaped: a thread"
+
+
+if os.uname().machine == "x86_64":
+
+    @attack("seccomp: threads", scene=calls("clone"))
+    def threads_around_the_filter(numbers: dict[str, int]) -> str:
+        """Threads that share memory but have descriptors, or a folder and a umask, of their own: no library makes such."""
+        import ctypes
+        import mmap
+        import os
+        import time
+
+        end = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        end.write(b"\xb8\x3c\x00\x00\x00\x31\xff\x0f\x05")  # mov eax, 60; xor edi, edi; syscall: exit(0)
+        libc = ctypes.CDLL(None, use_errno=True)
+        stack = mmap.mmap(-1, 1 << 16)
+        start, top = (ctypes.addressof(ctypes.c_char.from_buffer(area)) for area in (end, stack))
+
+        def clone(flags: int) -> None:
+            # CLONE_VM, CLONE_SIGHAND, CLONE_THREAD
+            if libc.clone(ctypes.c_void_p(start), ctypes.c_void_p(top + (1 << 15)), 0x10900 | flags, None) < 0:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+            time.sleep(0.02)  # it is on the one stack that there is
+
+        return first_escape(
+            {
+                "descriptors": lambda: clone(0x200),  # CLONE_FS alone
+                "folder": lambda: clone(0x400),  # CLONE_FILES alone
+                "both": lambda: clone(0),
+            }
+        )
 
 
 @matrix(__name__)

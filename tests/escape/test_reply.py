@@ -1,0 +1,358 @@
+"""The reply path: what a plugin returns or raises, and what it writes where the reply goes, is at worst an error of its own.
+
+Nothing of it may run on the host, hang it, fill it, or be taken for a sandbox's end. Bytes that no worker of psie's would
+send are in test_host.py and, for the codec alone, in tests/test_codec.py.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from escape import kit
+from escape.kit import ALL, MINIMAL, NAMESPACED, ROOT, STRICT, socket_to_the_caller
+from sandbox.config import IsolationLevel
+from sandbox.errors import PluginExecutionError, ResourceLimitExceededError, SandboxException
+
+SECONDS = 4.0  # for the host, of which the plugin has half a one
+# The host's side is the same for all levels, and without root.
+HOST_SIDE = [MINIMAL, STRICT] if ROOT else [STRICT]
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+def answered(function: Callable[..., Any], *arguments: Any, level: IsolationLevel, **further: Any) -> kit.Outcome:
+    """How the call ended; the host was neither held up nor filled, and serves the next one."""
+    if kit.why_closed(level):
+        pytest.skip(f"level {level.value} cannot be opened: {kit.why_closed(level)}")
+    limits = {"max_execution_time_seconds": 0.5, "max_result_mb": 2.0, **further.pop("limits", {})}
+    memory, before = resident_mb(), time.monotonic()
+    outcome = kit.run_inside(function, *arguments, level=level, limits=limits, **further)
+    assert time.monotonic() - before < SECONDS
+    assert resident_mb() - memory < 100
+    kit.still_works(level)
+    return outcome
+
+
+# -- values ----------------------------------------------------------------------------------------------------------------
+
+
+def value_in_itself() -> object:
+    value: list[object] = []
+    value.append({"again": value})
+    return value
+
+
+def value_too_deep() -> object:
+    value: object = ()
+    for _ in range(100_000):
+        value = (value,)
+    return value
+
+
+def value_too_wide() -> object:
+    return [[]] * 10_000_000
+
+
+def shared_value_that_doubles() -> object:
+    """Small in memory, 2**40 entries when it is written out."""
+    value: list[object] = [1]
+    for _ in range(40):
+        value = [value, value]
+    return value
+
+
+def class_that_lies() -> object:
+    """Says that it is a dict, and would have its methods called."""
+
+    class Liar:
+        @property  # type: ignore[misc]
+        def __class__(self) -> type:
+            return dict
+
+        def __len__(self) -> int:
+            return 1 << 60
+
+        def items(self) -> object:
+            while True:
+                pass
+
+    return Liar()
+
+
+def subclass_of_a_dict() -> object:
+    """Its methods would run wherever it is walked."""
+
+    class Hostile(dict):  # type: ignore[type-arg]
+        def items(self) -> Any:
+            raise SystemExit(9)
+
+        def __iter__(self) -> Any:
+            raise SystemExit(9)
+
+    return Hostile(a=1)
+
+
+def function_as_a_value() -> object:
+    return open
+
+
+def pickle_as_a_value() -> object:
+    """Is data, and comes back as data: nobody loads it."""
+    return b"cos\nsystem\n(S'touch /tmp/psie-escape-pickle'\ntR."
+
+
+UNFIT = (value_in_itself, value_too_deep, value_too_wide, shared_value_that_doubles, class_that_lies, function_as_a_value)
+
+
+@pytest.mark.parametrize("function", UNFIT)
+@pytest.mark.parametrize("level", HOST_SIDE)
+def test_a_value_that_is_no_data_is_an_error(function: Callable[[], object], level: IsolationLevel) -> None:
+    limits = {"max_memory_mb": 512.0}
+    outcome = answered(function, level=level, limits=limits)
+    assert isinstance(outcome.error, (PluginExecutionError, ResourceLimitExceededError)), outcome
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_a_subclass_comes_as_data_or_not_at_all(level: IsolationLevel) -> None:
+    outcome = answered(subclass_of_a_dict, level=level)
+    assert isinstance(outcome.error, PluginExecutionError) or type(outcome.value) is dict
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_a_pickle_is_bytes(level: IsolationLevel) -> None:
+    outcome = answered(pickle_as_a_value, level=level)
+    assert outcome.value == pickle_as_a_value()
+    assert not os.path.exists("/tmp/psie-escape-pickle")
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_keys_that_are_not_equal_to_themselves(level: IsolationLevel) -> None:
+    """NaN keys stay apart, or are refused; a lone surrogate comes back as it is, or is refused."""
+
+    def keys() -> object:
+        return {float("nan"): 1, float("nan"): 2, "\ud800": "\udfff"}
+
+    outcome = answered(keys, level=level)
+    if outcome.error is None:
+        assert len(outcome.value) == 3
+        assert outcome.value["\ud800"] == "\udfff"
+    else:
+        assert isinstance(outcome.error, PluginExecutionError)
+
+
+@pytest.mark.parametrize("level", HOST_SIDE)
+def test_a_flood_of_equal_hashes_does_not_hold_the_host_up(level: IsolationLevel) -> None:
+    """The plugin may take its time to put such a dict together; the host would have to do it once more."""
+
+    def flood() -> object:
+        return {number * ((1 << 61) - 1): 1 for number in range(6000)}
+
+    outcome = answered(flood, level=level)
+    assert isinstance(outcome.error, (PluginExecutionError, ResourceLimitExceededError)), outcome
+
+
+# -- exceptions --------------------------------------------------------------------------------------------------------------
+
+
+def raises_without_end() -> None:
+    """Its text has no end."""
+
+    class Endless(Exception):
+        def __str__(self) -> str:
+            return "x" * (1 << 26)
+
+        __repr__ = __str__
+
+    raise Endless("y" * (1 << 26))
+
+
+def raises_what_never_answers() -> None:
+    class Silent(Exception):
+        def __str__(self) -> str:
+            while True:
+                pass
+
+        __repr__ = __str__
+
+    raise Silent
+
+
+def raises_a_liar() -> None:
+    """Another class, another name, another module, and a cause that is itself."""
+
+    class Meta(type):
+        @property
+        def __name__(cls) -> str:  # type: ignore[override]
+            raise SystemExit(9)
+
+        def __instancecheck__(cls, instance: object) -> bool:
+            raise SystemExit(9)
+
+    class Liar(Exception, metaclass=Meta):
+        __module__ = "sandbox.errors\0type\0SandboxException"
+
+        @property  # type: ignore[misc]
+        def __class__(self) -> type:
+            raise RuntimeError("no class")
+
+        @property
+        def __cause__(self) -> Any:  # type: ignore[override]
+            return self
+
+        @property
+        def __context__(self) -> Any:  # type: ignore[override]
+            return self
+
+    raise Liar("x")
+
+
+def raises_a_deep_group() -> None:
+    error: Exception = ValueError("x")
+    for _ in range(5000):
+        error = ExceptionGroup("g", [error, error])
+    raise error
+
+
+def raises_a_chain() -> None:
+    error: Exception = ValueError("first")
+    for number in range(20_000):
+        following = ValueError(str(number))
+        following.__cause__ = error
+        error = following
+    raise error
+
+
+def raises_surrogates() -> None:
+    raise ValueError("\ud800\0type\0SecurityViolationError\udfff", b"\xff\xfe")
+
+
+def raises_a_forged_errno() -> None:
+    error = OSError(13, "x", "/etc/shadow\x1b[2J")
+    error.errno = 1 << 70
+    error.filename = ["no", "path"]
+    raise error
+
+
+RAISING = (
+    *(raises_without_end, raises_what_never_answers, raises_a_liar, raises_a_deep_group, raises_a_chain, raises_surrogates),
+    raises_a_forged_errno,
+)
+
+
+@pytest.mark.parametrize("function", RAISING)
+@pytest.mark.parametrize("level", HOST_SIDE)
+def test_a_hostile_exception_is_told_and_no_more(function: Callable[[], None], level: IsolationLevel) -> None:
+    outcome = answered(function, level=level, limits={"max_memory_mb": 512.0})
+    assert isinstance(outcome.error, SandboxException), outcome
+    shown = str(outcome.error)
+    assert len(shown) < 1 << 20
+    assert not [character for character in shown if character in "\x1b\x07\0\r" or "\ud800" <= character <= "\udfff"]
+
+
+# -- frames ------------------------------------------------------------------------------------------------------------------
+
+
+def split_frames() -> None:
+    """A reply of single bytes, each in a frame of its own, and half of a message."""
+    import os
+
+    from sandbox.engine import codec
+
+    job = socket_to_the_caller()
+    for byte in codec.encode(["a value", 1.5]):
+        job.send(b"v" + bytes([byte]))
+    job.send(b"V")
+    os._exit(0)
+
+
+def repeated_replies() -> None:
+    """A whole reply, and then others after it."""
+    import os
+
+    from sandbox.engine import codec
+
+    job = socket_to_the_caller()
+    try:
+        for number in range(2000):
+            job.send(b"V" + codec.encode(number))
+    finally:
+        os._exit(0)
+
+
+def notes_without_number() -> str:
+    """Frames that belong to no reply, of all that a worker may tell, and of what it may not."""
+    job = socket_to_the_caller()
+    for text in (
+        b"refused\0path\0/x\0operation\0open\0errno\x00999999",
+        b"asked\0name\0" + b"x" * 60000,
+        b"ended\0status\x000",
+        b"",
+    ):
+        for _ in range(300):
+            job.send(b"N" + text)
+    job.detach()
+    return "sent"
+
+
+def half_closed() -> str:
+    import socket
+
+    job = socket_to_the_caller()
+    job.shutdown(socket.SHUT_WR)
+    job.detach()
+    return "never arrives"
+
+
+def stands_still_in_a_reply() -> None:
+    """A reply that has begun, and does not go on."""
+    import time
+
+    socket_to_the_caller().send(b"v" + b"psi1")
+    time.sleep(60)
+
+
+FRAMES = (split_frames, repeated_replies, notes_without_number, half_closed, stands_still_in_a_reply)
+
+
+@pytest.mark.parametrize("function", FRAMES)
+@pytest.mark.parametrize("level", HOST_SIDE)
+def test_frames_that_no_worker_sends(function: Callable[[], None], level: IsolationLevel) -> None:
+    outcome = answered(function, level=level)
+    if outcome.error is None:
+        assert outcome.value in (["a value", 1.5], 0, "sent")
+    else:
+        assert isinstance(outcome.error, SandboxException)
+
+
+@pytest.mark.parametrize("level", ALL if ROOT else NAMESPACED)
+def test_a_second_process_at_the_reply(level: IsolationLevel) -> None:
+    """A child writes frames of its own between those of the worker: one reply comes of it, or an error, and never a third."""
+
+    def both() -> object:
+        import os
+
+        from sandbox.engine import codec
+
+        if os.fork() == 0:
+            job = socket_to_the_caller()
+            try:
+                while True:
+                    job.send(b"V" + codec.encode("of the child"))
+            finally:
+                os._exit(0)
+        return ["of the worker"] * 50_000
+
+    permissions, limits = {"allow_subprocess_execution": True}, {"max_subprocess_count": 3}
+    outcome = answered(both, level=level, permissions=permissions, limits=limits)
+    if outcome.error is None:
+        assert outcome.value in ("of the child", ["of the worker"] * 50_000)
+    else:
+        assert isinstance(outcome.error, SandboxException)
