@@ -340,7 +340,7 @@ HOST_CALLS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
 
 @rootless
 @long
-@pytest.mark.parametrize("level", (SOME[0], SOME[-1]), ids=lambda level: level.value)
+@pytest.mark.parametrize("level", [SOME[0], SOME[-1]], ids=lambda level: level.value)
 @pytest.mark.parametrize("call", HOST_CALLS)
 def test_a_call_of_the_callers_side_fails(level: IsolationLevel, call: str) -> None:
     """In the engine's thread, from the start of a zygote to the end of a sandbox."""
