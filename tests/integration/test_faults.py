@@ -494,7 +494,7 @@ def test_a_state_folder_that_takes_nothing(
     how, place = bad_folder
     for kind in ("run", "lib", "cache"):
         folders = {name: str(place) if name == kind else state.folder(name) for name in ("run", "lib", "cache")}
-        with monkeypatch.context() as patch, harness.nothing_left():
+        with monkeypatch.context() as patch:
             patch.setattr(state, "folder", folders.__getitem__)
             service.shut_down()
             came = asyncio.run(try_once(level))
