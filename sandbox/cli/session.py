@@ -158,7 +158,10 @@ class Session:
             return client.Zygote(self.loop, started[0], started[1])
         if started is not None:
             started[1].close()
-            os.waitpid(started[0], 0)
+            try:
+                os.waitpid(started[0], 0)
+            except ChildProcessError:
+                pass  # SIGCHLD is ignored
         return client.Zygote(self.loop, *spawn.spawn_zygote(executable, outer_user_namespace=outer))
 
     def finish(self, job: dict[str, object], payload: bytes) -> int:

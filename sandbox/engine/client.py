@@ -170,7 +170,10 @@ class Zygote:
         except OSError:
             control.close()
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            try:
+                os.waitpid(pid, 0)
+            except ChildProcessError:
+                pass  # SIGCHLD is ignored
             raise
         self.control = control
         self.control.setblocking(False)

@@ -324,10 +324,13 @@ class Zygote:
         left = ""
         for place, remove in ((sandbox.leaf, leaf.remove), (sandbox.folder, workspace.remove_folder)):
             if place:
-                try:
-                    remove(*place)
-                except OSError as error:
-                    left = f"{error.filename or 'a folder or cgroup of the sandbox'}: {error.strerror}"
+                for is_last in (False, True):  # what was lacking for a moment is no reason to leave something behind
+                    try:
+                        remove(*place)
+                        break
+                    except OSError as error:
+                        if is_last:
+                            left = f"{error.filename or 'a folder or cgroup of the sandbox'}: {error.strerror}"
                 os.close(place[0])
         os.close(sandbox.lock)
         try:

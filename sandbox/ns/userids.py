@@ -102,8 +102,13 @@ def hold(name: str) -> Slot | None:
     """
     fd = _open_locks()
     identity, _, number = name.rpartition("-")
-    if identity == _identity(fd) and number.isdecimal() and 0 < int(number) <= SLOTS and _lock(fd, fcntl.F_WRLCK, int(number)):
-        return Slot(int(number), fd)
+    try:
+        is_ours = identity == _identity(fd) and number.isdecimal() and 0 < int(number) <= SLOTS
+        if is_ours and _lock(fd, fcntl.F_WRLCK, int(number)):
+            return Slot(int(number), fd)
+    except BaseException:
+        os.close(fd)
+        raise
     os.close(fd)
     return None
 
