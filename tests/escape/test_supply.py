@@ -55,13 +55,15 @@ def use() -> list[str]:
     import importlib
     import os
     import sys
+    import tempfile
 
     wrong = [] if not hasattr(builtins, "planted") else ["something was run before"]
     for name in ("json", "random", "colorsys", "_strptime"):
         module = importlib.import_module(name)
         wrong += [f"{name} from {module.__file__}"] if hasattr(module, "WORD") else []
     wrong += [name for name in ("sitecustomize", "usercustomize") if name in sys.modules]
-    wrong += [path for path in sys.path if path in ("", ".") or path.startswith((os.getcwd(), "/tmp", "/var/tmp"))]
+    planted = ("", ".", os.getcwd(), os.path.expanduser("~"), tempfile.gettempdir())
+    wrong += [path for path in sys.path if path in planted or "/.local/" in path]
     return wrong
 
 
