@@ -120,7 +120,10 @@ class Shelf:
             sweep()
         for _ in range(TRIES):
             folder = os.path.join(base, self._name)
-            _make_folder(folder, 0o711)
+            try:
+                _make_folder(folder, 0o711)
+            except FileNotFoundError:
+                continue  # taken between mkdir(2) and chmod(2)
             fd = _locked(folder)
             if fd is not None:
                 self._folder, self._fd = folder, fd
