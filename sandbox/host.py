@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from sandbox import state
 from sandbox.cgroups import place
@@ -275,3 +275,21 @@ def facts() -> HostFacts:
     found = probe()
     cache.write("facts.json", json.dumps({"key": key, "facts": found.to_dict()}).encode())
     return found
+
+
+def ideal() -> HostFacts:
+    """Those of this host, if it could do everything: root, with all that a recipe can use."""
+    return replace(
+        facts(),
+        root=True,
+        user_namespaces="",
+        fresh_proc="",
+        overlay="",
+        missing_syscalls=(),
+        landlock_abi=7,
+        seccomp_notify=True,
+        cgroup="/sys/fs/cgroup",
+        cgroup_kind="root",
+        cgroup_folder="/sys/fs/cgroup",
+        controllers=("memory", "pids", "cpu"),
+    )

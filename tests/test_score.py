@@ -13,20 +13,7 @@ import pytest
 from sandbox import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, host, recipe, score
 from sandbox.recipe_data import MISSING, SUBSTITUTED
 
-IDEAL = replace(
-    host.facts(),
-    root=True,
-    user_namespaces="",
-    fresh_proc="",
-    overlay="",
-    missing_syscalls=(),
-    landlock_abi=7,
-    seccomp_notify=True,
-    cgroup="/sys/fs/cgroup",
-    cgroup_kind="root",
-    cgroup_folder="/sys/fs/cgroup",
-    controllers=("memory", "pids", "cpu"),
-)
+IDEAL = host.ideal()
 BARE = replace(
     IDEAL, root=False, user_namespaces="switched off", cgroup_kind="", cgroup_folder="", controllers=(), landlock_abi=0
 )

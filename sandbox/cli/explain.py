@@ -54,22 +54,9 @@ def refusal(config: IsolationConfig, limits: PluginLimitsV2, permissions: Plugin
 
 def levels() -> int:
     """The levels table: what each level promises on a host that can do everything."""
-    ideal = replace(
-        host.facts(),
-        root=True,
-        user_namespaces="",
-        fresh_proc="",
-        overlay="",
-        missing_syscalls=(),
-        landlock_abi=7,
-        seccomp_notify=True,
-        cgroup="/sys/fs/cgroup",
-        cgroup_kind="root",
-        cgroup_folder="/sys/fs/cgroup",
-        controllers=("memory", "pids", "cpu"),
-    )
     compiled = [
-        recipe.compile(IsolationConfig(level=level), PluginLimitsV2(), PluginPermissionsV2(), ideal) for level in IsolationLevel
+        recipe.compile(IsolationConfig(level=level), PluginLimitsV2(), PluginPermissionsV2(), host.ideal())
+        for level in IsolationLevel
     ]
     names: dict[str, str] = {}
     table: list[dict[str, str]] = []
