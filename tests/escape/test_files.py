@@ -542,6 +542,7 @@ def make_a_mess(target: str) -> str:
     return here
 
 
+@pytest.mark.alone  # another process's next sandbox may have the same folder
 @pytest.mark.parametrize("level", ALL)
 def test_nothing_is_left_and_nothing_else_is_taken(level: IsolationLevel, tmp_path: Path) -> None:
     """The host's cleaning follows no link, and no tree is too deep or too closed for it."""

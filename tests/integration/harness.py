@@ -167,6 +167,12 @@ def roles(caller: int, token: str = TOKEN) -> dict[str, list[int]]:
     return found
 
 
+def zygote_of(sandbox: EnhancedPluginSandbox) -> int:
+    """The pid of its own: those of sandboxes before may still be there."""
+    assert sandbox._sandbox is not None
+    return sandbox._sandbox.zygote.pid
+
+
 # -- what is left ------------------------------------------------------------------------------------------------------
 
 

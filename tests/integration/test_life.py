@@ -220,7 +220,7 @@ def test_a_killed_part_ends_the_call(level: IsolationLevel, victim: str) -> None
             plugin = plugins.be_refused_and_sleep if victim == "supervisor" else plugins.signal_and_sleep
             task = asyncio.create_task(sandbox.execute_plugin_safe(plugin))
             await harness.wait_for((sandbox.temp_directory / "started").exists)
-            (pid,) = harness.roles(os.getpid())[victim] if victim != "zygote" else [zygote_of_a_warden()]
+            (pid,) = harness.roles(os.getpid())[victim] if victim != "zygote" else [harness.zygote_of(sandbox)]
             os.kill(pid, signal.SIGKILL)
             async with asyncio.timeout(harness.SETTLE):
                 with pytest.raises(error, match=text):
@@ -238,18 +238,13 @@ def test_a_killed_part_ends_the_call(level: IsolationLevel, victim: str) -> None
     assert harness.call(level, plugins.give_back, 2) == 2  # a new one is not hurt
 
 
-def zygote_of_a_warden() -> int:
-    found = harness.roles(os.getpid())
-    return harness.all_processes()[(found["warden"] + found["idle"])[0]].parent
-
-
 @rootless
 @pytest.mark.parametrize("victim", ["zygote", "warden"])
 def test_a_killed_part_between_calls(level: IsolationLevel, victim: str) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox:
             await sandbox.execute_plugin_safe(plugins.give_back, 1)
-            victims = [zygote_of_a_warden()] if victim == "zygote" else harness.roles(os.getpid())["idle"]
+            victims = [harness.zygote_of(sandbox)] if victim == "zygote" else harness.roles(os.getpid())["idle"]
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
             async with asyncio.timeout(harness.SETTLE):

@@ -21,7 +21,7 @@ from sandbox import EnhancedPluginSandbox, IsolationLevel, ResourceError, Resour
 from sandbox.engine import client, loop, service
 
 from . import cli_harness, harness, plugins, stopped_caller
-from .test_life import gone, run_script, zygote_of_a_warden
+from .test_life import gone, run_script
 
 rootless = pytest.mark.rootless
 
@@ -364,8 +364,8 @@ def test_stopped_wardens_when_one_is_to_stand(level: IsolationLevel, clock: Cloc
 @rootless
 def test_a_stopped_zygote_when_one_is_to_stand(level: IsolationLevel, clock: Clock) -> None:
     async def main() -> None:
-        async with harness.open_sandbox(level):
-            zygote = zygote_of_a_warden()
+        async with harness.open_sandbox(level) as sandbox:
+            zygote = harness.zygote_of(sandbox)
         with stopped(zygote):
             opening = asyncio.create_task(harness.open_sandbox(level, config=CONFIG).__aenter__())
             await asyncio.sleep(0.1)
@@ -384,7 +384,7 @@ def test_a_stopped_zygote_while_a_sandbox_is_open(level: IsolationLevel, clock: 
 
     async def main() -> None:
         async with harness.open_sandbox(level, config=CONFIG) as sandbox:
-            zygote = zygote_of_a_warden()
+            zygote = harness.zygote_of(sandbox)
             with stopped(zygote):
                 assert await sandbox.execute_plugin_safe(plugins.give_back, 1) == 1
                 closing = asyncio.create_task(sandbox.cleanup_sandbox())
@@ -400,8 +400,8 @@ def test_a_stopped_zygote_while_a_sandbox_is_open(level: IsolationLevel, clock: 
 
 def test_a_stopped_zygote_that_is_let_go(clock: Clock) -> None:
     async def main() -> int:
-        async with harness.open_sandbox(IsolationLevel.STANDARD):
-            return zygote_of_a_warden()
+        async with harness.open_sandbox(IsolationLevel.STANDARD) as sandbox:
+            return harness.zygote_of(sandbox)
 
     service.shut_down()
     zygote = asyncio.run(main())
