@@ -88,6 +88,20 @@ def score(**given: Any) -> None:
 
 
 @group.command()
+@click.option("--level", metavar="LEVEL", help="minimal, standard, strict (default) or maximum.")
+@click.option("--json", "as_json", is_flag=True, help="The results as JSON.")
+@click.argument("names", metavar="[ATTACK]...", nargs=-1)
+def selftest(**given: Any) -> None:
+    """Try to break out of sandboxes on this host, by every attack that is safe to try here, and say what came of each.
+
+    Or by some of these attacks, named. Each is tried outside a sandbox first. The exit status is 1 if one was not stopped.
+    """
+    from sandbox.cli import selftest as command
+
+    sys.exit(command.run(**given))
+
+
+@group.command()
 def levels() -> None:
     """Print the table of levels: what each one promises where the host can do everything."""
     from sandbox.cli import explain as command

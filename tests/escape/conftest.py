@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from escape import kit, rootless
+from sandbox.selftest import attacks
+from sandbox.selftest.outside import Outside
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """As root: a folder that STANDARD shows, in the first of the host's rarely used ones that exists."""
-    if kit.ROOT and kit.place() is None:
-        for parent in ("/srv", "/opt", "/mnt"):
-            if os.path.isdir(parent):
-                folder = tempfile.mkdtemp(prefix="psie-escape-", dir=parent)
-                os.chmod(folder, 0o1777)
-                os.environ["PSIE_ESCAPE_PLACE"] = folder
-                config.add_cleanup(partial(remove_place, folder))
-                break
-
-
-def remove_place(folder: str) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    os.environ.pop("PSIE_ESCAPE_PLACE", None)
+    shown = ExitStack()
+    shown.enter_context(attacks.shown_folder())
+    config.add_cleanup(shown.close)
 
 
 @pytest.fixture(scope="session")
-def outside() -> Iterator[kit.Outside]:
-    server = kit.Outside()
+def outside() -> Iterator[Outside]:
+    server = Outside()
     yield server
     server.close()
 
@@ -54,7 +43,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What stopped which attack. A star: and it is on record as a violation."""
-    tables = [("root" if kit.ROOT else "an unprivileged user", kit.MATRIX), *(("rootless", table) for table in kit.ROOTLESS)]
+    tables = [
+        ("root" if attacks.ROOT else "an unprivileged user", kit.MATRIX),
+        *(("rootless", table) for table in kit.ROOTLESS),
+    ]
     for who, table in tables:
         if table.cells:
             terminalreporter.section(f"attacks as {who}: stopped by what (* recorded as a violation)")

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from escape import kit
+from sandbox.selftest import attacks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 100
@@ -43,7 +44,7 @@ class Session:
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": f"{self.repository}:{packages}",
             "PSIE_ESCAPE_REPORT": str(self.report),
-            **({"PSIE_ESCAPE_PLACE": str(kit.place())} if kit.place() else {}),
+            **({"PSIE_ESCAPE_PLACE": str(attacks.place())} if attacks.place() else {}),
         }
         self.process: subprocess.Popen[str] | None = None
         self.reason = ""
@@ -116,7 +117,7 @@ _session: Session | None = None
 
 def start() -> None:
     global _session
-    if kit.ROOT and _session is None:
+    if attacks.ROOT and _session is None:
         _session = Session()
         _session.start()
 

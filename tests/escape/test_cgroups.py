@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from escape.kit import MINIMAL, NAMESPACED, Attack, Outside, Scene, Where, attack, carry_out, first_escape, matrix
+from escape.kit import carry_out, matrix
 from sandbox.cgroups import leaf, place
 from sandbox.config import IsolationLevel
 from sandbox.host import facts
+from sandbox.selftest.attacks import MINIMAL, NAMESPACED, Attack, Scene, Where, attack, first_escape
+from sandbox.selftest.outside import Outside
 
 LEAF = "4094"  # a place of the ledger that no sandbox of a test gets
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from escape import kit
-from escape.kit import ALL, MINIMAL, socket_to_the_caller
 from sandbox.config import IsolationLevel
 from sandbox.errors import PluginExecutionError, SandboxException
+from sandbox.selftest import trial
+from sandbox.selftest.attacks import ALL, MINIMAL, socket_to_the_caller
 
 
 def forge(frames: list[bytes]) -> None:
@@ -57,7 +58,7 @@ FORGED = {
 @pytest.mark.parametrize("name", FORGED)
 def test_a_forged_reply_is_an_error_of_the_plugin(name: str) -> None:
     """The documented exception, whatever the bytes are; at one level: the host's side is the same for all."""
-    outcome = kit.run_inside(forge, FORGED[name], level=MINIMAL)
+    outcome = trial.run_inside(forge, FORGED[name], level=MINIMAL)
     assert isinstance(outcome.error, SandboxException)
     kit.still_works(MINIMAL)
 
@@ -82,7 +83,7 @@ def test_descriptors_do_not_reach_the_host(level: IsolationLevel) -> None:
     if kit.why_closed(level):
         pytest.skip(kit.why_closed(level))
     before = _null_descriptors()
-    outcome = kit.run_inside(send, level=level)
+    outcome = trial.run_inside(send, level=level)
     assert outcome.value == "sent" or isinstance(outcome.error, PluginExecutionError)
     assert _null_descriptors() <= before
     kit.still_works(level)
@@ -115,7 +116,7 @@ def test_a_hundred_calls_leave_nothing_open(level: IsolationLevel) -> None:
         return kind
 
     async def go() -> None:
-        async with kit.sandbox(level) as one:
+        async with trial.open_sandbox(level) as one:
             for number in range(40):
                 try:
                     await one.execute_plugin_safe(crash, number % 4)
@@ -126,7 +127,7 @@ def test_a_hundred_calls_leave_nothing_open(level: IsolationLevel) -> None:
         pytest.skip(kit.why_closed(level))
     kit.still_works(level)
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
-    kit.bounded(go())
+    trial.bounded(go())
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) <= before
 
 
@@ -141,7 +142,7 @@ def test_texts_of_the_plugin_cannot_drive_a_terminal(level: IsolationLevel) -> N
 
     if kit.why_closed(level):
         pytest.skip(kit.why_closed(level))
-    outcome = kit.run_inside(fail, level=level)
+    outcome = trial.run_inside(fail, level=level)
     assert isinstance(outcome.error, PluginExecutionError)
     shown = str(outcome.error)
     assert not [character for character in shown if character in "\x1b\x07\x9b\u202e\r"]
@@ -164,7 +165,7 @@ def test_exceptions_do_not_run_on_the_host(level: IsolationLevel, tmp_path: Path
 
     if kit.why_closed(level):
         pytest.skip(kit.why_closed(level))
-    outcome = kit.run_inside(fail, str(mark), level=level)
+    outcome = trial.run_inside(fail, str(mark), level=level)
     assert isinstance(outcome.error, PluginExecutionError)
     assert not mark.exists()
 
@@ -183,6 +184,6 @@ def test_replies_that_are_not_data_are_refused(level: IsolationLevel, tmp_path: 
 
     if kit.why_closed(level):
         pytest.skip(kit.why_closed(level))
-    outcome = kit.run_inside(answer, str(mark), level=level)
+    outcome = trial.run_inside(answer, str(mark), level=level)
     assert isinstance(outcome.error, PluginExecutionError)
     assert not mark.exists()

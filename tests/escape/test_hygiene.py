@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 
 from escape import kit
-from escape.kit import ALL, MINIMAL, ROOT, STRICT, scrambled
-from escape.test_process import memory_of_the_caller
 from sandbox import EnhancedPluginSandbox
 from sandbox.config import IsolationLevel
 from sandbox.engine import service
 from sandbox.ns import processes
+from sandbox.selftest import attacks, trial
+from sandbox.selftest.attacks import ALL, MINIMAL, ROOT, STRICT, scrambled
+from sandbox.selftest.process import memory_of_the_caller
 
 PRELOAD = ("numpy.random", "uuid", "ssl", "random", "tempfile", "secrets")
 
@@ -40,7 +41,7 @@ async def call_each(level: IsolationLevel, functions: list[Callable[[], Any]], *
     """What they return in one sandbox, one call each, and what they return in another sandbox after that."""
     found = []
     for _ in range(2):
-        async with kit.sandbox(level, config=config) as one:
+        async with trial.open_sandbox(level, config=config) as one:
             found.append([await one.execute_plugin_safe(function) for function in functions])
     return found[0], found[1]
 
@@ -86,7 +87,7 @@ def test_calls_draw_different_numbers(level: IsolationLevel) -> None:
         code = "import os, numpy.random\nfor _ in 1, 2:\n if not os.fork():\n  print(numpy.random.random()); break\n os.wait()"
         outside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
         assert outside[0] == outside[1]
-    (first, second), (third, _) = kit.bounded(call_each(level, [draw, draw], preload=preload))
+    (first, second), (third, _) = trial.bounded(call_each(level, [draw, draw], preload=preload))
     for name in first:
         assert len({first[name], second[name], third[name]}) == 3, name
     assert ("numpy" in first) == has_numpy()
@@ -195,7 +196,7 @@ def disturb() -> int:
 
 def test_nothing_of_a_call_is_left_for_the_next(level: IsolationLevel) -> None:
     """In the same sandbox, and in the next one of the same zygote. Outside, `disturb` changes most of what `state` sees."""
-    (before, changes, after), (other, _, _) = kit.bounded(call_each(level, [state, disturb, state]))
+    (before, changes, after), (other, _, _) = trial.bounded(call_each(level, [state, disturb, state]))
     assert changes > 15
     assert after == before
     before["environment"].pop("HOME"), other["environment"].pop("HOME")  # MINIMAL: a folder of each sandbox's own
@@ -224,12 +225,12 @@ def test_memory_of_a_call_is_not_in_the_next(level: IsolationLevel) -> None:
         return len([text + str(number) for number in range(1000)])
 
     async def go() -> list[str]:
-        async with kit.sandbox(level) as one, kit.sandbox(level) as other:
+        async with trial.open_sandbox(level) as one, trial.open_sandbox(level) as other:
             await one.execute_plugin_safe(hold, text)
             found = [await each.execute_plugin_safe(memory_of_the_caller, scrambled(text)) for each in (one, other)]
             return [str(answer) for answer in found]
 
-    assert kit.bounded(go()) == ["stopped: not there"] * 2
+    assert trial.bounded(go()) == ["stopped: not there"] * 2
 
 
 # -- the zygote --------------------------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ def hold_still(text: str) -> None:
 
 async def family(one: EnhancedPluginSandbox) -> dict[str, list[int]]:
     """The processes of a sandbox whose call has begun."""
-    end = time.monotonic() + kit.SECONDS
+    end = time.monotonic() + attacks.SECONDS
     while not any(entry.path == "ready" for entry in one.list_files()):
         assert time.monotonic() < end
         await asyncio.sleep(0.005)
@@ -301,7 +302,7 @@ def test_nothing_of_a_plugin_reaches_the_zygote(level: IsolationLevel) -> None:
     text = "an argument " + os.urandom(8).hex()
 
     async def go() -> dict[str, list[bool]]:
-        async with kit.sandbox(level) as one:
+        async with trial.open_sandbox(level) as one:
             task = asyncio.create_task(one.execute_plugin_safe(hold_still, text))
             found = await family(one)
             answer = {role: [holds(pid, text.encode()) for pid in pids] for role, pids in found.items()}
@@ -310,7 +311,7 @@ def test_nothing_of_a_plugin_reaches_the_zygote(level: IsolationLevel) -> None:
             return answer
 
     with fresh_zygotes():
-        answer = kit.bounded(go())
+        answer = trial.bounded(go())
     assert answer.pop("worker") == [True]
     assert len(answer) == 3
     for role, found in answer.items():
@@ -333,7 +334,7 @@ def test_a_worker_has_no_way_to_the_zygote(level: IsolationLevel) -> None:
     """Its one socket is that of the call, whose other end the caller has; no process on the way up has it as well."""
 
     async def go() -> tuple[set[str], dict[str, set[str]]]:
-        async with kit.sandbox(level) as one:
+        async with trial.open_sandbox(level) as one:
             task = asyncio.create_task(one.execute_plugin_safe(hold_still, ""))
             found = await family(one)
             (worker,) = found.pop("worker")
@@ -344,7 +345,7 @@ def test_a_worker_has_no_way_to_the_zygote(level: IsolationLevel) -> None:
             return own, above
 
     with fresh_zygotes():
-        own, above = kit.bounded(go())
+        own, above = trial.bounded(go())
     assert len(own) == 1
     for role, theirs in above.items():
         assert not own & theirs, role
@@ -384,16 +385,16 @@ def test_what_a_worker_says_the_zygote_does_not_hear(level: IsolationLevel) -> N
     """Messages of the kinds that zygote and warden send: they arrive nowhere, nobody answers, and the zygote goes on."""
     with fresh_zygotes():
 
-        async def go() -> tuple[set[int], kit.Outcome, set[int], object]:
-            async with kit.sandbox(level) as one:
+        async def go() -> tuple[set[int], trial.Outcome, set[int], object]:
+            async with trial.open_sandbox(level) as one:
                 before = zygotes()
                 try:
-                    outcome = kit.Outcome(await one.execute_plugin_safe(knock), None, one.get_violations())
+                    outcome = trial.Outcome(await one.execute_plugin_safe(knock), None, one.get_violations())
                 except Exception as error:
-                    outcome = kit.Outcome([], error, one.get_violations())
+                    outcome = trial.Outcome([], error, one.get_violations())
                 return before, outcome, zygotes(), await one.execute_plugin_safe(lambda: "alive")
 
-        before, outcome, after, answer = kit.bounded(go())
+        before, outcome, after, answer = trial.bounded(go())
     assert outcome.value == []
     assert before == after
     assert len(before) == 1
@@ -414,12 +415,12 @@ def test_a_zygote_is_replaced(level: IsolationLevel, monkeypatch: pytest.MonkeyP
     async def go() -> list[tuple[frozenset[int], Any]]:
         found = []
         for _ in range(5):
-            async with kit.sandbox(level) as one:
+            async with trial.open_sandbox(level) as one:
                 found.append((frozenset(zygotes()), await one.execute_plugin_safe(layout)))
         return found
 
     with fresh_zygotes():
-        found = kit.bounded(go())
+        found = trial.bounded(go())
     pids, layouts = [pids for pids, _ in found], [layout for _, layout in found]
     assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4]
     assert layouts[0] == layouts[1]
@@ -432,11 +433,12 @@ def test_a_zygote_is_replaced(level: IsolationLevel, monkeypatch: pytest.MonkeyP
 CALLER = """
 import asyncio, sys
 sys.path[:] = {path!r}
-from escape import kit
 from escape.test_hygiene import layout, zygotes
+from sandbox.config import IsolationLevel
+from sandbox.selftest import trial
 
 async def go():
-    async with kit.sandbox(kit.IsolationLevel({level!r})) as one:
+    async with trial.open_sandbox(IsolationLevel({level!r})) as one:
         print(*sorted(zygotes()), *(await one.execute_plugin_safe(layout)))
 
 asyncio.run(go())

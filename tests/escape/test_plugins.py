@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 
 from escape import kit
-from escape.kit import ALL, MATRIX, NAMESPACED, SECRET, Attack, Outcome, Scene, Where, attack, first_escape, matrix, scrambled
+from escape.kit import MATRIX, matrix
 from sandbox import EnhancedPluginFramework, IsolationConfig, PluginLimitsV2, PluginPermissionsV2
 from sandbox.config import IsolationLevel
+from sandbox.selftest import attacks, trial
+from sandbox.selftest.attacks import ALL, NAMESPACED, SECRET, Attack, Scene, Where, attack, first_escape, scrambled
 
 NEIGHBOURS = "plugin folders: one sees nothing of another's"
 LATER = "plugin folders: nothing is left for a later run"
@@ -49,7 +51,7 @@ AS_IT_SHOULD_BE: tuple[str, list[str], list[str]] = ("helper", [], ["helper.py",
 @contextmanager
 def plugins(where: Where) -> Iterator[Scene]:
     """A plugin folder with the victim and the innocent one, where STANDARD shows it if that can be. Harm: it has changed."""
-    with tempfile.TemporaryDirectory(prefix="plugins-", dir=kit.place()) as name:
+    with tempfile.TemporaryDirectory(prefix="plugins-", dir=attacks.place()) as name:
         folder = Path(name)
         folder.chmod(0o755)
         sources = {
@@ -143,7 +145,7 @@ def plant_modules_and_bytecode(folder: str, secret: bytes) -> str:
 
 def write_attacker(one: Attack, scene: Scene) -> Path:
     """The attack as a plugin of the scene's folder; returns its file."""
-    parts = [textwrap.dedent(inspect.getsource(each)) for each in (kit.attempt, first_escape)]
+    parts = [textwrap.dedent(inspect.getsource(each)) for each in (attacks.attempt, first_escape)]
     own = inspect.getsource(one.function)
     call = f"def main():\n    return {one.function.__name__}(**{scene.arguments!r})\n"
     path = Path(scene.arguments["folder"], "attacker", "main.py")
@@ -170,11 +172,11 @@ def remove_planted() -> None:
         Path(place, "planted-by-a-plugin.pth").unlink(missing_ok=True)
 
 
-async def run_beside_the_victim(framework: EnhancedPluginFramework) -> tuple[Outcome, object]:
+async def run_beside_the_victim(framework: EnhancedPluginFramework) -> tuple[trial.Outcome, object]:
     """What the attacker says while the victim runs, and what the innocent one returns afterwards."""
     with redirect_stdout(io.StringIO()) as printed:
         victim = asyncio.ensure_future(framework.load("victim"))
-        async with asyncio.timeout(kit.SECONDS):
+        async with asyncio.timeout(attacks.SECONDS):
             while "victim is ready" not in printed.getvalue():
                 await asyncio.sleep(0.01)
     load = await framework.load("attacker")
@@ -183,7 +185,7 @@ async def run_beside_the_victim(framework: EnhancedPluginFramework) -> tuple[Out
     victim.cancel()
     await asyncio.wait([victim])
     assert load.outcome == "ok", load.error
-    return Outcome(load.result, None, load.telemetry.violations), innocent.result
+    return trial.Outcome(load.result, None, load.telemetry.violations), innocent.result
 
 
 @matrix(__name__)
@@ -198,11 +200,11 @@ def test_attack(one: Attack, level: IsolationLevel, tmp_path: Path) -> None:
         framework = EnhancedPluginFramework(
             scene.arguments["folder"],
             IsolationConfig(level=level, violation_threshold=10, quarantine_on_violation=False),
-            limits=PluginLimitsV2(max_execution_time_seconds=kit.SECONDS),
+            limits=PluginLimitsV2(max_execution_time_seconds=attacks.SECONDS),
             permissions=PluginPermissionsV2(),
             state_folder=tmp_path / "state",
         )
-        outcome, innocent = kit.bounded(run_beside_the_victim(framework), 2 * kit.SECONDS)
+        outcome, innocent = trial.bounded(run_beside_the_victim(framework), 2 * attacks.SECONDS)
         framework.close()
         harm = scene.harm() or ("" if innocent == AS_IT_SHOULD_BE else f"the next plugin found {innocent}")
-    MATRIX.set(one, level, kit.judge(one, outcome, harm))
+    MATRIX.set(one, level, trial.judge(one, outcome, harm))

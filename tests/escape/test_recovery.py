@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from escape.kit import ALL, NAMESPACED
 from sandbox import (
     EnhancedPluginSandbox,
     IsolationConfig,
@@ -31,6 +30,7 @@ from sandbox import (
     SecurityViolationError,
     host,
 )
+from sandbox.selftest.attacks import ALL, NAMESPACED
 
 Kind = SandboxViolationType
 SECONDS = 10.0

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from escape import kit
-from escape.kit import ALL, MINIMAL, NAMESPACED, ROOT, STRICT, socket_to_the_caller
 from sandbox.config import IsolationLevel
 from sandbox.errors import PluginExecutionError, ResourceLimitExceededError, SandboxException
+from sandbox.selftest import trial
+from sandbox.selftest.attacks import ALL, MINIMAL, NAMESPACED, ROOT, STRICT, socket_to_the_caller
 
 SECONDS = 4.0  # for the host, of which the plugin has half a one
 # The host's side is the same for all levels, and without root.
@@ -28,13 +29,13 @@ def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
-def answered(function: Callable[..., Any], *arguments: Any, level: IsolationLevel, **further: Any) -> kit.Outcome:
+def answered(function: Callable[..., Any], *arguments: Any, level: IsolationLevel, **further: Any) -> trial.Outcome:
     """How the call ended; the host was neither held up nor filled, and serves the next one."""
     if kit.why_closed(level):
         pytest.skip(f"level {level.value} cannot be opened: {kit.why_closed(level)}")
     limits = {"max_execution_time_seconds": 0.5, "max_result_mb": 2.0, **further.pop("limits", {})}
     memory, before = resident_mb(), time.monotonic()
-    outcome = kit.run_inside(function, *arguments, level=level, limits=limits, **further)
+    outcome = trial.run_inside(function, *arguments, level=level, limits=limits, **further)
     assert time.monotonic() - before < SECONDS
     assert resident_mb() - memory < 100
     kit.still_works(level)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from escape import kit
-from escape.kit import ALL, SECRET
 from sandbox import EnhancedPluginSandbox, SandboxException
 from sandbox.config import IsolationLevel
+from sandbox.selftest import attacks, trial
+from sandbox.selftest.attacks import ALL, SECRET
 
 
 @pytest.fixture(params=ALL)
@@ -26,7 +27,7 @@ def level(request: pytest.FixtureRequest) -> IsolationLevel:
 
 
 def opened(level: IsolationLevel) -> EnhancedPluginSandbox:
-    return kit.sandbox(level, limits={"max_file_operations": 10**6, "max_open_files": 200})
+    return trial.open_sandbox(level, limits={"max_file_operations": 10**6, "max_open_files": 200})
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_nothing_but_files_is_read(level: IsolationLevel, secret: Path) -> None:
             assert {entry.path for entry in one.list_files()} >= {"link", "folder", "folder/up"}
             assert not [entry for entry in one.list_files() if entry.path.startswith(("folder-link/", "folder/up/"))]
 
-    kit.bounded(go())
+    trial.bounded(go())
 
 
 def test_the_host_writes_through_no_link(level: IsolationLevel, secret: Path) -> None:
@@ -96,7 +97,7 @@ def test_the_host_writes_through_no_link(level: IsolationLevel, secret: Path) ->
                     pass
                 assert time.monotonic() - before < 1
 
-    kit.bounded(go())
+    trial.bounded(go())
     assert secret.read_text() == SECRET
     assert os.listdir(secret.parent) == ["secret"]
 
@@ -129,7 +130,7 @@ def test_a_file_that_changes_while_it_is_read(level: IsolationLevel, secret: Pat
         async with opened(level) as one:
             task = asyncio.create_task(one.execute_plugin_safe(change, str(secret)))
             seen: set[str] = set()
-            end = time.monotonic() + (0.3 if level is kit.MINIMAL else 0.2)
+            end = time.monotonic() + (0.3 if level is attacks.MINIMAL else 0.2)
             while time.monotonic() < end or (not seen and time.monotonic() < end + 5):
                 for name in ("file", "d/secret"):
                     try:
@@ -141,7 +142,7 @@ def test_a_file_that_changes_while_it_is_read(level: IsolationLevel, secret: Pat
             one.write_file("stop", b"")
             return await task, seen
 
-    rounds, seen = kit.bounded(go())
+    rounds, seen = trial.bounded(go())
     assert rounds > 10
     assert seen <= {"mine", ""}, seen
     assert seen
@@ -168,7 +169,7 @@ def test_files_without_content_or_end(level: IsolationLevel) -> None:
                 return
             assert len(data) == size
 
-    kit.bounded(go())
+    trial.bounded(go())
 
 
 def test_names_that_are_no_text(level: IsolationLevel) -> None:
@@ -189,7 +190,7 @@ def test_names_that_are_no_text(level: IsolationLevel) -> None:
             for entry in entries:
                 assert one.read_file(entry.path) == os.fsencode(entry.path)
 
-    kit.bounded(go())
+    trial.bounded(go())
 
 
 def test_no_device_and_no_program_of_root_is_left(level: IsolationLevel) -> None:
@@ -225,4 +226,4 @@ def test_no_device_and_no_program_of_root_is_left(level: IsolationLevel) -> None
             assert one.list_files()
             return found(one.temp_directory)
 
-    assert kit.bounded(go()) == []
+    assert trial.bounded(go()) == []

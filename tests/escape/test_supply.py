@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from escape import kit
-from escape.kit import ALL, MINIMAL, STRICT
 from sandbox import EnhancedPluginFramework, IsolationConfig
 from sandbox.config import IsolationLevel
+from sandbox.selftest import trial
+from sandbox.selftest.attacks import ALL, MINIMAL, STRICT
 
 MARK = "planted, and run"
 
@@ -72,7 +73,7 @@ def test_what_one_call_plants_the_next_does_not_run(level: IsolationLevel) -> No
     """They share a workspace, which is their home; outside, an interpreter that looks there runs what is planted."""
 
     async def go() -> None:
-        async with kit.sandbox(level, limits={"max_file_operations": 10**5}) as one:
+        async with trial.open_sandbox(level, limits={"max_file_operations": 10**5}) as one:
             made = await one.execute_plugin_safe(plant, MARK)
             assert len(made) > 20
             assert await one.execute_plugin_safe(use) == []
@@ -83,7 +84,7 @@ def test_what_one_call_plants_the_next_does_not_run(level: IsolationLevel) -> No
 
     if kit.why_closed(level):
         pytest.skip(kit.why_closed(level))
-    kit.bounded(go())
+    trial.bounded(go())
 
 
 CALLER = """
@@ -172,7 +173,7 @@ def test_a_plugin_folder_that_is_called_like_the_library(level: IsolationLevel, 
         finally:
             framework.close()
 
-    load = kit.bounded(go())
+    load = trial.bounded(go())
     assert load.outcome == "ok", load.error
     assert load.result == [False, [], {1: 2.5, "x": (uuid.UUID(int=1), None)}]
 
@@ -198,8 +199,8 @@ def test_bytecode_of_the_library_cannot_be_planted() -> None:
     async def go() -> list[object]:
         found = []
         for level in ALL:
-            async with kit.sandbox(level) as one:
+            async with trial.open_sandbox(level) as one:
                 found.append(await one.execute_plugin_safe(write))
         return found
 
-    assert kit.bounded(asyncio.wait_for(go(), 15)) == [[]] * len(ALL)
+    assert trial.bounded(asyncio.wait_for(go(), 15)) == [[]] * len(ALL)

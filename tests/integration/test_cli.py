@@ -597,6 +597,8 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "call with bad json keyword": (["call", "--kwarg", "x=", "plugin.py:main"], ("--kwarg x=", "JSON")),
     "command": (["rnu", "plugin.py"], ("rnu", "psie --help")),
     "explain of no level": (["explain", "--level", "strct"], ("strct", "did you mean strict")),
+    "selftest of no level": (["selftest", "--level", "strct"], ("strct", "did you mean strict")),
+    "selftest of no attack": (["selftest", "unshaer"], ("unshaer", "did you mean unshare")),
 }
 
 
@@ -1371,3 +1373,49 @@ def test_links_beside_the_file_lead_nowhere(caller: Caller) -> None:
 def test_arguments_of_any_size(caller: Caller) -> None:
     done = caller.plugin("import sys\nprint([len(each) for each in sys.argv[1:]])", "--", "a" * 100_000, "b" * 100_000)
     assert (done.status, done.out) == (0, "[100000, 100000]\n")
+
+
+# -- psie selftest -------------------------------------------------------------------------------------------------------
+
+
+def test_selftest(everywhere: Caller) -> None:
+    """A few attacks; tests/escape has all of them. Some fail at every level, one only where it is claimed."""
+    names = ["unshare", "fork_bomb", "write_outside", "symbols_of_the_kernel", "replace_the_kernel"]
+    done = everywhere.run("selftest", "--level", everywhere.level, "--json", *names)
+    found = json.loads(done.out)
+    verdicts = {each["attack"]: each["verdict"] for each in found["attacks"]}
+    assert (done.status, found["failed"], found["level"]) == (0, 0, everywhere.level), found
+    assert set(verdicts) == set(names)
+    assert verdicts["unshare"] == "PASS"
+    assert verdicts["write_outside"] == "PASS"
+    assert verdicts["replace_the_kernel"] == "NOT APPLICABLE"
+    if everywhere.level == "minimal":
+        assert verdicts["symbols_of_the_kernel"] == "NOT APPLICABLE"
+    assert found["passed"] == list(verdicts.values()).count("PASS")
+    shown = everywhere.run("selftest", "--level", everywhere.level, "unshare")
+    assert re.search(r"PASS +seccomp: namespaces and mounts +unshare +EPERM\*", shown.out)
+    assert "1 stopped, 0 NOT STOPPED, 0 not applicable" in shown.err
+
+
+def test_selftest_is_no_run_of_a_plugin(cli_folder: Path, tmp_path: Path) -> None:
+    caller = cli_harness.remembering(cli_harness.privileged("strict", cli_folder), tmp_path)
+    assert caller.run("selftest", "unshare").status == 0
+    assert json.loads(caller.run("history", "--json").out) == []
+
+
+def test_a_killed_selftest_leaves_nothing_to_the_next(twice: Caller, tmp_path: Path) -> None:
+    """Its folder is removed by the next one, as long as nobody is in it."""
+    tmp_path.chmod(0o777)
+    for folder in (tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    place = {"env": {"TMPDIR": str(tmp_path)}}
+    with twice.start("selftest", "--level", twice.level, **place) as process:
+        assert harness.wait_until(lambda: len(list(tmp_path.glob("psie-escape-*/*"))) > 5, harness.SETTLE)
+        (left,) = tmp_path.iterdir()
+        assert twice.run("selftest", "--level", twice.level, "unshare", **place).status == 0
+        assert left.exists()  # it is held
+        process.kill()
+        process.wait()
+    assert left.exists()
+    assert twice.run("selftest", "--level", twice.level, "unshare", **place).status == 0
+    assert list(tmp_path.iterdir()) == []

@@ -7,25 +7,9 @@ import pty
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
-from escape.kit import (
-    MAXIMUM,
-    STRICTER,
-    Attack,
-    Outside,
-    Scene,
-    Where,
-    attack,
-    attempt,
-    calls,
-    carry_out,
-    first_escape,
-    matrix,
-    syscall,
-)
-from sandbox.config import IsolationLevel
 from sandbox.errors import SecurityViolationError
+from sandbox.selftest.attacks import MAXIMUM, STRICTER, Scene, Where, attack, attempt, calls, first_escape, syscall
 
 NAMES = "seccomp: namespaces and mounts"
 PROCESSES = "seccomp: other processes"
@@ -473,8 +457,3 @@ if os.uname().machine == "x86_64":
                 "both": lambda: clone(0),
             }
         )
-
-
-@matrix(__name__)
-def test_attack(one: Attack, level: IsolationLevel, outside: Outside, tmp_path: Path) -> None:
-    carry_out(one, level, outside, tmp_path)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
-from escape.kit import Attack, Outside, attack, attempt, calls, carry_out, first_escape, matrix, syscall
-from sandbox.config import IsolationLevel
+from sandbox.selftest.attacks import attack, attempt, calls, first_escape, syscall
 
 MOUNTS = "seccomp: mounts one by one"
 KEPT = "seccomp: namespaces by kept descriptors"
@@ -157,8 +155,3 @@ def unshare_what_is_not_a_sandbox_s(numbers: dict[str, int]) -> str:
     """Time, which no sandbox has of its own, and what the threads of a process share: descriptors, folder, semaphores."""
     kinds = {"time": 0x80, "files": 0x400, "folder": 0x200, "semaphores": 0x40000}
     return first_escape({name: partial(syscall, numbers["unshare"], flag) for name, flag in kinds.items()})
-
-
-@matrix(__name__)
-def test_attack(one: Attack, level: IsolationLevel, outside: Outside, tmp_path: Path) -> None:
-    carry_out(one, level, outside, tmp_path)
