@@ -1,8 +1,9 @@
-"""What all tests share: which half of them a process runs, which of them want the host for themselves, where they record.
+"""What all tests share: which part of them a process runs, which of them want the host for themselves, where they record.
 
-`make test` runs two pytest processes side by side (tools/run_tests.py): "library" has most integration tests, "rest" all that
-is left, so that nothing is ever left out of both. A test marked `alone` changes what other sandboxes of this user depend
-on, or would be disturbed by their end: meanwhile the other process runs none that opens sandboxes of this user.
+`make test` runs three pytest processes side by side (tools/run_tests.py): "library" has most integration tests, "rootless"
+those of a user without rights and one more file, "rest" all that is left, so that nothing is ever left out of all. A test
+marked `alone` changes what other sandboxes of this user depend on, or would be disturbed by their end: meanwhile the other
+processes run none that opens sandboxes of this user.
 
 Sandboxes and frameworks that tests open themselves record nothing where a person's records are.
 """
@@ -19,30 +20,29 @@ import pytest
 from sandbox import state
 from sandbox.recovery import private
 
-HALVES = ("library", "rest")
-# Integration tests that are none of the first half's, which takes longer: those of a user without rights, and one more file.
-AMONG_THE_REST = ("test_rootless.py", "test_bad_input.py")
+PARTS = ("library", "rootless", "rest")
+# Integration tests that are in other parts, so that each part takes about as long.
+ELSEWHERE = {"test_rootless.py": "rootless", "test_faults.py": "rootless", "test_bad_input.py": "rest", "test_cli.py": "rest"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--half", choices=HALVES, help="run only this half of the tests")
+    parser.addoption("--part", choices=PARTS, help="run only this part of the tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: not beside tests of another pytest process of this user")
 
 
-def half_of(item: pytest.Item) -> str:
-    """Either half takes about as long."""
-    return "library" if item.path.parent.name == "integration" and item.path.name not in AMONG_THE_REST else "rest"
+def part_of(item: pytest.Item) -> str:
+    return ELSEWHERE.get(item.path.name, "library") if item.path.parent.name == "integration" else "rest"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    wanted = config.getoption("--half")
-    others = [item for item in items if wanted is not None and half_of(item) != wanted]
+    wanted = config.getoption("--part")
+    others = [item for item in items if wanted is not None and part_of(item) != wanted]
     if others:
         config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if half_of(item) == wanted]
+        items[:] = [item for item in items if part_of(item) == wanted]
 
 
 @pytest.hookimpl(wrapper=True)
