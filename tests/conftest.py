@@ -14,6 +14,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -22,7 +23,7 @@ from sandbox.recovery import private
 
 PARTS = ("library", "rootless", "rest")
 # Integration tests that are in other parts, so that each part takes about as long.
-ELSEWHERE = {"test_rootless.py": "rootless", "test_faults.py": "rootless", "test_bad_input.py": "rest", "test_cli.py": "rest"}
+ELSEWHERE = {"test_rootless.py": "rootless", "test_faults.py": "rootless", "test_cli.py": "rest"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,14 +48,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """The lock lies beside the ledger, which is what sandboxes of one user share: see flock(2)."""
+    """The locks lie beside the ledger, which is what sandboxes of one user share: see flock(2).
+
+    Who waits to be alone holds the turn, for which all others then wait: else there would always be one more beside it.
+    """
     opens_none = item.path.parent.name not in ("integration", "escape") or item.path.name == "test_rootless.py"
     if opens_none:
         return (yield)
-    fd = os.open(os.path.join(state.folder("run"), "tests"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+    with lock("tests-turn", fcntl.LOCK_EX) as turn, lock("tests", fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH):
+        fcntl.flock(turn, fcntl.LOCK_UN)
         return (yield)
+
+
+def is_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
+
+
+@contextmanager
+def lock(name: str, kind: int) -> Iterator[int]:
+    fd = os.open(os.path.join(state.folder("run"), name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, kind)
+        yield fd
     finally:
         os.close(fd)
 
