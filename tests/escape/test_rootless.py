@@ -7,6 +7,7 @@ import pytest
 from escape import rootless
 
 
+@pytest.mark.timeout(rootless.SECONDS + 20)
 def test_attacks_as_an_unprivileged_user() -> None:
     session = rootless.current()
     if session is None:
