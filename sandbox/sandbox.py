@@ -38,6 +38,7 @@ from sandbox.recipe_data import confirm
 from sandbox.recovery.commit import journals, recover
 from sandbox.recovery.granted import GrantedChanges, deletion_violation, refuse_direct
 from sandbox.remembered import Remembered
+from sandbox.session import Conversation, Session
 from sandbox.telemetry import SandboxTelemetry
 from sandbox.text import TerminalEscaper
 from sandbox.violations import SandboxViolation
@@ -387,6 +388,18 @@ class EnhancedPluginSandbox:
             call = await self._execute(remembered, file, instruction, payload)
             return self._value(call, transport.plain_types(plugin_function, args))
 
+    def session(self, setup_fn: Callable[[], Any] | None = None, *, max_calls: int | None = None) -> Session:
+        """A process that serves many calls, with its state kept between them: `async with sandbox.session() as session`.
+
+        Args:
+            setup_fn: is called first, in each process that the session has; what it returns goes to functions whose first
+                parameter is called `state`.
+            max_calls: after so many calls a fresh process takes over; None: never.
+
+        See Session. Raises TypeError, ValueError.
+        """
+        return Session(self, setup_fn, max_calls=max_calls)
+
     async def execute_file(self, name: str, source: bytes, job: Mapping[str, object]) -> Any:
         """Load a file that the sandbox sees as a module, call a function of it, and return its value.
 
@@ -413,11 +426,19 @@ class EnhancedPluginSandbox:
         if self._busy:
             raise RuntimeError(f"sandbox {self.sandbox_id}: {self._busy}: wait until that is done")
 
-    async def _execute(self, remembered: Remembered, file: str, instruction: dict[str, object], payload: bytes) -> client.Call:
-        """Run a job to its end; changes of granted folders are discarded if that is a violation."""
+    async def _execute(
+        self,
+        remembered: Remembered,
+        file: str,
+        instruction: dict[str, object],
+        payload: bytes,
+        conversation: Conversation | None = None,
+    ) -> client.Call:
+        """Run a job to its end, of a session if there is a conversation; changes of granted folders are discarded if that is
+        a violation."""
         self._running += 1
         try:
-            return await self._run_job(remembered, file, instruction, payload)
+            return await self._run_job(remembered, file, instruction, payload, conversation)
         except SecurityViolationError as error:
             self._tainted = str(error).splitlines()[0]
             raise
@@ -433,7 +454,14 @@ class EnhancedPluginSandbox:
                 await asyncio.to_thread(self._on_taint, granted)
         await self._renew(keep=False)
 
-    async def _run_job(self, remembered: Remembered, file: str, instruction: dict[str, object], payload: bytes) -> client.Call:
+    async def _run_job(
+        self,
+        remembered: Remembered,
+        file: str,
+        instruction: dict[str, object],
+        payload: bytes,
+        conversation: Conversation | None,
+    ) -> client.Call:
         run, self._standby = self._standby or self._new_run(), None
         self._telemetry.plugin_id = remembered.name
         try:
@@ -445,7 +473,7 @@ class EnhancedPluginSandbox:
         self._plugins[run.call.number] = remembered.name
         run.call.source_file = file
         try:
-            await run.execute(instruction, payload, self.limits.max_execution_time_seconds)
+            await run.execute(instruction, payload, self.limits.max_execution_time_seconds, conversation)
         finally:
             outcome.locate(run.call, run.violations)
             self._record(run, remembered)
@@ -469,7 +497,7 @@ class EnhancedPluginSandbox:
                 f"{function.__qualname__} is a generator: return a list instead", exception_type="TypeError"
             )
         assert self.recipe is not None
-        if wants_environment(function):
+        if transport.first_wish(function) == "env":
             args = (self._environment(), *args)
         instruction = {**self._instruction("call"), "coroutine": inspect.iscoroutinefunction(function)}
         return instruction, transport.pack(function, args, kwargs, self.recipe.interpreter["path"])
@@ -977,10 +1005,12 @@ class _Run:
             await asyncio.wrap_future(self._sealed)
         self._sealed.result()
 
-    async def execute(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
+    async def execute(
+        self, instruction: dict[str, object], payload: bytes, seconds: float, conversation: Conversation | None
+    ) -> None:
         """Send the job and wait for the end of everything; a cancelled caller kills it first."""
         assert self.owner._service is not None
-        self.owner._service.post(self._send, instruction, payload, seconds)
+        self.owner._service.post(self._send, instruction, payload, seconds, conversation)
         waiting = asyncio.wrap_future(self._done)
         try:
             await asyncio.shield(waiting)
@@ -1002,10 +1032,13 @@ class _Run:
 
     # In the engine's thread:
 
-    def _send(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
+    def _send(self, instruction: dict[str, object], payload: bytes, seconds: float, conversation: Conversation | None) -> None:
         if not self.call.done:
             self._recorded = self.owner._recording_begins(self.call)
-        self.call.send_job(instruction, payload, seconds)
+        if conversation is None:
+            self.call.send_job(instruction, payload, seconds)
+        else:
+            conversation.begin(self, instruction, payload, seconds)
         recipe = self.call.sandbox.recipe
         if not self.call.done and recipe.monitoring["real_time"]:
             self._watch_timer = self.call.loop.call_later(client.WATCH_AFTER, self._watch)
@@ -1115,16 +1148,6 @@ def compiled(
         made = recipe.compile(config, limits, permissions, host.facts(), read_only=read_only)
         _compiled[key] = made, client.wire_form(made)
     return _compiled[key]
-
-
-def wants_environment(function: Callable[..., Any]) -> bool:
-    """Whether the function's first parameter is called env or environment."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        return False
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return bool(parameters) and parameters[0].name in ("env", "environment") and parameters[0].kind in positional
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ caller's files; the standard library and installed packages go by reference. Mus
 
 from __future__ import annotations
 
+import inspect
 import io
 import pickle
 import sys
@@ -111,6 +112,27 @@ def pack(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             exception_type=type(error).__name__,
             exception_message=str(error),
         ) from None
+
+
+PLAIN = frozenset((int, str, bytes, float, bool, type(None)))
+
+
+def is_plain(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+    """Whether marshal carries all of it, for which nothing has to be pickled."""
+    return all(type(value) in PLAIN for value in args) and all(type(value) in PLAIN for value in kwargs.values())
+
+
+def first_wish(function: Callable[..., Any]) -> str:
+    """What a function gets before its arguments, as the name of its first parameter says: "", "env" or "state"."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return ""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if not parameters or parameters[0].kind not in positional:
+        return ""
+    name = parameters[0].name
+    return name if name == "state" else "env" if name in ("env", "environment") else ""
 
 
 def _blame(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> tuple[str, str]:

@@ -45,15 +45,20 @@ import _socket
 import fcntl
 import marshal
 import os
+import struct
 
 FRAME = 65536  # bytes of data per frame
 MESSAGE = 65536  # bytes per message that the host accepts
+SMALL = 32768  # bytes of a job that travels in one instruction
 INSTRUCTION = 65536  # bytes per instruction: below the size from which malloc(3) maps pages for one
 REPLY_TEXT = 1 << 19  # bytes of a reply that is no value
 
 REPLY_VALUE = b"v"  # a piece of an encoded value
 REPLY_ERROR = b"e"  # a piece of an encoded exception
 REPLY_UNFIT = b"u"  # a piece of a flat message "unfit": text, allowed, used; the value cannot travel
+
+# What host and warden both have of a session: since when it does what it does, by CLOCK_MONOTONIC in seconds, or 0.
+CLOCK = struct.Struct("=d")
 
 NOTE = b"n"  # a flat message "refused" or "asked"
 FILE_OPERATIONS = (  # that a note may tell of

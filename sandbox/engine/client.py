@@ -13,7 +13,7 @@ import marshal
 import os
 import select
 import sys
-from time import clock_gettime_ns, time
+from time import clock_gettime_ns, monotonic, time
 
 from sandbox import state
 from sandbox.cgroups import leaf, place
@@ -818,6 +818,18 @@ class Sandbox:
                     os.close(parent)
 
 
+class Answer:
+    """What a session has said to one request: a complete reply, as a Call has it in the end."""
+
+    def __init__(self, call: Call) -> None:
+        self.sandbox = call.sandbox
+        self.source_file = call.source_file
+        self.reply_kind = call.reply_kind
+        self.reply = call.reply
+        self.reply_complete = call.reply_complete
+        self.passing = call.passing
+
+
 class Call:
     """One call: from a worker that waits for a job to its reply and its end.
 
@@ -851,6 +863,9 @@ class Call:
         self.on_sealed: Callable[[Call], None] | None = None
         self.on_done: Callable[[Call], None] | None = None
         self.on_violation: Callable[[Call, dict[str, str]], None] | None = None
+        self.on_reply: Callable[[Call], None] | None = None  # of a session: for each reply
+        self.clock = -1  # of a session: see sandbox.engine.warden.Call
+        self.seconds = 0.0  # that a call of it may take
         self.has_job = False
         self.source_file = ""  # where the caller's own code of this call lies, for its traceback
         self.done = False
@@ -881,20 +896,69 @@ class Call:
 
     def send_job(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
         """Let the worker begin; from now on the warden's clock runs for `seconds`."""
+        self._deadline(seconds)
+        self._hand_over(instruction, payload)
+
+    def begin_session(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
+        """Let the worker begin a session: it prepares itself, and serves requests until `end_session`.
+
+        Its preparation and each request may take `seconds`; of their beginnings the warden learns from a clock that both
+        have, so that none costs a message. `on_reply(call)` when a reply is complete: take it by `next_reply`.
+        """
+        self.clock = os.memfd_create("psie clock", os.MFD_CLOEXEC)
+        self._set_clock(monotonic())
+        self._deadline(seconds, [self.clock])
+        self._hand_over(instruction, payload)
+
+    def request(self, instruction: dict[str, object], payload: bytes) -> None:
+        """The session is to do this next; nothing if it has ended."""
+        if not self.done:
+            self._set_clock(monotonic())
+            self.expect("a call was to end", self.seconds)
+            self._hand_over(instruction, payload)
+
+    def next_reply(self) -> Answer:
+        """The reply that is complete; the next one may come."""
+        self._set_clock(0.0)
+        if self._waiting is not None:
+            self._waiting.cancel()
+        answer = Answer(self)
+        self.reply_kind, self.reply, self.reply_complete, self.reply_size = b"", bytearray(), False, 0
+        self.passing = None
+        return answer
+
+    def end_session(self) -> None:
+        """There is no further request: it ends as a program does, for which it has as long as for one."""
+        if not self.done:
+            self._set_clock(monotonic())
+            self.expect("a call was to end", self.seconds)
+            self._close_job()
+
+    def _set_clock(self, moment: float) -> None:
+        os.pwrite(self.clock, channel.CLOCK.pack(moment), 0)
+
+    def _deadline(self, seconds: float, clock: Sequence[int] = ()) -> None:
         grace = float(self.sandbox.recipe.monitoring["grace_seconds"])
-        self.sandbox._instruct({"op": "deadline", "call": self.number, "seconds": seconds, "grace": grace})
-        self.expect("a call was to end", seconds + grace)
+        self.seconds = seconds + grace
+        self.sandbox._instruct({"op": "deadline", "call": self.number, "seconds": seconds, "grace": grace}, clock)
+        self.expect("a call was to end", self.seconds)
         self.has_job = True
+
+    def _hand_over(self, instruction: dict[str, object], payload: bytes) -> None:
+        """In one message what fits into one."""
         header = marshal.dumps(instruction)
-        view = memoryview(header + payload)
+        is_small = len(header) + len(payload) <= channel.SMALL
         try:
-            channel.instruct(self.job, {"header": len(header), "size": len(view)})
+            head = {"header": len(header), "size": len(header) + len(payload), "data": header + payload if is_small else b""}
+            channel.instruct(self.job, head)
         except OSError as error:
             self._unsent(error)
             return
-        self._outgoing = [view[start : start + channel.FRAME] for start in range(0, len(view), channel.FRAME)]
-        self._outgoing.reverse()
-        self._send_more()
+        if not is_small:
+            view = memoryview(header + payload)
+            self._outgoing = [view[start : start + channel.FRAME] for start in range(0, len(view), channel.FRAME)]
+            self._outgoing.reverse()
+            self._send_more()
 
     def _send_more(self) -> None:
         while self._outgoing:
@@ -957,6 +1021,8 @@ class Call:
             return
         self.reply += data
         self.reply_complete = last
+        if last and self.on_reply is not None:
+            self.on_reply(self)
 
     def _note(self, data: bytes) -> bool:
         """What the interpreter has refused: a record like the kernel's, which the plugin could forge or leave out."""
@@ -1072,6 +1138,9 @@ class Call:
             return
         self.done = True
         self._close_job()
+        if self.clock >= 0:
+            os.close(self.clock)
+            self.clock = -1
         if self._waiting is not None:
             self._waiting.cancel()
         if self.on_done is not None:

@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from sandbox.engine.client import Call, Sandbox
+    from sandbox.engine.client import Answer, Call, Sandbox
     from sandbox.recipe_data import Recipe
     from sandbox.violations import Explanation, SandboxViolation
 
@@ -166,7 +166,7 @@ def describe_import(fields: dict[str, str], recipe: Recipe) -> SandboxViolation:
     return SandboxViolation(kind, text, datetime.now(UTC), "warning", details, explanation=explanation)
 
 
-def locate(call: Call, violations: list[SandboxViolation]) -> None:
+def locate(call: Call | Answer, violations: list[SandboxViolation]) -> None:
     """Tell the violation that ended the plugin where that was, if its exception was of a refused operation of that kind.
 
     The kernel does not know it: file and line are the interpreter's word, so the plugin's, and marked as such. What is no
@@ -328,10 +328,15 @@ def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | 
     code, number = exit_of(call)
     if number is not None or (cause == "killed" and code is None):
         return _killed(number or signal.SIGKILL, limits, violations)
-    if call.reply_kind == channel.REPLY_ERROR and call.reply_complete:
-        return plugin_error(call, violations)
-    if call.reply_kind == channel.REPLY_UNFIT and call.reply_complete:
-        return _unfit(call)
+    return reply_error(call, violations)
+
+
+def reply_error(said: Call | Answer, violations: list[SandboxViolation]) -> SandboxException | None:
+    """The exception that a complete reply is; None for a value."""
+    if said.reply_kind == channel.REPLY_ERROR and said.reply_complete:
+        return plugin_error(said, violations)
+    if said.reply_kind == channel.REPLY_UNFIT and said.reply_complete:
+        return _unfit(said)
     return None
 
 
@@ -395,7 +400,7 @@ def with_source(traceback_text: str, filename: str) -> str:
     return "\n".join(shown)
 
 
-def plugin_error(call: Call, violations: list[SandboxViolation]) -> SandboxException:
+def plugin_error(call: Call | Answer, violations: list[SandboxViolation]) -> SandboxException:
     """An exception of the plugin. What it says about itself is text from a sandbox; errno and MemoryError decide the class."""
     limits = call.sandbox.recipe.limits
     try:
@@ -433,7 +438,7 @@ def plugin_error(call: Call, violations: list[SandboxViolation]) -> SandboxExcep
     )
 
 
-def _unfit(call: Call) -> SandboxException:
+def _unfit(call: Call | Answer) -> SandboxException:
     try:
         _, fields = channel.unpack(bytes(call.reply))
     except channel.Malformed:

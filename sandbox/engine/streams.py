@@ -125,13 +125,21 @@ class Streams:
         del self.sinks[fd]
         os.close(fd)
 
+    def catch_up(self) -> None:
+        """Read what has been written so far."""
+        for fd in list(self.sinks):
+            while fd in self.sinks and self.used <= self.limit and self._readable(fd):
+                pass
+
+    def begin_anew(self) -> None:
+        """The limit is for what comes from now on."""
+        self.used = 0
+
     def finish(self) -> None:
         """The writers have gone: read what is left, up to the limit, and close."""
         self.close_inside()
         if self.pump is not None:
             self.pump.close()
+        self.catch_up()
         for fd in list(self.sinks):
-            while fd in self.sinks and self.used <= self.limit and self._readable(fd):
-                pass
-            if fd in self.sinks:
-                self._close(fd)
+            self._close(fd)

@@ -60,6 +60,8 @@ class Call:
         self.mounts: int | None = None  # init's mount namespace, held until its end has been told
         self.worker: int | None = None  # a pidfd
         self.deadline: float | None = None
+        self.clock: int | None = None  # of a session: an fd with the time at which what it does now has begun, or 0
+        self.seconds = 0.0  # that each of its calls may take
         self.grace = 0.0  # seconds from SIGTERM at the deadline to SIGKILL; 0: SIGKILL at once
         self.cause = "exit"
         self.used = 0  # bytes of memory, where that is the cause
@@ -349,6 +351,8 @@ class Warden:
         if call.worker is not None:
             sc.pidfd_send_signal(call.worker, signal.SIGKILL)
             os.close(call.worker)
+        if call.clock is not None:
+            os.close(call.clock)
         if "cgroup" in self.fds and "pid" not in self.recipe["namespaces"]:
             leaf.remove(self.fds["cgroup"], f"call-{call.number}")
             self.reap_orphans()
@@ -490,11 +494,13 @@ class Warden:
             return True
         call = self.find(int(instruction["call"]))  # type: ignore[call-overload]
         if call is None:
+            close_all(fds)
             return True  # it has ended meanwhile
         if operation == "kill":
             self.kill(call, str(instruction["cause"]))
         elif operation == "deadline":
             self.begin_clock(call, float(instruction["seconds"]), float(instruction["grace"]))  # type: ignore[arg-type]
+            call.clock = fds[0] if fds else None
         elif operation == "signal" and call.worker is not None:
             sc.pidfd_send_signal(call.worker, int(instruction["signal"]))  # type: ignore[call-overload]
         return True
@@ -505,10 +511,17 @@ class Warden:
         if all(other.deadline is None for other in self.calls.values()):
             self.sample_at = now + SAMPLE_SECONDS
         call.deadline = now + seconds
+        call.seconds = seconds
         call.grace = grace
 
     def overdue(self, call: Call, now: float) -> None:
-        """Its time is over: whoever handles SIGTERM may tidy up for a moment."""
+        """Its time is over: whoever handles SIGTERM may tidy up for a moment. A session's call may have begun later."""
+        if call.clock is not None and call.cause != "timeout":
+            (began,) = channel.CLOCK.unpack(os.pread(call.clock, channel.CLOCK.size, 0))
+            due = (began or now) + call.seconds
+            if due > now:
+                call.deadline = due
+                return
         grace, call.grace, call.deadline = call.grace, 0.0, None
         if grace and call.worker is not None:
             call.cause, call.deadline = "timeout", now + grace
@@ -572,7 +585,7 @@ class Warden:
         for call in self.calls.values():
             self.let_go(call)
             call.report.close()
-            for fd in (call.pidfd, call.worker):
+            for fd in (call.pidfd, call.worker, call.clock):
                 if fd is not None:
                     os.close(fd)
             if call.mounts is not None:

@@ -52,20 +52,15 @@ def run(
         job = seal(recipe, ids, report, fds, notes, tty=tty)
         if tty:
             sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        sizes, _ = channel.receive_instruction(job, 0)
-        if sizes is None:
+        received = receive_job(job)
+        if received is None:
             os._exit(0)
-        payload = receive_payload(job, int(sizes["size"]))  # type: ignore[call-overload]
-        header = int(sizes["header"])  # type: ignore[call-overload]
-        instruction = marshal.loads(payload[:header])
-        del payload[:header]
+        instruction, payload = received
         sc.after_fork()
         forkhooks.make_up()
         take_on(job, instruction, recipe["environment"])
         note_refusals(job, recipe)
-        status = {"run": run_file, "call": run_call, "function": run_function}[str(instruction["kind"])](
-            job, instruction, payload
-        )
+        status = KINDS[instruction["kind"]](job, instruction, payload)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
@@ -136,14 +131,20 @@ def self_probe(recipe: dict[str, Any]) -> str:
     raise OSError(errno.ENOTRECOVERABLE, "Landlock let a forbidden write through", path)
 
 
-def receive_payload(job: _socket.socket, size: int) -> bytearray:
-    payload = bytearray()
-    while len(payload) < size:
+def receive_job(job: _socket.socket) -> tuple[dict[str, Any], bytearray] | None:
+    """(instruction, payload); None when there will be none."""
+    head: Any = channel.receive_instruction(job, 0)[0]
+    if head is None:
+        return None
+    payload = bytearray(head["data"])
+    while len(payload) < head["size"]:
         data = job.recv(channel.FRAME)
         if not data:
-            os._exit(0)
+            return None
         payload += data
-    return payload
+    instruction = marshal.loads(payload[: head["header"]])
+    del payload[: head["header"]]
+    return instruction, payload
 
 
 def take_on(job: _socket.socket, instruction: dict[str, Any], environment: dict[str, str]) -> None:
@@ -339,7 +340,7 @@ def run_function(job: _socket.socket, instruction: dict[str, Any], source: bytea
         if code is not None and code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR):
             raise TypeError(f"{code.co_name} is a generator: return a list instead")
         arguments = instruction["args"]
-        if is_plugin and code is not None and code.co_argcount and code.co_varnames[0] in ("env", "environment"):
+        if is_plugin and wants(function):
             arguments = [instruction["env"], *arguments]
         result = function(*arguments, **instruction["kwargs"])
         if hasattr(result, "__await__"):
@@ -349,6 +350,82 @@ def run_function(job: _socket.socket, instruction: dict[str, Any], source: bytea
         return result
 
     return reply(job, value, instruction["max_bytes"], show=True)
+
+
+# -- a session ---------------------------------------------------------------------------------------------------------
+
+
+def run_session(job: _socket.socket, instruction: dict[str, Any], payload: bytearray) -> int:
+    """Prepare, and then serve one request after the other until the caller hangs up; what they leave behind stays.
+
+    A session of functions is prepared by the function in `payload`, if there is one: what that returns is the state. One of a
+    plugin folder loads the module whose source `payload` is. A function that raises ends nothing; SystemExit ends it all.
+    """
+    import pickle
+
+    state: Any = None
+    module: Any = None
+    runner: Any = None
+    known: dict[int, Callable[..., object]] = {}
+    most = instruction["max_bytes"]
+
+    def awaited(result: Any) -> object:
+        """On one event loop for all of the session."""
+        nonlocal runner
+        if not hasattr(result, "__await__"):
+            return result
+        if runner is None:
+            import asyncio
+
+            runner = asyncio.Runner()
+        return runner.run(as_coroutine(result))
+
+    def prepare() -> None:
+        nonlocal state, module
+        if instruction["module"]:
+            sys.path.insert(first_package_folder(), instruction["folder"])
+            module = load_module(instruction["module"], instruction["path"], payload, keeps_names=True)
+        elif payload:
+            function, arguments, _ = pickle.loads(payload)
+            state = awaited(function(*arguments))
+
+    def function_of(request: dict[str, Any]) -> Callable[..., object]:
+        if module is not None:
+            function = getattr(module, request["name"], None)
+            if callable(function):
+                return function
+            raise AttributeError(f"{instruction['path']} has no function {request['name']}")
+        if request["code"]:
+            known[request["function"]] = pickle.loads(request["code"])[0]
+        return known[request["function"]] if request["keeps"] else known.pop(request["function"])
+
+    def serve(request: dict[str, Any], pickled: bytearray) -> object:
+        function = function_of(request)
+        arguments, keywords = pickle.loads(pickled)[1:] if pickled else (request["args"], request["kwargs"])
+        first = {"": (), "state": (state,), "env": (instruction["env"],)}[wants(function) if module else request["wants"]]
+        return awaited(function(*first, *arguments, **keywords))
+
+    try:
+        send_outcome(job, prepare, most)
+        while (received := receive_job(job)) is not None:
+            send_outcome(job, lambda: serve(*received), most)
+    except SystemExit as stop:
+        return exit_status(stop.code)
+    if runner is not None:
+        runner.close()
+    finalize()
+    return 0
+
+
+async def as_coroutine(result: Any) -> object:
+    return await result
+
+
+def wants(function: Any) -> str:
+    """What a function of a plugin folder gets before its arguments, as the name of its first parameter says."""
+    code = code_of(function)
+    name = code.co_varnames[0] if code is not None and code.co_argcount else ""
+    return "env" if name in ("env", "environment") else ""
 
 
 def first_package_folder() -> int:
@@ -393,13 +470,22 @@ def code_of(function: Any) -> CodeType | None:
 
 
 def reply(job: _socket.socket, action: Callable[[], object], max_bytes: int, *, show: bool = False) -> int:
-    """Send what `action` returns or raises; with `show` an exception is also told on stderr, as `python` would."""
+    """Send what `action` returns or raises, and the exit status that it comes to."""
     try:
-        value = action()
+        return send_outcome(job, action, max_bytes, show=show)
     except SystemExit as stop:
         status = exit_status(stop.code)
         flush()
         return status
+
+
+def send_outcome(job: _socket.socket, action: Callable[[], object], max_bytes: int, *, show: bool = False) -> int:
+    """Send what `action` returns or raises, but for SystemExit; with `show` an exception is told on stderr too, as `python`
+    would."""
+    try:
+        value = action()
+    except SystemExit:
+        raise
     except BaseException as error:
         error.__traceback__ = own_frames_off(error.__traceback__)
         send_error(job, error)
@@ -457,3 +543,11 @@ def send_error(job: _socket.socket, error: BaseException) -> None:
     if refusals is not None:
         refusals.uncaught(error)
     send_frames(job, channel.REPLY_ERROR, failure.encode(error))
+
+
+KINDS: dict[str, Callable[[_socket.socket, dict[str, Any], bytearray], int]] = {
+    "run": run_file,
+    "call": run_call,
+    "function": run_function,
+    "session": run_session,
+}
