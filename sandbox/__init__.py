@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SandboxInitializationError,
         SecurityViolationError,
     )
+    from sandbox.executor import SandboxExecutor, sandboxed
     from sandbox.files import FileEntry
     from sandbox.monitor.files import FilesystemWatchdog
     from sandbox.monitor.network import NetworkIsolationManager
@@ -63,6 +64,7 @@ __all__ = [
     "ResourceError",
     "ResourceLimitExceededError",
     "SandboxException",
+    "SandboxExecutor",
     "SandboxInitializationError",
     "SandboxRecoveryManager",
     "SandboxTelemetry",
@@ -74,6 +76,7 @@ __all__ = [
     "escape_text",
     "load_config",
     "log_level_from_env",
+    "sandboxed",
 ]
 
 _MODULES = {
@@ -98,6 +101,7 @@ _MODULES = {
     "ResourceError": "sandbox.errors",
     "ResourceLimitExceededError": "sandbox.errors",
     "SandboxException": "sandbox.errors",
+    "SandboxExecutor": "sandbox.executor",
     "SandboxInitializationError": "sandbox.errors",
     "SandboxRecoveryManager": "sandbox.recovery.manager",
     "SandboxTelemetry": "sandbox.telemetry",
@@ -109,6 +113,7 @@ _MODULES = {
     "escape_text": "sandbox.text",
     "load_config": "sandbox.config",
     "log_level_from_env": "sandbox.config",
+    "sandboxed": "sandbox.executor",
 }
 
 

@@ -391,7 +391,7 @@ def run_session(job: _socket.socket, instruction: dict[str, Any], payload: bytea
 
     def function_of(request: dict[str, Any]) -> Callable[..., object]:
         if module is not None:
-            function = getattr(module, request["name"], None)
+            function: Callable[..., object] | None = getattr(module, request["name"], None)
             if callable(function):
                 return function
             raise AttributeError(f"{instruction['path']} has no function {request['name']}")

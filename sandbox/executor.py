@@ -1,0 +1,341 @@
+"""SandboxExecutor and @sandboxed: each call in a sandbox of its own, for code that knows nothing of event loops.
+
+A concurrent.futures.Executor whose workers are sandboxes: what a call leaves behind no other call sees. Thin: one thread with
+an event loop, in which each call opens an EnhancedPluginSandbox, runs, and closes it. Must not know how a sandbox is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import copy
+import functools
+import inspect
+import os
+import threading
+import weakref
+from collections import deque
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, RUNNING
+from dataclasses import replace
+
+from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
+from sandbox.sandbox import EnhancedPluginSandbox
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from typing import Any, ParamSpec, TypeVar
+
+    T = TypeVar("T")
+    P = ParamSpec("P")
+
+
+class SandboxFuture(concurrent.futures.Future["T"]):
+    """A Future of one call; `cancel` kills a call that runs, and all that it has started."""
+
+    def __init__(self, kill: Callable[[SandboxFuture[T]], None]) -> None:
+        super().__init__()
+        self._kill = kill
+        self._is_killed = False
+
+    def cancel(self) -> bool:
+        """True unless it is over already. One that runs is killed; the Future is cancelled when nothing of it is left."""
+        if super().cancel():
+            return True
+        with self._condition:
+            if self._state != RUNNING:
+                return False
+            self._is_killed = True
+        self._kill(self)
+        return True
+
+    def _end(self, value: T | None, error: BaseException | None) -> None:
+        """What came of the call; whoever has killed it gets no result, also where it came first."""
+        with self._condition:
+            is_killed = self._is_killed
+            if is_killed:  # a Future that runs cannot be cancelled otherwise
+                self._state = CANCELLED_AND_NOTIFIED
+                for waiter in self._waiters:
+                    waiter.add_cancelled(self)
+                self._condition.notify_all()
+        if is_killed:
+            self._invoke_callbacks()  # type: ignore[attr-defined]
+        elif error is not None:
+            self.set_exception(error)
+        else:
+            self.set_result(value)  # type: ignore[arg-type]
+
+
+class Work:
+    """A call that waits or runs."""
+
+    def __init__(self, future: SandboxFuture[Any], function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self.future = future
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.task: asyncio.Task[None] | None = None
+
+
+class SandboxExecutor(concurrent.futures.Executor):
+    """Runs each submitted call in a fresh sandbox, at most `max_workers` at a time, in the order in which they came.
+
+    Args:
+        max_workers: how many run at once; the number of CPUs if None.
+        level: in place of the level that `config` has.
+        limits, permissions, config: as for EnhancedPluginSandbox; their defaults if None.
+        timeout: seconds that a call may run, in place of the limit that `limits` have.
+        max_waiting: `submit` waits while so many calls wait for a sandbox; None: it never does.
+        environment: further environment variables of the calls.
+
+    What a call raises comes out of its Future as it comes out of `execute_plugin_safe`. Any thread may use it, and any event
+    loop by asyncio.wrap_future or run_in_executor; a fork of its process may not. Left to itself it finishes what was
+    submitted when the interpreter ends.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        *,
+        level: IsolationLevel | str | None = None,
+        limits: PluginLimitsV2 | None = None,
+        permissions: PluginPermissionsV2 | None = None,
+        config: IsolationConfig | None = None,
+        timeout: float | None = None,
+        max_waiting: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Raises ValueError, TypeError."""
+        for name, number in (("max_workers", max_workers), ("max_waiting", max_waiting)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"SandboxExecutor: {name} is {number!r}: give a whole number above 0, or None")
+        self._max_workers = max_workers or os.cpu_count() or 1
+        self._config = config or IsolationConfig()
+        if level is not None:
+            self._config = replace(self._config, level=IsolationLevel(level))
+        self._limits = limits or PluginLimitsV2()
+        if timeout is not None:
+            changed: dict[str, Any] = {"max_execution_time_seconds": timeout, "execution_warning_threshold_seconds": None}
+            self._limits = replace(self._limits, **changed)
+        self._permissions = permissions or PluginPermissionsV2()
+        self._environment = dict(environment or {})
+        self._new_sandbox()  # mistakes in the settings are told here
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._room = threading.Semaphore(max_waiting) if max_waiting is not None else None
+        self._waiting: deque[Work] = deque()
+        self._running: dict[concurrent.futures.Future[Any], Work] = {}
+        self._is_shut = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def _new_sandbox(self) -> EnhancedPluginSandbox:
+        return EnhancedPluginSandbox(self._limits, self._permissions, self._config, environment=self._environment)
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> SandboxFuture[T]:
+        """Have `fn(*args, **kwargs)` called in a sandbox. Raises RuntimeError after `shutdown`, and in a fork."""
+        self._check()
+        if self._room is not None:
+            self._room.acquire()
+        future: SandboxFuture[T] = SandboxFuture(self._kill)
+        with self._lock:
+            if self._is_shut:
+                self._has_room()
+                raise RuntimeError("the executor was shut down: make a new one")
+            self._waiting.append(Work(future, fn, args, kwargs))
+            loop = self._started()
+        loop.call_soon_threadsafe(self._more)
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+    ) -> Iterator[T]:
+        """As Executor.map; with a chunksize above 1 one sandbox serves so many items, one after the other."""
+        if chunksize < 1:
+            raise ValueError(f"SandboxExecutor.map: chunksize is {chunksize}: give a whole number above 0")
+        if chunksize == 1:
+            return super().map(fn, *iterables, timeout=timeout)
+        items = list(zip(*iterables, strict=False))
+        chunks = [items[start : start + chunksize] for start in range(0, len(items), chunksize)]
+
+        def each(chunk: list[tuple[Any, ...]]) -> list[T]:  # in here, so that it travels by value
+            return [fn(*item) for item in chunk]
+
+        results = super().map(each, chunks, timeout=timeout)
+        return (result for chunk in results for result in chunk)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no further calls; with `cancel_futures` those that wait are cancelled. What runs is finished."""
+        with self._lock:
+            self._is_shut = True
+            cancelled = list(self._waiting) if cancel_futures else []
+            if cancel_futures:
+                self._waiting.clear()
+            loop, thread = self._loop, self._thread
+        for work in cancelled:
+            work.future.cancel()
+            work.future.set_running_or_notify_cancel()
+            self._has_room()
+        if loop is None or thread is None or os.getpid() != self._pid:
+            return
+        with contextlib.suppress(RuntimeError):  # it has ended
+            loop.call_soon_threadsafe(self._more)
+        if wait and thread is not threading.current_thread():
+            thread.join()
+
+    def _check(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("this executor belongs to the process that made it: after a fork make a new one")
+
+    def _has_room(self) -> None:
+        if self._room is not None:
+            self._room.release()
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=_serve, args=(self._loop,), name="psie executor", daemon=True)
+            self._thread.start()
+            _open.add(self)
+            weakref.finalize(self, _stop, self._loop).atexit = False
+        return self._loop
+
+    def _kill(self, future: SandboxFuture[Any]) -> None:
+        self._check()
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended, and so has the call
+                self._loop.call_soon_threadsafe(self._cancel, future)
+
+    # In the executor's thread:
+
+    def _more(self) -> None:
+        """Begin what may begin; leave when there is nothing more to come."""
+        while len(self._running) < self._max_workers:
+            with self._lock:
+                work = self._waiting.popleft() if self._waiting else None
+            if work is None:
+                break
+            self._has_room()
+            if work.future.set_running_or_notify_cancel():
+                self._running[work.future] = work
+                work.task = asyncio.get_running_loop().create_task(self._run(work))
+        with self._lock:
+            is_over = self._is_shut and not self._waiting and not self._running
+        if is_over:
+            asyncio.get_running_loop().stop()
+
+    def _cancel(self, future: SandboxFuture[Any]) -> None:
+        work = self._running.get(future)
+        if work is not None and work.task is not None:
+            work.task.cancel()
+
+    async def _run(self, work: Work) -> None:
+        value, error = None, None
+        try:
+            async with self._new_sandbox() as sandbox:
+                value = await sandbox.execute_plugin_safe(work.function, *work.args, **work.kwargs)
+        except BaseException as raised:
+            error = raised
+        del self._running[work.future]
+        try:
+            work.future._end(value, error)
+        finally:
+            self._more()
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """The executor's thread; it knows no executor, so that one of which nobody knows any more can go."""
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+
+def _stop(loop: asyncio.AbstractEventLoop) -> None:
+    with contextlib.suppress(RuntimeError):  # it has ended
+        loop.call_soon_threadsafe(loop.stop)
+
+
+_open: weakref.WeakSet[SandboxExecutor] = weakref.WeakSet()
+
+
+def _finish() -> None:
+    """At the end of the interpreter, before its last threads are joined: as ThreadPoolExecutor, finish what was submitted."""
+    for executor in list(_open):
+        executor.shutdown()
+
+
+threading._register_atexit(_finish)  # type: ignore[attr-defined]
+
+
+# -- the decorator -------------------------------------------------------------------------------------------------------
+
+
+class Sandboxed:
+    """A function whose every call is in a sandbox; inside it is the plain function.
+
+    Attributes:
+        executor: that its calls go through; made at its first call.
+    """
+
+    def __init__(self, function: Callable[..., Any], settings: dict[str, Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._settings = settings
+        self._is_async = inspect.iscoroutinefunction(function)
+        self._executor: SandboxExecutor | None = None
+        self._lock = threading.Lock()
+        if self._is_async:
+            inspect.markcoroutinefunction(self) if hasattr(inspect, "markcoroutinefunction") else None
+        SandboxExecutor(**settings)  # mistakes are told where it is decorated
+
+    @property
+    def executor(self) -> SandboxExecutor:
+        with self._lock:
+            if self._executor is None or self._executor._pid != os.getpid():
+                self._executor = SandboxExecutor(**self._settings)
+            return self._executor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_async:
+            return self._awaited(args, kwargs)
+        return self.executor.submit(self._function, *args, **kwargs).result()
+
+    async def _awaited(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return await asyncio.wrap_future(self.executor.submit(self._function, *args, **kwargs))
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copy.copy, (self._function,)  # which for a function is itself
+
+
+def sandboxed(
+    function: Callable[..., Any] | None = None,
+    *,
+    level: IsolationLevel | str | None = None,
+    limits: PluginLimitsV2 | None = None,
+    permissions: PluginPermissionsV2 | None = None,
+    config: IsolationConfig | None = None,
+    timeout: float | None = None,
+    max_workers: int | None = None,
+) -> Any:
+    """Decorate a function so that each of its calls is in a sandbox: `@sandboxed`, or `@sandboxed(level="strict")`.
+
+    Settings are as for SandboxExecutor. A call returns or raises what `execute_plugin_safe` does; of an `async def` function it
+    is an awaitable, whose cancellation kills the call. Functions that it calls run with it, in the same sandbox, also those
+    that are decorated themselves.
+    """
+    given = {"level": level, "limits": limits, "permissions": permissions, "config": config}
+    settings = {**given, "timeout": timeout, "max_workers": max_workers}
+    if function is not None:
+        return Sandboxed(function, settings)
+    return lambda decorated: Sandboxed(decorated, settings)
