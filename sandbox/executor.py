@@ -18,6 +18,7 @@ import weakref
 from collections import deque
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, RUNNING
 from dataclasses import replace
+from typing import overload
 
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
 from sandbox.sandbox import EnhancedPluginSandbox
@@ -282,7 +283,7 @@ class Sandboxed:
     """A function whose every call is in a sandbox; inside it is the plain function.
 
     Attributes:
-        executor: that its calls go through; made at its first call.
+        executor: that its calls go through; made at its first call, and anew where it was shut down.
     """
 
     def __init__(self, function: Callable[..., Any], settings: dict[str, Any]) -> None:
@@ -299,9 +300,10 @@ class Sandboxed:
     @property
     def executor(self) -> SandboxExecutor:
         with self._lock:
-            if self._executor is None or self._executor._pid != os.getpid():
-                self._executor = SandboxExecutor(**self._settings)
-            return self._executor
+            known = self._executor
+            if known is None or known._is_shut or known._pid != os.getpid():
+                known = self._executor = SandboxExecutor(**self._settings)
+            return known
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_async:
@@ -318,8 +320,12 @@ class Sandboxed:
         return copy.copy, (self._function,)  # which for a function is itself
 
 
+@overload
+def sandboxed(function: Callable[P, T], /) -> Callable[P, T]: ...
+
+
+@overload
 def sandboxed(
-    function: Callable[..., Any] | None = None,
     *,
     level: IsolationLevel | str | None = None,
     limits: PluginLimitsV2 | None = None,
@@ -327,15 +333,16 @@ def sandboxed(
     config: IsolationConfig | None = None,
     timeout: float | None = None,
     max_workers: int | None = None,
-) -> Any:
+) -> Callable[[Callable[P, T]], Callable[P, T]]: ...
+
+
+def sandboxed(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     """Decorate a function so that each of its calls is in a sandbox: `@sandboxed`, or `@sandboxed(level="strict")`.
 
-    Settings are as for SandboxExecutor. A call returns or raises what `execute_plugin_safe` does; of an `async def` function it
-    is an awaitable, whose cancellation kills the call. Functions that it calls run with it, in the same sandbox, also those
-    that are decorated themselves.
+    Settings are as for SandboxExecutor: level, limits, permissions, config, timeout, max_workers. A call returns or raises what
+    `execute_plugin_safe` does; of an `async def` function it is a coroutine, whose cancellation kills the call. Functions that
+    it calls run with it, in the same sandbox, also those that are decorated themselves.
     """
-    given = {"level": level, "limits": limits, "permissions": permissions, "config": config}
-    settings = {**given, "timeout": timeout, "max_workers": max_workers}
     if function is not None:
         return Sandboxed(function, settings)
     return lambda decorated: Sandboxed(decorated, settings)

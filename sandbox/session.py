@@ -68,7 +68,7 @@ class Conversation:
         call = self.run.call
         call.sandbox.drain_violations()
         self.run.worker.streams.catch_up()
-        if not call.done:
+        if not call.done and not call.cause:  # else it is being killed, and its end is the answer
             self.tell(self.on_answer, call.next_reply())
 
 
@@ -115,6 +115,7 @@ class Session:
         self._conversation: Conversation | None = None
         self._process: asyncio.Task[Call] | None = None
         self._waiting: asyncio.Future[Answer] | None = None
+        self._ended_by: BaseException | None = None  # the last process, if not by itself
         self._calls = 0  # of this process
         self._is_open = False
 
@@ -209,6 +210,7 @@ class Session:
         if process is self._process:
             self._process = None
         error = None if process.cancelled() else process.exception()
+        self._ended_by = error or self._ended_by
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(error or exited(None if process.cancelled() else process.result()))
 
@@ -260,11 +262,15 @@ class Session:
             "args": args if plain else (),
             "kwargs": kwargs if plain else {},
         }
-        payload = b"" if plain else transport.pack(types.SimpleNamespace, args, kwargs, path)
+        payload = b"" if plain else self._pickled(args, kwargs)
         known.has_travelled = known.keeps
         if known.types is None:
             known.types = transport.plain_types(function, ())
         return known.file, instruction, payload, known.types if plain else transport.plain_types(function, args)
+
+    def _pickled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+        path = self._sandbox.recipe.interpreter["path"] if self._sandbox.recipe is not None else []
+        return transport.pack(dict, args, kwargs, path)
 
     def _known_function(self, function: Callable[..., Any]) -> Known:
         known = self._known.get(id(function))
@@ -280,6 +286,46 @@ class Session:
         if known.keeps:
             self._known[id(function)] = known
         return known
+
+
+class PluginSession(Session):
+    """A plugin of a plugin folder that was loaded once and serves many calls: see EnhancedPluginFramework.open_plugin."""
+
+    def __init__(
+        self,
+        sandbox: EnhancedPluginSandbox,
+        plugin_id: str,
+        source: bytes,
+        job: Mapping[str, object],
+        *,
+        max_calls: int | None = None,
+    ) -> None:
+        """`source` and `job` are as for EnhancedPluginSandbox.execute_file."""
+        super().__init__(sandbox, max_calls=max_calls)
+        self._plugin_id = plugin_id
+        self._source = source
+        self._file = {name: job[name] for name in ("path", "folder", "module")}
+
+    async def call(self, function: str, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Call a function of the plugin's module by its name; one whose first parameter is called `env` or `environment` gets
+        the dict that `execute_plugin_safe` gives first.
+
+        Raises as Session.call does.
+        """
+        if not isinstance(function, str):
+            raise TypeError(f"call: a {type(function).__name__} is no name: give the name of a function of the plugin")
+        return await self._ask(self._request, function, args, kwargs)
+
+    def _job(self) -> tuple[str, str, dict[str, object], bytes]:
+        _, _, instruction, _ = super()._job()
+        return self._plugin_id, str(self._file["path"]), {**instruction, **self._file}, self._source
+
+    def _request(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, dict[str, object], bytes, Mapping[str, type]]:
+        plain = transport.is_plain(args, kwargs)
+        instruction = {"name": function, "args": args if plain else (), "kwargs": kwargs if plain else {}}
+        return str(self._file["path"]), instruction, b"" if plain else self._pickled(args, kwargs), {}
 
 
 def exited(call: Call | None) -> PluginExecutionError:

@@ -13,6 +13,7 @@ import resource
 import shlex
 import weakref
 from collections import Counter
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from time import monotonic, time
 from typing import TYPE_CHECKING
@@ -38,12 +39,13 @@ from sandbox.recipe import under
 from sandbox.recipe_data import ENFORCED, MISSING, SUBSTITUTED
 from sandbox.recovery.records import Evidence, Records
 from sandbox.sandbox import EnhancedPluginSandbox
+from sandbox.session import PluginSession
 from sandbox.telemetry import SandboxTelemetry
 from sandbox.text import escape_text
 from sandbox.violations import to_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
     from typing import Any
 
     from sandbox.plugins.discovery import Found
@@ -239,6 +241,59 @@ class EnhancedPluginFramework:
         """
         return (await self.load(plugin_id, config)).to_dict()
 
+    @asynccontextmanager
+    async def open_plugin(
+        self, plugin_id: str, config: IsolationConfig | None = None, *, max_calls: int | None = None
+    ) -> AsyncIterator[PluginSession]:
+        """A plugin whose module is loaded once and which is then asked often.
+
+        `async with framework.open_plugin("id") as plugin: await plugin.call("function", ...)`.
+
+        What its module keeps is there at the next call. A process that crashed, or that a limit ended, is replaced at the next
+        call, and so is one that has served max_calls. It holds one of the framework's places all the time; when it is closed
+        changes in allowed directories are committed, unless a violation ended it, and its row is recorded.
+
+        Raises:
+            TypeError: an argument is of another type.
+            PluginError: it cannot be loaded, or is quarantined.
+            SandboxException: as EnhancedPluginSandbox; SandboxInitializationError, if a sandbox for it cannot be had.
+        """
+        if not isinstance(plugin_id, str):
+            raise TypeError(f"open_plugin: plugin_id is a {type(plugin_id).__name__}: give the id of a plugin")
+        chosen = self.config if config is None else _setting("config", config, IsolationConfig)
+        load = Load(plugin_id, chosen, self.limits, self.permissions, SandboxTelemetry("", plugin_id, _now()))
+        async with self._place():
+            started, since = monotonic(), time()
+            failure: Exception | None = None  # of whoever uses it: the plugin is judged all the same
+            try:
+                ready = await _staged(lambda: self._prepare(load))
+                try:
+                    async with self._sandbox_of(load, ready, started) as sandbox:
+                        session = PluginSession(sandbox, plugin_id, *ready.job(), max_calls=max_calls)
+                        try:
+                            async with session:
+                                yield session
+                        except Exception as error:
+                            failure = error
+                        ended_by = session._ended_by or (failure if isinstance(failure, SandboxException) else None)
+                        if ended_by is not None:
+                            self._blame(load, ready, ended_by)
+                        if failure is None:
+                            await self._settle_granted(load, sandbox)
+                finally:
+                    await asyncio.to_thread(ready.staged.release)
+                if failure is not None:
+                    raise failure
+            except Refused as error:
+                load.failed(error.outcome, error)
+                raise PluginError(f"{plugin_id}: {error}") from None
+            except (PluginError, SandboxInitializationError) as error:
+                load.failed(REFUSED, error)
+                raise
+            finally:
+                load.seconds = monotonic() - started
+                await self._record(load, since)
+
     async def load(self, plugin_id: str, config: IsolationConfig | None = None) -> Load:
         """As `load_plugin_enhanced`, with what came of it as one record."""
         if not isinstance(plugin_id, str):
@@ -306,6 +361,12 @@ class EnhancedPluginFramework:
 
     async def _run(self, load: Load, ready: Ready, started: float) -> None:
         """Raises ResourceError, SandboxInitializationError."""
+        async with self._sandbox_of(load, ready, started) as sandbox:
+            await self._call(load, ready, sandbox)
+
+    @asynccontextmanager
+    async def _sandbox_of(self, load: Load, ready: Ready, started: float) -> AsyncIterator[EnhancedPluginSandbox]:
+        """The plugin's sandbox; at its end is decided whether the plugin is quarantined."""
         sandbox = await self._opened(load, ready)
         load.sandbox_id, load.telemetry = sandbox.sandbox_id, sandbox.get_telemetry()
         load.telemetry.plugin_id = load.plugin_id
@@ -314,7 +375,7 @@ class EnhancedPluginFramework:
         self._open[level] += 1
         try:
             load.start_ms = (monotonic() - started) * 1000
-            await self._call(load, ready, sandbox)
+            yield sandbox
             reason = self._reason_for_quarantine(load, sandbox)
             if reason:
                 load.quarantined = reason
@@ -331,17 +392,21 @@ class EnhancedPluginFramework:
         source, job = ready.job()
         try:
             load.result = await sandbox.execute_file(load.plugin_id, source, job)
-            if sandbox.recipe is not None and any(folder["kind"] in KEPT_KINDS for folder in sandbox.recipe.granted):
-                await self._settle(load, sandbox)
-        except SecurityViolationError as error:
-            load.failed(VIOLATION, error)
-        except ResourceLimitExceededError as error:
-            load.failed(LIMIT, error)
+            await self._settle_granted(load, sandbox)
+        except (SecurityViolationError, ResourceLimitExceededError, PluginExecutionError, CommitError) as error:
+            self._blame(load, ready, error)
+
+    def _blame(self, load: Load, ready: Ready, error: BaseException) -> None:
+        """This is what its run ended by."""
+        if isinstance(error, ResourceLimitExceededError):
             load.limit = error.limit
-        except (PluginExecutionError, CommitError) as error:
-            load.failed(ERROR, error)
+        load.failed(VIOLATION if isinstance(error, SecurityViolationError) else LIMIT if load.limit else ERROR, error)
         if load.error is not None:
             load.error = load.error.replace(f"{ready.staged.root}/", "")  # where that is, is nobody's business
+
+    async def _settle_granted(self, load: Load, sandbox: EnhancedPluginSandbox) -> None:
+        if sandbox.recipe is not None and any(folder["kind"] in KEPT_KINDS for folder in sandbox.recipe.granted):
+            await self._settle(load, sandbox)
 
     async def _settle(self, load: Load, sandbox: EnhancedPluginSandbox) -> None:
         """Commit what a plugin has changed in granted folders; what it is quarantined for is evidence instead."""

@@ -19,6 +19,8 @@ FILES = [
     "test_network.py",
     "test_records.py",
     "test_shared_network.py",
+    "test_sessions.py",
+    "test_executor.py",
     "test_framework.py",
     "test_recovery.py",
     "test_lifetimes.py",

@@ -1,0 +1,345 @@
+"""SandboxExecutor and @sandboxed, as users of concurrent.futures know executors, and what theirs cannot: kill, and isolate."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox import (
+    IsolationLevel,
+    PluginExecutionError,
+    PluginLimitsV2,
+    ResourceLimitExceededError,
+    SandboxExecutor,
+    SecurityViolationError,
+    sandboxed,
+)
+
+from . import harness, plugins
+
+pytestmark = pytest.mark.rootless
+
+
+@pytest.fixture
+def executor(level: IsolationLevel) -> Iterator[SandboxExecutor]:
+    with SandboxExecutor(2, level=level) as made:
+        yield made
+
+
+def add(first: int, second: int = 0) -> int:
+    return first + second
+
+
+def sleep(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def leave_a_file(name: str) -> list[str]:
+    Path(name).touch()
+    return os.listdir()
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+# -- as any executor ---------------------------------------------------------------------------------------------------
+
+
+def test_submit_and_map(executor: SandboxExecutor) -> None:
+    assert executor.submit(add, 1, second=2).result(20) == 3
+    assert list(executor.map(add, range(6), range(6), timeout=60)) == [0, 2, 4, 6, 8, 10]
+    assert list(executor.map(add, range(7), chunksize=3)) == list(range(7))
+    assert list(executor.map(add, [])) == []
+    futures = [executor.submit(add, number) for number in range(4)]
+    done, left = concurrent.futures.wait(futures, 20)
+    assert not left
+    assert sorted(future.result() for future in done) == [0, 1, 2, 3]
+    assert sorted(future.result() for future in concurrent.futures.as_completed(futures)) == [0, 1, 2, 3]
+    with pytest.raises(TypeError):
+        executor.submit()  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="chunksize is 0"):
+        executor.map(add, [1], chunksize=0)
+
+
+def test_what_a_call_raises(executor: SandboxExecutor) -> None:
+    with pytest.raises(PluginExecutionError, match="mine"):
+        executor.submit(plugins.fail, "mine").result(20)
+    assert isinstance(executor.submit(plugins.fail, "mine").exception(20), PluginExecutionError)
+    with pytest.raises(SecurityViolationError):
+        executor.submit(os.chroot, "/").result(20)
+    with open(os.devnull) as file, pytest.raises(PluginExecutionError, match="cannot travel"):
+        executor.submit(add, file).result(20)  # type: ignore[arg-type]
+    with pytest.raises(PluginExecutionError, match="mine"):
+        list(executor.map(plugins.fail, ["mine", "other"]))
+    assert executor.submit(add, 1).result(20) == 1
+
+
+def test_callbacks(executor: SandboxExecutor) -> None:
+    seen: list[Any] = []
+    called = threading.Event()
+    future = executor.submit(add, 3)
+    future.add_done_callback(lambda done: seen.append(done.result()))
+    future.add_done_callback(lambda done: called.set())
+    assert called.wait(20)
+    assert seen == [3]
+
+
+def test_no_more_run_at_once_than_may(executor: SandboxExecutor) -> None:
+    seconds = 0.2 * harness.PATIENCE
+    start = time.monotonic()
+    futures = [executor.submit(sleep, seconds) for _ in range(6)]
+    assert harness.wait_until(lambda: sum(future.running() for future in futures) == 2)
+    for future in futures:
+        future.result(60)
+        assert sum(each.running() for each in futures) <= 2
+    assert time.monotonic() - start >= 3 * seconds
+
+
+def test_shut_down(level: IsolationLevel) -> None:
+    executor = SandboxExecutor(1, level=level)
+    futures = [executor.submit(sleep, 0.1) for _ in range(4)]
+    executor.shutdown(wait=False)
+    with pytest.raises(RuntimeError, match="shut down"):
+        executor.submit(add, 1)
+    assert [future.result(30) for future in futures] == [0.1] * 4
+    executor.shutdown()
+    executor = SandboxExecutor(1, level=level)
+    futures = [executor.submit(sleep, 0.2) for _ in range(4)]
+    assert harness.wait_until(futures[0].running)
+    executor.shutdown(cancel_futures=True)
+    assert futures[0].result(0) == 0.2
+    assert [future.cancelled() for future in futures] == [False, True, True, True]
+    SandboxExecutor(1, level=level).shutdown()
+
+
+def test_without_a_shutdown_its_thread_goes(level: IsolationLevel) -> None:
+    executor = SandboxExecutor(1, level=level)
+    assert executor.submit(add, 1).result(20) == 1
+    thread = executor._thread
+    assert thread is not None
+    del executor
+    assert harness.wait_until(lambda: not thread.is_alive())
+
+
+# -- what others cannot --------------------------------------------------------------------------------------------------
+
+
+def test_each_call_is_in_a_sandbox_of_its_own(executor: SandboxExecutor) -> None:
+    assert [executor.submit(leave_a_file, str(number)).result(20) for number in range(3)] == [["0"], ["1"], ["2"]]
+    assert list(executor.map(leave_a_file, "ab", chunksize=2))[1] != ["b"]  # one sandbox for a chunk
+
+
+def test_a_running_call_is_killed(executor: SandboxExecutor) -> None:
+    running = executor.submit(spin)
+    assert harness.wait_until(running.running)
+    start = time.monotonic()
+    assert running.cancel()
+    with pytest.raises(concurrent.futures.CancelledError):
+        running.result(harness.SETTLE)
+    assert running.cancelled()
+    assert running.done()
+    assert time.monotonic() - start < harness.SETTLE
+    assert harness.wait_until(lambda: not harness.roles(os.getpid())["worker"])
+    assert executor.submit(add, 1).result(20) == 1
+    over = executor.submit(add, 1)
+    over.result(20)
+    assert not over.cancel()
+    waiting = [executor.submit(sleep, 0.3) for _ in range(4)]
+    assert waiting[3].cancel()
+    assert waiting[3].cancelled()
+
+
+def test_time_and_other_limits(level: IsolationLevel) -> None:
+    limits = PluginLimitsV2(max_execution_time_seconds=20.0, max_output_mb=0.01)
+    with SandboxExecutor(1, level=level, limits=limits, timeout=0.4 * harness.PATIENCE) as executor:
+        with pytest.raises(ResourceLimitExceededError, match="ran longer"):
+            executor.submit(spin).result(30)
+        with pytest.raises(ResourceLimitExceededError, match="output"):
+            executor.submit(os.write, 1, b"x" * 100_000).result(30)
+
+
+def test_submit_waits_where_too_many_wait(level: IsolationLevel) -> None:
+    """Back-pressure: it holds up who asks for more than can be done."""
+    with SandboxExecutor(1, level=level, max_waiting=2) as executor:
+        futures = []
+        moments = []
+        for _ in range(6):
+            futures.append(executor.submit(sleep, 0.15))
+            moments.append(time.monotonic())
+        assert moments[-1] - moments[0] > 0.3
+        assert [future.result(30) for future in futures] == [0.15] * 6
+
+
+def test_mistakes() -> None:
+    for wrong in ({"max_workers": 0}, {"max_workers": "2"}, {"max_waiting": 0}, {"level": "strct"}, {"timeout": -1.0}):
+        with pytest.raises((ValueError, TypeError)):
+            SandboxExecutor(**wrong)
+    with pytest.raises((ValueError, TypeError)):
+        sandboxed(level="strct")(add)
+
+
+# -- with event loops, threads, forks, and the end of the interpreter ------------------------------------------------------
+
+
+def test_with_event_loops(executor: SandboxExecutor) -> None:
+    async def use() -> int:
+        loop = asyncio.get_running_loop()
+        first, second = await asyncio.gather(
+            loop.run_in_executor(executor, add, 1), asyncio.wrap_future(executor.submit(add, 2))
+        )
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(executor.submit(spin)), 0.2 * harness.PATIENCE)
+        return first + second
+
+    assert asyncio.run(use()) == 3
+    assert asyncio.run(use()) == 3
+    assert harness.wait_until(lambda: not harness.roles(os.getpid())["worker"])
+
+
+def test_from_many_threads(executor: SandboxExecutor) -> None:
+    found: list[int] = []
+
+    def use(number: int) -> None:
+        found.append(executor.submit(add, number).result(60))
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(12))
+
+
+def test_a_fork_cannot_use_it(executor: SandboxExecutor) -> None:
+    assert executor.submit(add, 1).result(20) == 1
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            executor.submit(add, 1)
+        except RuntimeError as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    with open(reader) as file:
+        assert "after a fork make a new one" in file.read()
+    assert executor.submit(add, 1).result(20) == 1
+
+
+END = """
+import sys, time
+sys.path[:0] = {path!r}
+from sandbox import SandboxExecutor
+def work(number):
+    time.sleep(0.1)
+    return number
+executor = SandboxExecutor(2, level={level!r})
+for number in range(4):
+    executor.submit(work, number).add_done_callback(lambda done: print(done.result(), flush=True))
+{last}
+"""
+
+
+@pytest.mark.parametrize("last", ["", "raise SystemExit(3)", "executor.shutdown(wait=False)"])
+def test_at_the_end_of_the_interpreter_all_is_done(level: IsolationLevel, last: str) -> None:
+    code = END.format(path=sys.path, level=level.value, last=last)
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert sorted(done.stdout.split()) == ["0", "1", "2", "3"], done.stderr
+    assert done.returncode == (3 if "3" in last else 0)
+    assert not done.stderr
+    assert time.monotonic() - start < 10 * harness.PATIENCE
+
+
+# -- the decorator -------------------------------------------------------------------------------------------------------
+
+
+@sandboxed(level="standard")
+def factorial(number: int) -> int:
+    """Calls itself, in one sandbox."""
+    return number * factorial(number - 1) if number > 1 else 1
+
+
+@sandboxed
+async def awaited(value: int) -> int:
+    import asyncio
+
+    await asyncio.sleep(0.01)
+    return value
+
+
+@sandboxed(timeout=20)
+async def rest(seconds: float) -> None:
+    import asyncio
+
+    await asyncio.sleep(seconds)
+
+
+@sandboxed(level=IsolationLevel.STRICT, limits=PluginLimitsV2(max_result_mb=0.01))
+def in_strict(size: int = 0) -> Any:
+    return bytes(size) if size else os.getcwd()
+
+
+@pytest.fixture
+def decorated() -> Iterator[None]:
+    """Their executors are kept for the next call: here there is none."""
+    yield
+    for each in (factorial, awaited, rest, in_strict):
+        each.executor.shutdown()  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("decorated")
+def test_a_function_that_is_always_in_a_sandbox() -> None:
+    assert factorial(5) == 120
+    assert factorial.__name__ == "factorial"
+    assert factorial.__doc__ == "Calls itself, in one sandbox."
+    assert in_strict() == "/workspace"
+    with pytest.raises(ResourceLimitExceededError, match="reply"):
+        in_strict(100_000)
+    in_strict.executor.shutdown()  # type: ignore[attr-defined]
+    assert in_strict() == "/workspace"
+
+
+@pytest.mark.usefixtures("decorated")
+def test_an_async_function_that_is_always_in_a_sandbox() -> None:
+    async def use() -> list[int]:
+        found = await asyncio.gather(*(awaited(number) for number in range(4)))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(rest(15.0), 0.3 * harness.PATIENCE)
+        return found
+
+    assert asyncio.run(use()) == [0, 1, 2, 3]
+    assert asyncio.run(use()) == [0, 1, 2, 3]
+    assert harness.wait_until(lambda: not harness.roles(os.getpid())["worker"])
+
+
+def test_methods() -> None:
+    source = textwrap.dedent(
+        """
+        import sys
+        sys.path[:0] = {path!r}
+        from sandbox import sandboxed
+        class Counter:
+            def __init__(self): self.value = 3
+            @sandboxed
+            def tripled(self): return self.value * 3
+        print(Counter().tripled())
+        """
+    ).format(path=sys.path)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "9\n", done.stderr
