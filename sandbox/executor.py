@@ -134,6 +134,15 @@ class SandboxExecutor(concurrent.futures.Executor):
     def _new_sandbox(self) -> EnhancedPluginSandbox:
         return EnhancedPluginSandbox(self._limits, self._permissions, self._config, environment=self._environment)
 
+    def prewarm(self, count: int | None = None) -> int:
+        """Have sandboxes stand ready for so many calls, max_workers if None; see EnhancedPluginSandbox.prewarm."""
+        self._check()
+        wanted = self._max_workers if count is None else count
+        with self._lock:
+            loop = self._started()
+        warming = EnhancedPluginSandbox.prewarm(wanted, self._limits, self._permissions, self._config)
+        return asyncio.run_coroutine_threadsafe(warming, loop).result()
+
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> SandboxFuture[T]:
         """Have `fn(*args, **kwargs)` called in a sandbox. Raises RuntimeError after `shutdown`, and in a fork."""
         self._check()

@@ -150,6 +150,24 @@ class EnhancedPluginSandbox:
 
     # -- life --------------------------------------------------------------------------------------------------------
 
+    @classmethod
+    async def prewarm(
+        cls, count: int, limits: PluginLimitsV2, permissions: PluginPermissionsV2, config: IsolationConfig
+    ) -> int:
+        """Have `count` sandboxes with these settings stand ready, so that those who open so many at once need not wait.
+
+        They are kept ready until they have not been used for half a minute. Returns how many stand: fewer where a bound on
+        sandboxes or their memory is reached, none where settings name what is the caller's (allowed_directories, host names),
+        or with PSIE_STANDING=0. Raises as `__aenter__`, and ValueError.
+        """
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"prewarm: count is {count!r}: give a whole number above 0")
+        made, wire = compiled(config, limits, permissions)
+        standing: concurrent.futures.Future[int] = concurrent.futures.Future()
+        standing.set_running_or_notify_cancel()
+        service().post(service().prewarm, made, wire, count, standing.set_result)
+        return await asyncio.wrap_future(standing)
+
     async def __aenter__(self) -> EnhancedPluginSandbox:
         """Open the sandbox; its first worker then stands sealed and read back.
 

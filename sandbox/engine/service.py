@@ -19,6 +19,7 @@ from sandbox.engine.loop import PollLoop, PollTimer
 from sandbox.engine.spawn import spawn_zygote
 from sandbox.engine.streams import Streams
 from sandbox.errors import ResourceError, SandboxException
+from sandbox.ns import userids
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
 IDLE_SECONDS = 30.0  # a recipe that was not used for so long has nothing standing ready any more
 REFILL_SECONDS = 0.1  # after a use, or when the used one has gone: so that the refill takes no time from the call
 RUSH_READY = 2  # sandboxes of a recipe that is asked for again within REFILL_SECONDS: they are made beside its calls
+MOST_READY = 16  # sandboxes of a recipe that stand ready unasked, for so many callers at once as there have been
+MEMORY_SHARE = 4  # and what they claim is at most this part of what sandboxes of this user may
+AGE_SECONDS = 600.0  # one that has stood for longer is not given to anybody
 SANDBOXES_PER_ZYGOTE = 1000  # forks share hash seed and address layout: after so many a fresh one takes over
+LOOK_SECONDS = 0.002  # between two looks whether what was asked for stands
 CALL_MODULES = (*VALUE_MODULES, "cloudpickle", "traceback")
 
 
@@ -80,6 +85,7 @@ class Worker:
     def __init__(self, sandbox: Sandbox) -> None:
         self.sandbox = sandbox
         self.stands = False
+        self.since = monotonic()
         self.error: SandboxException | None = None
         self.on_stands: Callable[[SandboxException | None], None] | None = None
         self.on_output: Callable[[int, bytes], None] | None = None
@@ -132,12 +138,20 @@ class Stock:
         self.ready: deque[Worker] = deque()
         self.used_at = float("-inf")
         self.rush = False  # whether the last two uses came one right after the other
+        self.in_use = 0  # sandboxes
+        self.most_in_use = 0  # since it was idle last
+        self.asked_for = 0  # by `prewarm`
         self.idle: PollTimer | None = None
+        memory = int(recipe.limits["memory_bytes"]) * MEMORY_SHARE
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self.bound = max(1, min(MOST_READY, userids.bounds(total)[1] // memory))
 
     def missing(self) -> int:
-        """How many more should stand ready now."""
+        """How many more should stand ready now: as many as were in use at once, one where there was one caller after the
+        other, and two where those come one right after the other."""
         rush = self.rush and monotonic() - self.used_at < REFILL_SECONDS
-        return (RUSH_READY if rush else 1) - len(self.ready)
+        wanted = max(RUSH_READY if rush else 1, self.most_in_use if self.most_in_use > 1 else 0)
+        return max(min(wanted, self.bound), self.asked_for) - len(self.ready)
 
     def take(self) -> Worker | None:
         """The one that has stood for longest. From any thread."""
@@ -145,6 +159,10 @@ class Stock:
             return self.ready.popleft()
         except IndexError:
             return None
+
+    def begins(self) -> None:
+        self.in_use += 1
+        self.most_in_use = max(self.most_in_use, self.in_use)
 
     def take_all(self) -> list[Worker]:
         return list(iter(self.take, None))
@@ -185,13 +203,33 @@ class Service:
             self.touch(recipe, wire)
         return worker
 
+    def prewarm(self, recipe: Recipe, wire: dict[str, Any], count: int, then: Callable[[int], None]) -> None:
+        """Have `count` sandboxes of a recipe stand ready, until it has not been used for long; `then(how many stand)` when all
+        of them do, or no more can be had."""
+        stock = self._stock(recipe, wire)
+        stock.asked_for = count
+        self._keep(stock)
+        self._fill(stock)
+
+        def look() -> None:
+            standing = sum(worker.stands for worker in stock.ready)
+            starting = any(not worker.stands and worker.error is None for worker in stock.ready)
+            if standing >= count or not starting:
+                then(standing)
+            else:
+                self.loop.call_later(LOOK_SECONDS, look)
+
+        self.loop.call_later(LOOK_SECONDS, look)
+
     def take(self, wire: dict[str, Any]) -> Worker | None:
         """A sandbox that stands ready for this recipe, if there is one. From any thread; call `touch` afterwards."""
         stock = self.stocks.get(id(wire))
         worker = stock.take() if stock is not None else None
-        if worker is not None and (worker.sandbox.error is not None or worker.call.done):
-            self.post(worker.sandbox.close)
-            return None
+        if worker is not None:
+            is_old = monotonic() - worker.since > AGE_SECONDS
+            if is_old or worker.sandbox.error is not None or worker.call.done:
+                self.post(worker.sandbox.close)
+                return None
         return worker
 
     def _new(self, recipe: Recipe, wire: dict[str, Any], resolved: dict[str, Any], holder: Holder | None = None) -> Worker:
@@ -206,21 +244,31 @@ class Service:
 
     def touch(self, recipe: Recipe, wire: dict[str, Any]) -> None:
         """This recipe is in use: have the next one of it ready soon, and none when it has not been used for long."""
-        stock = self.stocks.get(id(wire))
-        if stock is None:
-            stock = self.stocks[id(wire)] = Stock(recipe, wire)
+        stock = self._stock(recipe, wire)
         now = monotonic()
         stock.rush = now - stock.used_at < REFILL_SECONDS
         stock.used_at = now
+        stock.begins()
+        self._keep(stock)
+        self.loop.call_later(0 if stock.rush else REFILL_SECONDS, self._fill, stock)
+
+    def _stock(self, recipe: Recipe, wire: dict[str, Any]) -> Stock:
+        stock = self.stocks.get(id(wire))
+        if stock is None:
+            stock = self.stocks[id(wire)] = Stock(recipe, wire)
+        return stock
+
+    def _keep(self, stock: Stock) -> None:
+        """It is let go when it has not been used for long from now on."""
         if stock.idle is not None:
             stock.idle.cancel()
         stock.idle = self.loop.call_later(IDLE_SECONDS, self._let_go, stock)
-        self.loop.call_later(0 if stock.rush else REFILL_SECONDS, self._fill, stock)
 
     def refill(self, wire: dict[str, Any]) -> None:
         """A sandbox of this recipe has gone: now is a good time to make the next one ready."""
         stock = self.stocks.get(id(wire))
         if stock is not None:
+            stock.in_use = max(0, stock.in_use - 1)
             self._fill(stock)
 
     def _fill(self, stock: Stock) -> None:

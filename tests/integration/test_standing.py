@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from sandbox import EnhancedPluginSandbox, IsolationLevel, PluginExecutionError, ResourceError
+from sandbox import (
+    EnhancedPluginSandbox,
+    IsolationConfig,
+    IsolationLevel,
+    PluginExecutionError,
+    PluginLimitsV2,
+    PluginPermissionsV2,
+    ResourceError,
+    SandboxExecutor,
+)
 from sandbox.engine import service
 
 from . import harness
@@ -152,3 +161,84 @@ async def _one_call() -> None:
     async with open_one(IsolationLevel.STRICT) as sandbox:
         with pytest.raises(PluginExecutionError, match="ValueError"):
             await sandbox.execute_plugin_safe(int, "x")
+
+
+# -- as many as are wanted -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.rootless
+def test_so_many_stand_as_are_asked_for(level: IsolationLevel) -> None:
+    """And are all used, by those who ask for them at once."""
+    settings = PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig(level=level)
+
+    async def use(_: int) -> str:
+        async with EnhancedPluginSandbox(*settings) as sandbox:
+            assert sandbox._sandbox is not None
+            assert await sandbox.execute_plugin_safe(int, "42") == 42
+            return sandbox._sandbox.name
+
+    async def main() -> None:
+        assert await EnhancedPluginSandbox.prewarm(5, *settings) == 5
+        names = {worker.sandbox.name for worker in ready()}
+        assert len(names) == 5
+        assert set(await asyncio.gather(*map(use, range(5)))) == names
+        await harness.wait_for(lambda: len(ready()) >= 5)  # as long as they are used
+        with pytest.raises(ValueError, match="count is 0"):
+            await EnhancedPluginSandbox.prewarm(0, *settings)
+
+    asyncio.run(main())
+
+
+def test_as_many_stand_as_were_in_use_at_once(level: IsolationLevel) -> None:
+    async def use() -> None:
+        async with open_one(level) as sandbox:
+            await sandbox.execute_plugin_safe(time.sleep, 0.2)
+
+    async def main() -> None:
+        await use()
+        await harness.wait_for(lambda: len(ready()) == 1)
+        await asyncio.gather(*(use() for _ in range(4)))
+        await harness.wait_for(lambda: len(ready()) == 4)
+        await asyncio.sleep(0.3)
+        assert len(ready()) == 4
+
+    asyncio.run(main())
+
+
+def test_no_more_stand_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of what sandboxes may claim; what was asked for is bounded by all of it."""
+    monkeypatch.setenv("PSIE_MAX_MEMORY_MB", "1100")
+    settings = PluginLimitsV2(max_memory_mb=128), PluginPermissionsV2(), IsolationConfig()
+
+    async def use() -> None:
+        async with EnhancedPluginSandbox(*settings) as sandbox:
+            await sandbox.execute_plugin_safe(time.sleep, 0.2)
+
+    async def main() -> None:
+        await asyncio.gather(*(use() for _ in range(6)))
+        await harness.wait_for(lambda: len(ready()) == 2)
+        await asyncio.sleep(0.3)
+        assert len(ready()) == 2
+        assert await EnhancedPluginSandbox.prewarm(50, *settings) == 8
+        async with EnhancedPluginSandbox(PluginLimitsV2(max_memory_mb=512), *settings[1:]) as other:  # they make way
+            assert await other.execute_plugin_safe(int, "1") == 1
+
+    asyncio.run(main())
+
+
+def test_what_has_stood_for_too_long_is_given_to_nobody(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        await use_one(level)
+        old = ready()[0]
+        monkeypatch.setattr(service, "AGE_SECONDS", 0.0)
+        async with open_one(level) as sandbox:
+            assert sandbox._sandbox is not old.sandbox
+        await harness.wait_for(lambda: old.sandbox.is_gone)
+
+    asyncio.run(main())
+
+
+def test_an_executor_can_be_warmed_up(level: IsolationLevel) -> None:
+    with SandboxExecutor(3, level=level) as executor:
+        assert executor.prewarm() == 3
+        assert list(executor.map(abs, [-1, -2, -3])) == [1, 2, 3]
