@@ -867,6 +867,7 @@ class Call:
         self.clock = -1  # of a session: see sandbox.engine.warden.Call
         self.seconds = 0.0  # that a call of it may take
         self.has_job = False
+        self.awaits = False  # a reply: what comes else is nobody's
         self.source_file = ""  # where the caller's own code of this call lies, for its traceback
         self.done = False
         self._outgoing: list[bytes | memoryview] = []
@@ -915,6 +916,7 @@ class Call:
         if not self.done:
             self._set_clock(monotonic())
             self.expect("a call was to end", self.seconds)
+            self.awaits = True
             self._hand_over(instruction, payload)
 
     def next_reply(self) -> Answer:
@@ -923,6 +925,7 @@ class Call:
         if self._waiting is not None:
             self._waiting.cancel()
         answer = Answer(self)
+        self.awaits = False
         self.reply_kind, self.reply, self.reply_complete, self.reply_size = b"", bytearray(), False, 0
         self.passing = None
         return answer
@@ -942,7 +945,7 @@ class Call:
         self.seconds = seconds + grace
         self.sandbox._instruct({"op": "deadline", "call": self.number, "seconds": seconds, "grace": grace}, clock)
         self.expect("a call was to end", self.seconds)
-        self.has_job = True
+        self.has_job = self.awaits = True
 
     def _hand_over(self, instruction: dict[str, object], payload: bytes) -> None:
         """In one message what fits into one."""
@@ -1006,7 +1009,7 @@ class Call:
         if kind == channel.NOTE and self._note(data):
             return
         known = kind in (channel.REPLY_VALUE, channel.REPLY_ERROR, channel.REPLY_UNFIT)
-        if self.reply_complete or not known or self.reply_kind not in (b"", kind) or not (data or last):
+        if self.reply_complete or not self.awaits or not known or self.reply_kind not in (b"", kind) or not (data or last):
             self.strays += 1
             if self.strays > STRAYS:
                 self._close_job()
