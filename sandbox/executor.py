@@ -248,7 +248,7 @@ class SandboxExecutor(concurrent.futures.Executor):
         value, error = None, None
         try:
             async with self._new_sandbox() as sandbox:
-                value = await sandbox.execute_plugin_safe(work.function, *work.args, **work.kwargs)
+                value = await sandbox._call(work.function, work.args, work.kwargs)
         except BaseException as raised:
             error = raised
         del self._running[work.future]
@@ -314,7 +314,7 @@ class Sandboxed:
                 known = self._executor = SandboxExecutor(**self._settings)
             return known
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if self._is_async:
             return self._awaited(args, kwargs)
         return self.executor.submit(self._function, *args, **kwargs).result()

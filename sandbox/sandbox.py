@@ -398,13 +398,17 @@ class EnhancedPluginSandbox:
             SandboxInitializationError: a fresh worker could not be set up.
             RuntimeError: the sandbox is not open.
         """
+        return await self._call(plugin_function, args, kwargs)
+
+    async def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same, also for a keyword that is called self or plugin_function."""
         self._check_open()
-        instruction, payload = self._job(plugin_function, args, kwargs)
-        name = getattr(plugin_function, "__qualname__", type(plugin_function).__name__)
-        file = getattr(getattr(plugin_function, "__code__", None), "co_filename", "")
+        instruction, payload = self._job(function, args, kwargs)
+        name = getattr(function, "__qualname__", type(function).__name__)
+        file = getattr(getattr(function, "__code__", None), "co_filename", "")
         with Remembered(self, name) as remembered:
             call = await self._execute(remembered, file, instruction, payload)
-            return self._value(call, transport.plain_types(plugin_function, args))
+            return self._value(call, transport.plain_types(function, args))
 
     def session(self, setup_fn: Callable[[], Any] | None = None, *, max_calls: int | None = None) -> Session:
         """A process that serves many calls, with its state kept between them: `async with sandbox.session() as session`.

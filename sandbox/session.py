@@ -134,7 +134,7 @@ class Session:
         async with self._turn:
             await self._end()
 
-    async def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    async def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `function(*args, **kwargs)` in the session's process and return its value.
 
         If its first parameter is called `state` it gets what setup_fn returned first, if it is called `env` or `environment`
@@ -306,7 +306,7 @@ class PluginSession(Session):
         self._source = source
         self._file = {name: job[name] for name in ("path", "folder", "module")}
 
-    async def call(self, function: str, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    async def call(self, function: str, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Call a function of the plugin's module by its name; one whose first parameter is called `env` or `environment` gets
         the dict that `execute_plugin_safe` gives first.
 

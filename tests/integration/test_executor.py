@@ -41,6 +41,10 @@ def add(first: int, second: int = 0) -> int:
     return first + second
 
 
+def named(**given: int) -> dict[str, int]:
+    return given
+
+
 def sleep(seconds: float) -> float:
     time.sleep(seconds)
     return seconds
@@ -64,6 +68,7 @@ def test_submit_and_map(executor: SandboxExecutor) -> None:
     assert list(executor.map(add, range(6), range(6), timeout=60)) == [0, 2, 4, 6, 8, 10]
     assert list(executor.map(add, range(7), chunksize=3)) == list(range(7))
     assert list(executor.map(add, [])) == []
+    assert executor.submit(named, self=1, fn=2, plugin_function=3).result(20) == {"self": 1, "fn": 2, "plugin_function": 3}
     futures = [executor.submit(add, number) for number in range(4)]
     done, left = concurrent.futures.wait(futures, 20)
     assert not left

@@ -133,7 +133,7 @@ def test_values_and_arguments(level: IsolationLevel) -> None:
     async def work(session: Any, _: EnhancedPluginSandbox) -> None:
         for value in (None, 1.5, "ä\ud800", b"\0", [1, {"a": (2,)}], plugins.Point(3), plugins.Color.BLUE):
             assert await session.call(plugins.give_back, value) == value
-        assert await session.call(plugins.keywords, 1, 2, a="x") == (1, (2,), {"a": "x"})
+        assert await session.call(plugins.keywords, 1, 2, self="x") == (1, (2,), {"self": "x"})
         offset = 10
         add = lambda value: value + offset  # noqa: E731 - a closure, which travels each time
         assert await session.call(add, 1) == 11
