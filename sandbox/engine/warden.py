@@ -312,7 +312,7 @@ class Warden:
         Raises ProcessLookupError where `pid` is no child of init any more: the worker has ended, its number may be another's.
         """
         fields = {}
-        for line in read(f"/proc/{pid}/status").splitlines():
+        for line in read(f"/proc/{pid}/status").split("\n"):
             name, _, value = line.partition(":")
             if name in STATUS_LINES:
                 fields[name] = value.strip()
@@ -595,7 +595,7 @@ def memory_lines(pid: int) -> list[str]:
         return []  # it has just ended
     for thread in threads:
         try:
-            lines = read(f"/proc/{pid}/task/{thread}/status").splitlines()
+            lines = read(f"/proc/{pid}/task/{thread}/status").split("\n")
         except OSError:
             continue
         if any(line.startswith("RssAnon:") for line in lines):
