@@ -358,6 +358,19 @@ def test_the_ledger_counts_beyond_a_lower_bound(ledger: list[userids.Slot], monk
         ledger.append(userids.claim(10 * MB, 100 * MB))
 
 
+def test_what_is_being_swept_is_nobody_elses(ledger: list[userids.Slot]) -> None:
+    """Whoever removes a leftover holds its place, which may lie beyond all those that are in use: no sandbox is to have it as
+    well, whose ids and leaf the next one would get."""
+    ledger.append(userids.claim(MB, 100 * MB))
+    swept = userids.hold(userids.name_of(2))
+    assert swept is not None
+    ledger += [swept, userids.claim(MB, 100 * MB)]
+    swept.release()
+    assert userids.hold(ledger[-1].name) is None, "it is alive"
+    ledger.append(userids.claim(MB, 100 * MB))
+    assert [ledger[number].number for number in (0, 2, 3)] == [1, 3, 2]
+
+
 # -- ids ---------------------------------------------------------------------------------------------------------------
 
 
