@@ -64,8 +64,11 @@ class Slot:
         self.fd = fd
         self.name = f"{_identity(fd)}-{number}"  # of its cgroup and its folder
 
-    def release(self) -> None:
+    def release(self, *, for_all: bool = False) -> None:
+        """Let go of it; `for_all` who have the fd, which a fork of the caller may, because all of the sandbox has gone."""
         if self.fd >= 0:
+            if for_all:
+                _lock(self.fd, fcntl.F_UNLCK, self.number)
             os.close(self.fd)
             self.fd = -1
 

@@ -430,6 +430,7 @@ def test_a_fork_cannot_use_the_parents_sandbox(level: IsolationLevel) -> None:
     said: dict[str, Any] = dict(line.split(": ", 1) for line in out.splitlines())
     assert said["inherited"].startswith("ResourceError this sandbox belongs to the process that opened it"), err
     assert (said["own"], said["parent"]) == ("3", "4"), err
+    assert said["place"] == "free", "a fork keeps the place of a sandbox that has gone"
 
 
 def test_facts_are_those_of_this_host() -> None:
