@@ -533,12 +533,13 @@ class Warden:
             if not events or len(self.kept) > KEPT:
                 close_all(self.kept)
             for fd, event in events:
-                if fd == hub:
-                    if not self.instructed():
+                if fd == hub or fd in self.calls:
+                    if fd != hub:
+                        self.ended(self.calls[fd])
+                    elif not self.instructed():
                         return
-                elif fd in self.calls:
-                    self.ended(self.calls[fd])
-                elif fd in self.reports:
+                    break  # the rest may be of descriptors that are closed now, and others' by the next event: it is told again
+                if fd in self.reports:
                     if not event & select.POLLIN or not self.heard(self.reports[fd]):
                         self.poll.unregister(fd)  # init is on its way out; its pidfd tells when it has gone
                         del self.reports[fd]
