@@ -297,13 +297,17 @@ class Warden:
 
     def sealed(self, call: Call, fields: dict[str, str], pid: int) -> None:
         """The worker stands: read back what holds it, and tell the caller."""
+        worker = None
         try:
-            call.worker = os.pidfd_open(pid)
+            worker = os.pidfd_open(pid)
             fields.update(self.read_back(pid, call.pid))
         except OSError as error:
+            if worker is not None:
+                os.close(worker)  # perhaps another's by now, and not ours to kill
             self.report_failure(mounts.LineFailed("call: read-back of the protections", error), call.number)
             self.kill(call, "failed")
             return
+        call.worker = worker
         channel.send(self.hub, "sealed", {"call": call.number, **fields})
 
     def read_back(self, pid: int, init_pid: int) -> dict[str, str]:

@@ -26,7 +26,7 @@ from sandbox import (
     state,
 )
 from sandbox.cgroups import place
-from sandbox.engine import service
+from sandbox.engine import channel, service, warden
 from sandbox.ns import userids
 
 from . import harness, plugins, soak
@@ -198,6 +198,29 @@ def test_what_dead_sandboxes_left_is_swept(way: str) -> None:
     asyncio.run(main())
     for each in others:
         each.rmdir()
+
+
+def test_who_has_got_the_number_of_a_worker_is_left_alone() -> None:
+    """One that has ended as soon as it stood: its number may be another process's when the warden looks."""
+    here, there = channel.pair()
+    init, other = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    one = warden.Warden.__new__(warden.Warden)
+    one.recipe, one.own_namespaces, one.hub = {"namespaces": []}, {}, there
+    try:
+        call = warden.Call(1, init.pid, os.pidfd_open(init.pid), there)
+        one.sealed(call, {}, other.pid)
+        os.close(call.pidfd)
+        assert init.wait(harness.SETTLE) == -signal.SIGKILL
+        kind, fields = channel.unpack(here.recv(channel.MESSAGE))
+        assert (kind, fields["line"]) == ("failed", "call: read-back of the protections")
+        time.sleep(0.05)
+        assert other.poll() is None
+    finally:
+        here.close()
+        there.close()
+        for process in (init, other):
+            process.kill()
+            process.wait()
 
 
 # What dies below a caller, what the call then ends with, and what its text names: see sandbox.engine.zygote.
