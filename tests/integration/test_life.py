@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -92,6 +93,27 @@ def test_50_calls_at_once(level: IsolationLevel) -> None:
 
     with harness.nothing_left():
         asyncio.run(main())
+
+
+@rootless
+def test_more_sandboxes_than_the_first_ones_limit_of_descriptors() -> None:
+    """A caller that raises its own limit has a zygote from before, which is not to die of the next sandbox with all others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + 40
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as open_ones:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+            try:
+                first = await open_ones.enter_async_context(harness.open_sandbox(IsolationLevel.STRICT))
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for _ in range(few // 3):
+                await open_ones.enter_async_context(harness.open_sandbox(IsolationLevel.STRICT, limits={"max_memory_mb": 30.0}))
+            assert await first.execute_plugin_safe(plugins.give_back, 1) == 1
+
+    service.shut_down()
+    asyncio.run(main())
 
 
 # -- clocks ------------------------------------------------------------------------------------------------------------
