@@ -49,6 +49,7 @@ import os
 FRAME = 65536  # bytes of data per frame
 MESSAGE = 65536  # bytes per message that the host accepts
 INSTRUCTION = 65536  # bytes per instruction: below the size from which malloc(3) maps pages for one
+DESCRIPTORS = 1 << 20  # numbers of them that we ever have, or close
 REPLY_TEXT = 1 << 19  # bytes of a reply that is no value
 
 REPLY_VALUE = b"v"  # a piece of an encoded value
@@ -202,4 +203,4 @@ def keep_only(fds: Sequence[int]) -> None:
     for fd in sorted({fd for fd in fds if fd > 2}):
         os.closerange(last + 1, fd)
         last = fd
-    os.closerange(last + 1, 1 << 20)
+    os.closerange(last + 1, DESCRIPTORS)

@@ -775,7 +775,7 @@ class Sandbox:
         self.close()
         if self._leaving is not None:
             self._leaving.cancel()
-        self.slot.release()
+        self.slot.release(for_all=True)
         self._close_leaf_fd()
         if self.leaf is not None:
             os.close(self.leaf[0])

@@ -330,8 +330,12 @@ def take_from(host_namespace: int, binds: list[tuple[str, str]], *, recursive: b
 def attach_from(host_namespace: int, binds: list[tuple[str, str, str]]) -> None:
     """Attach the caller's folders (source, target, flags) in this mount namespace."""
     trees = take_from(host_namespace, [(source, flags) for source, _, flags in binds])
-    for tree, (source, target, _) in zip(trees, binds, strict=True):
-        try:
-            put(tree, "", target)
-        except OSError as error:
-            raise LineFailed(f"sandbox: bind {source}", error) from None
+    try:
+        for source, target, _ in binds:
+            try:
+                put(trees.pop(0), "", target)
+            except OSError as error:
+                raise LineFailed(f"sandbox: bind {source}", error) from None
+    finally:
+        for tree in trees:  # the warden serves others, and would keep them for as long as it lives
+            os.close(tree)
