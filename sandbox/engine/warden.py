@@ -110,6 +110,10 @@ class Warden:
         wanted = self.recipe["workspace"]
         if self.instruction["resolved"] and "mnt" in self.recipe["namespaces"]:
             mounts.carry_out("", [["cover", self.instruction["resolved"]["files"]]], "sandbox")
+        ways = []
+        if "mnt" in self.recipe["namespaces"]:
+            attached = [str(target) for _, target, _ in self.recipe["sandbox_mounts"]]
+            ways = mounts.open_ways(attached + [str(folder["path"]) for folder in self.recipe["granted"]])
         if host_namespace is not None and self.recipe["sandbox_mounts"]:
             mounts.attach_from(host_namespace, self.recipe["sandbox_mounts"])
         folders = []
@@ -128,6 +132,8 @@ class Warden:
         if self.recipe["granted"] and host_namespace is not None:
             self.granted.attach(host_namespace)
             folders += [granted.PLACE] if wanted["kind"] == "tmpfs" else []
+        for way in ways:
+            mounts.readonly("", way)
         fds = [os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for folder in folders]
         channel.send(self.hub, "opened", {"granted": ",".join(self.granted.kinds)}, fds)
         for fd in fds:
