@@ -67,8 +67,11 @@ class Slot:
     def release(self, *, for_all: bool = False) -> None:
         """Let go of it; `for_all` who have the fd, which a fork of the caller may, because all of the sandbox has gone."""
         if self.fd >= 0:
-            if for_all:
-                _lock(self.fd, fcntl.F_UNLCK, self.number)
+            try:
+                if for_all:
+                    _lock(self.fd, fcntl.F_UNLCK, self.number)
+            except OSError:
+                pass  # then it is free when the last who has the fd closes it
             os.close(self.fd)
             self.fd = -1
 
