@@ -912,6 +912,37 @@ def test_a_caller_that_died_is_no_error() -> None:
     theirs.close()
 
 
+def test_what_is_answered_is_not_answered_again() -> None:
+    """A caller has its answer before it runs on: until then the kernel says EINPROGRESS, where both are on one processor."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    processors = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(processors)})
+    pid = os.fork()
+    if pid == 0:
+        try:
+            prctl(PR_SET_NO_NEW_PRIVS, 1)
+            socket.send_fds(theirs, [b"x"], [load_filter(compiled("tight", CLOSED), new_listener=True)])
+            for _ in range(50):
+                call("unshare", 0)
+        finally:
+            os._exit(0)
+    try:
+        _message, (listener,), _flags, _address = socket.recv_fds(ours, 10, 1)
+        for _ in range(50):
+            notification = notifier.receive(listener)
+            assert notification is not None
+            assert notifier.refuse(listener, notification)
+            assert not notifier.refuse(listener, notification, errno.EINTR)
+            assert not notifier.answer(listener, notification)
+        os.close(listener)
+    finally:
+        os.sched_setaffinity(0, processors)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        ours.close()
+        theirs.close()
+
+
 def test_without_a_listener_everything_is_eperm() -> None:
     channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()

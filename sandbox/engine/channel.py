@@ -51,6 +51,7 @@ FRAME = 65536  # bytes of data per frame
 MESSAGE = 65536  # bytes per message that the host accepts
 SMALL = 32768  # bytes of a job that travels in one instruction
 INSTRUCTION = 65536  # bytes per instruction: below the size from which malloc(3) maps pages for one
+DESCRIPTORS = 1 << 20  # numbers of them that we ever have, or close
 REPLY_TEXT = 1 << 19  # bytes of a reply that is no value
 
 REPLY_VALUE = b"v"  # a piece of an encoded value
@@ -207,4 +208,4 @@ def keep_only(fds: Sequence[int]) -> None:
     for fd in sorted({fd for fd in fds if fd > 2}):
         os.closerange(last + 1, fd)
         last = fd
-    os.closerange(last + 1, 1 << 20)
+    os.closerange(last + 1, DESCRIPTORS)

@@ -775,7 +775,7 @@ class Sandbox:
         self.close()
         if self._leaving is not None:
             self._leaving.cancel()
-        self.slot.release()
+        self.slot.release(for_all=True)
         self._close_leaf_fd()
         if self.leaf is not None:
             os.close(self.leaf[0])
@@ -859,6 +859,9 @@ class Call:
         self.reply_limit = int(sandbox.recipe.limits["result_bytes"])
         self.reply_size = 0
         self.violations: dict[tuple[str, str], dict[str, str]] = {}
+        # How many different ones may end a call, or have its changes not kept, and how many refusals they stand for. Files that
+        # the interpreter was refused are none, nor names: harmless programs look where they may not, and go on.
+        self.offences = self.refusals = 0
         self.passing: dict[str, str] | None = None  # a refusal that is none of the plugin's making, unless it ends by it
         self.on_sealed: Callable[[Call], None] | None = None
         self.on_done: Callable[[Call], None] | None = None
@@ -1071,12 +1074,6 @@ class Call:
             self.violation({"nr": NAME, "arg0": f"{host}:{port}", **what, **where, "count": count, "call": str(self.number)})
         return True
 
-    @property
-    def offences(self) -> int:
-        """How many different violations there are that may end a call, or have its changes not kept. Files that the
-        interpreter was refused are none, nor names: harmless programs look where they may not, and go on."""
-        return sum(nr not in TOLD for nr, _ in self.violations)
-
     def _drain_job(self) -> None:
         while self.job.fileno() >= 0:
             try:
@@ -1098,10 +1095,14 @@ class Call:
             self.passing = fields
             return
         key = fields["nr"], fields["arg0"] if fields["nr"] in TOLD else where_to(fields) or fields["arg0"]
-        is_new = key not in self.violations
+        known = self.violations.get(key)
+        is_new = known is None
         self.violations[key] = fields
-        if sum(int(known["count"]) for (nr, _), known in self.violations.items() if nr not in TOLD) >= REFUSALS:
-            self.kill("violations")
+        if fields["nr"] not in TOLD:
+            self.offences += is_new
+            self.refusals += int(fields["count"]) - (int(known["count"]) if known is not None else 0)
+            if self.refusals >= REFUSALS:
+                self.kill("violations")
         if is_new and self.on_violation is not None:
             self.on_violation(self, fields)
 

@@ -295,6 +295,11 @@ class Sockets:
             code = errno.EPERM
             try:
                 code = sock.connect_ex((wanted.address, wanted.port))
+                if not self.access.is_open:  # cut off meanwhile, and perhaps before there was something to shut down
+                    code = errno.EPERM
+                    sock.shutdown(_socket.SHUT_RDWR)
+            except OSError:
+                pass  # it is not connected, or cannot be
             finally:
                 sock.close()
                 under_way.discard(this)

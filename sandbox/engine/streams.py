@@ -112,12 +112,11 @@ class Streams:
             return False
         before = self.used
         self.used += len(data)
-        if self.used > self.limit:
-            data = data[: max(0, self.limit - before)]
-            if before <= self.limit:
-                self.on_excess()
+        data = data[: max(0, self.limit - before)]
         if data:
             self.sinks[fd](data)
+        if before <= self.limit < self.used:
+            self.on_excess()  # last: where there is nobody left to end, we are finished in there
         return True
 
     def _close(self, fd: int) -> None:

@@ -112,6 +112,10 @@ class Warden:
         wanted = self.recipe["workspace"]
         if self.instruction["resolved"] and "mnt" in self.recipe["namespaces"]:
             mounts.carry_out("", [["cover", self.instruction["resolved"]["files"]]], "sandbox")
+        ways = []
+        if "mnt" in self.recipe["namespaces"]:
+            attached = [str(target) for _, target, _ in self.recipe["sandbox_mounts"]]
+            ways = mounts.open_ways(attached + [str(folder["path"]) for folder in self.recipe["granted"]])
         if host_namespace is not None and self.recipe["sandbox_mounts"]:
             mounts.attach_from(host_namespace, self.recipe["sandbox_mounts"])
         folders = []
@@ -130,6 +134,8 @@ class Warden:
         if self.recipe["granted"] and host_namespace is not None:
             self.granted.attach(host_namespace)
             folders += [granted.PLACE] if wanted["kind"] == "tmpfs" else []
+        for way in ways:
+            mounts.readonly("", way)
         fds = [os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for folder in folders]
         channel.send(self.hub, "opened", {"granted": ",".join(self.granted.kinds)}, fds)
         for fd in fds:
@@ -299,13 +305,17 @@ class Warden:
 
     def sealed(self, call: Call, fields: dict[str, str], pid: int) -> None:
         """The worker stands: read back what holds it, and tell the caller."""
+        worker = None
         try:
-            call.worker = os.pidfd_open(pid)
+            worker = os.pidfd_open(pid)
             fields.update(self.read_back(pid, call.pid))
         except OSError as error:
+            if worker is not None:
+                os.close(worker)  # perhaps another's by now, and not ours to kill
             self.report_failure(mounts.LineFailed("call: read-back of the protections", error), call.number)
             self.kill(call, "failed")
             return
+        call.worker = worker
         channel.send(self.hub, "sealed", {"call": call.number, **fields})
 
     def read_back(self, pid: int, init_pid: int) -> dict[str, str]:
@@ -314,7 +324,7 @@ class Warden:
         Raises ProcessLookupError where `pid` is no child of init any more: the worker has ended, its number may be another's.
         """
         fields = {}
-        for line in read(f"/proc/{pid}/status").splitlines():
+        for line in read(f"/proc/{pid}/status").split("\n"):
             name, _, value = line.partition(":")
             if name in STATUS_LINES:
                 fields[name] = value.strip()
@@ -546,12 +556,13 @@ class Warden:
             if not events or len(self.kept) > KEPT:
                 close_all(self.kept)
             for fd, event in events:
-                if fd == hub:
-                    if not self.instructed():
+                if fd == hub or fd in self.calls:
+                    if fd != hub:
+                        self.ended(self.calls[fd])
+                    elif not self.instructed():
                         return
-                elif fd in self.calls:
-                    self.ended(self.calls[fd])
-                elif fd in self.reports:
+                    break  # the rest may be of descriptors that are closed now, and others' by the next event: it is told again
+                if fd in self.reports:
                     if not event & select.POLLIN or not self.heard(self.reports[fd]):
                         self.poll.unregister(fd)  # init is on its way out; its pidfd tells when it has gone
                         del self.reports[fd]
@@ -608,7 +619,7 @@ def memory_lines(pid: int) -> list[str]:
         return []  # it has just ended
     for thread in threads:
         try:
-            lines = read(f"/proc/{pid}/task/{thread}/status").splitlines()
+            lines = read(f"/proc/{pid}/task/{thread}/status").split("\n")
         except OSError:
             continue
         if any(line.startswith("RssAnon:") for line in lines):

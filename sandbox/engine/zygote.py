@@ -141,6 +141,15 @@ def allow_core_limit() -> None:
             pass  # not the host's root: a program that crashes may start the host's handler, as any of this user's
 
 
+def allow_descriptors() -> None:
+    """All that the hard limit allows: the caller may have raised its own soft one since. We and a warden hold some for each
+    sandbox and each call, and a message whose descriptors do not fit is the end of its reader."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(hard, channel.DESCRIPTORS) if hard != resource.RLIM_INFINITY else channel.DESCRIPTORS
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def anonymous_memory() -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
@@ -396,6 +405,7 @@ def main() -> None:
     os.setsid()
     os.umask(0o022)
     allow_core_limit()
+    allow_descriptors()
     sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the caller's Ctrl-C is the caller's to handle

@@ -306,6 +306,33 @@ def build_template(lines: list[list[object]], *, pivot: bool) -> None:
     os.chdir("/")
 
 
+def open_ways(paths: list[str]) -> list[str]:
+    """What is missing on the way to mount points of one sandbox is made in tmpfs of its own, which are returned.
+
+    The root of a template is one file system for all of its sandboxes: what is made there stays, and others would find the
+    names of folders that are no business of theirs. Only what lies in / itself has to be made there.
+    """
+    ways = []
+    for path in paths:
+        deepest, missing = path, ""
+        while not os.path.lexists(deepest):
+            deepest, missing = os.path.dirname(deepest), deepest
+        try:
+            if not missing or os.lstat(deepest).st_dev != os.lstat("/").st_dev:
+                continue  # it is there, or another file system's
+            if deepest == "/":
+                if missing == path:
+                    continue
+                os.mkdir(missing, 0o755)
+                deepest = missing
+            kept = [os.path.join(deepest, name) for name in os.listdir(deepest)]
+            tmpfs("", deepest, "nosuid,nodev", "mode=755,size=1m,nr_inodes=8192", kept)
+            ways.append(deepest)
+        except OSError as error:
+            raise LineFailed(f"sandbox: way to {path}", error) from None
+    return ways
+
+
 def take_from(host_namespace: int, binds: list[tuple[str, str]], *, recursive: bool = True) -> list[int]:
     """Detached copies of the caller's folders (source, flags), by a visit to the caller's mount namespace."""
     here = current_namespace()
@@ -330,8 +357,12 @@ def take_from(host_namespace: int, binds: list[tuple[str, str]], *, recursive: b
 def attach_from(host_namespace: int, binds: list[tuple[str, str, str]]) -> None:
     """Attach the caller's folders (source, target, flags) in this mount namespace."""
     trees = take_from(host_namespace, [(source, flags) for source, _, flags in binds])
-    for tree, (source, target, _) in zip(trees, binds, strict=True):
-        try:
-            put(tree, "", target)
-        except OSError as error:
-            raise LineFailed(f"sandbox: bind {source}", error) from None
+    try:
+        for source, target, _ in binds:
+            try:
+                put(trees.pop(0), "", target)
+            except OSError as error:
+                raise LineFailed(f"sandbox: bind {source}", error) from None
+    finally:
+        for tree in trees:  # the warden serves others, and would keep them for as long as it lives
+            os.close(tree)

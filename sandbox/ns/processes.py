@@ -50,8 +50,13 @@ def _state(path: str) -> str:
 
 
 def read(path: str) -> str:
+    """The content of a file of /proc, of which the kernel gives about a page at a time. A process's name there may be no text,
+    and have whatever else ends a line than the line feed, which the kernel writes as \\n: split by that alone."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(fd, 65536).decode()
+        data = b""
+        while piece := os.read(fd, 65536):
+            data += piece
+        return data.decode(errors="replace")
     finally:
         os.close(fd)

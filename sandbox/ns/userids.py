@@ -64,8 +64,14 @@ class Slot:
         self.fd = fd
         self.name = f"{_identity(fd)}-{number}"  # of its cgroup and its folder
 
-    def release(self) -> None:
+    def release(self, *, for_all: bool = False) -> None:
+        """Let go of it; `for_all` who have the fd, which a fork of the caller may, because all of the sandbox has gone."""
         if self.fd >= 0:
+            try:
+                if for_all:
+                    _lock(self.fd, fcntl.F_UNLCK, self.number)
+            except OSError:
+                pass  # then it is free when the last who has the fd closes it
             os.close(self.fd)
             self.fd = -1
 
@@ -154,9 +160,10 @@ def _choose(fd: int, ledger: int, memory: int, most: int, allowed: int) -> int:
         raise NoPlaceError(
             f"{len(alive)} sandboxes of this user are open already: close some, or set PSIE_MAX_SANDBOXES above {most}"
         )
+    if chosen is None:  # beyond them there are leftovers at most, and who removes those holds their slots meanwhile
+        chosen = next((number for number in range(high + 1, SLOTS + 1) if _lock(fd, fcntl.F_WRLCK, number)), None)
     if chosen is None:
-        chosen = high + 1
-        _lock(fd, fcntl.F_WRLCK, chosen)
+        raise NoPlaceError("every place for a sandbox is taken: wait for psie gc, or close some")
     claimed = sum(claims[number] for number in alive)
     if claimed + memory > allowed:
         raise NoPlaceError(

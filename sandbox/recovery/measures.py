@@ -425,7 +425,7 @@ class Recovery:
             try:
                 yield from self._freeze(violation)
                 yield from self._keep_evidence(violation)
-            except (OSError, RuntimeError) as error:  # it goes all the same
+            except Exception as error:  # it goes all the same, whatever is wrong
                 self._tell(violation, "keep evidence", {}, {}, False, str(error))
             return (yield from self._kill(violation, calls))
         finally:

@@ -76,7 +76,7 @@ def is_valid(listener: int, notification: Notification) -> bool:
 
 
 def refuse(listener: int, notification: Notification, errno: int = _errno.EPERM) -> bool:
-    """Let the call fail with `errno`; False if its caller is gone."""
+    """Let the call fail with `errno`; False if its caller is gone, or has an answer already."""
     if errno <= 0:
         raise ValueError(f"a refusal needs an errno, not {errno}")  # 0 would be an invented success
     return _send(listener, _SECCOMP_NOTIF_RESP.pack(notification.id, 0, -errno, 0))
@@ -89,14 +89,14 @@ def _send(listener: int, response: bytes) -> bool:
         except InterruptedError:
             continue
         except OSError as error:
-            if error.errno == _errno.ENOENT:
+            if error.errno in (_errno.ENOENT, _errno.EINPROGRESS):
                 return False
             raise
         return True
 
 
 def answer(listener: int, notification: Notification, value: int = 0) -> bool:
-    """Let the call return `value`, for what was done on its behalf; False if its caller is gone."""
+    """Let the call return `value`, for what was done on its behalf; False if its caller is gone, or has an answer already."""
     return _send(listener, _SECCOMP_NOTIF_RESP.pack(notification.id, value, 0, 0))
 
 

@@ -208,12 +208,16 @@ def keys_of_encrypted_folders() -> str:
     key = ctypes.create_string_buffer(128)
     key[0] = 2  # type: ignore[call-overload]  # FSCRYPT_KEY_SPEC_TYPE_IDENTIFIER
     key[40] = 32  # type: ignore[call-overload]  # raw_size
-    return first_escape(
-        {
-            "add": lambda: fcntl.ioctl(folder, 0xC0506617, key),
-            "remove": lambda: fcntl.ioctl(folder, 0xC0406618, ctypes.create_string_buffer(key.raw[:64], 64)),
-        }
-    )
+
+    def remove() -> None:
+        spec = ctypes.create_string_buffer(key.raw[:40], 64)  # as the kernel has named it
+        fcntl.ioctl(folder, 0xC0406618, spec)
+
+    def add() -> None:
+        fcntl.ioctl(folder, 0xC0506617, key)
+        attempt(remove)  # else the host would have it until that is unmounted
+
+    return first_escape({"add": add, "remove": remove})
 
 
 @contextmanager

@@ -92,9 +92,26 @@ def page_tables() -> str:
     return f"escaped: {size >> 29} MB"
 
 
-@attack(MEMORY, limits=SMALL, ends=LIMIT, scene=calls("exit"), memory_mb=256)
-def memory_of_a_thread_that_stays(numbers: dict[str, int]) -> str:
+@attack(MEMORY, limits=SMALL, ends=LIMIT, scene=calls("exit", title=b"psie"), memory_mb=256)
+@attack(
+    MEMORY,
+    name="memory_behind_a_name",  # what is no line's end to the kernel may be one to whoever reads it
+    limits=SMALL,
+    ends=LIMIT,
+    scene=calls("exit", title=b"\x0cRssAnon:\t0"),
+    memory_mb=256,
+)
+@attack(
+    MEMORY,
+    name="memory_behind_a_name_that_is_no_text",
+    limits=SMALL,
+    ends=LIMIT,
+    scene=calls("exit", title=b"\xff"),
+    memory_mb=256,
+)
+def memory_of_a_thread_that_stays(numbers: dict[str, int], title: bytes) -> str:
     """The first thread of a process ends, and with it what /proc says of the process's memory; another one goes on."""
+    import ctypes
     import mmap
     import threading
 
@@ -117,6 +134,7 @@ def memory_of_a_thread_that_stays(numbers: dict[str, int]) -> str:
     if not is_inside and os.fork():
         return "escaped: 256 MB" if os.read(reader, 1) else "failed: it has no memory"
     threading.Thread(target=take).start()
+    ctypes.CDLL(None).prctl(15, title, 0, 0, 0)  # PR_SET_NAME
     return str(syscall(numbers["exit"], 0))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from escape import kit
 from sandbox.config import IsolationLevel
 from sandbox.errors import PluginExecutionError, ResourceLimitExceededError, SecurityViolationError
+from sandbox.ns import processes
 from sandbox.selftest import trial
 from sandbox.selftest.attacks import (
     ALL,
@@ -36,6 +39,27 @@ def test_a_crash_starts_no_program_of_the_host(level: IsolationLevel) -> None:
     if not ROOT and resource.getrlimit(resource.RLIMIT_CORE)[1] == 0:
         pytest.skip("only root can raise this user's limit of 0")
     assert trial.run_inside(limit, level=level).value == (1, 1)
+
+
+MANY_CHILDREN = """
+import os, signal, sys
+for _ in range(1000):
+    if os.fork() == 0:
+        signal.pause()
+print("ready", flush=True)
+sys.stdin.read()
+os.killpg(0, signal.SIGKILL)
+"""
+
+
+def test_nobody_hides_among_many() -> None:
+    """The kernel tells of some 800 children at a time: whoever counts memory, stops or cuts off has to ask further."""
+    command = [sys.executable, "-I", "-S", "-c", MANY_CHILDREN]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        found = processes.tree(process.pid)
+    assert len(set(found)) == len(found) == 1001
 
 
 # -- time ----------------------------------------------------------------------------------------------------------------

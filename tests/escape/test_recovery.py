@@ -5,7 +5,10 @@ Each attack is tried without the measure first, where it has to work, and then a
 
 from __future__ import annotations
 
+import _socket
 import asyncio
+import errno
+import os
 import socket
 import threading
 import time
@@ -13,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +34,8 @@ from sandbox import (
     SecurityViolationError,
     host,
 )
+from sandbox.engine import sockets
+from sandbox.seccomp import notifier
 from sandbox.selftest.attacks import ALL, NAMESPACED
 
 Kind = SandboxViolationType
@@ -368,6 +374,29 @@ def test_no_connection_is_kept(level: IsolationLevel, where: str) -> None:
         assert after == without
     else:
         assert (without, after) == ("escaped: it answers", "stopped")
+
+
+def test_a_connection_that_comes_late_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was allowed, but its thread gets to run only when all has been cut off."""
+    begun: list[Callable[[], None]] = []
+    answers: list[int] = []
+    monkeypatch.setattr(sockets, "_thread", SimpleNamespace(start_new_thread=lambda function, _: begun.append(function)))
+    monkeypatch.setattr(notifier, "refuse", lambda listener, notification, code: answers.append(code))
+    monkeypatch.setattr(notifier, "answer", lambda listener, notification: answers.append(0))
+    network = {"access": {"allowed": [], "blocked": [], "ports": []}, "max_requests": 1, "sockets": True}
+    one = sockets.Sockets(network, {})
+    listener = os.open("/dev/null", os.O_RDONLY)
+    with echo() as port, socket.socket() as plugins:
+        wanted = sockets.Wanted(sockets.CONNECT)
+        wanted.address, wanted.port = "127.0.0.1", port
+        notification = notifier.Notification(1, os.getpid(), 0, 0, (0,) * 6)
+        one._connect(listener, notification, _socket.socket(fileno=os.dup(plugins.fileno())), wanted, 1)
+        assert one.cut_off([]) == 0
+        begun[0]()
+        assert answers == [errno.EPERM]
+        with pytest.raises(BrokenPipeError):
+            plugins.send(b"still there?")
+    os.close(listener)
 
 
 # -- standing still ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from sandbox.config import IsolationLevel
-from sandbox.selftest import attacks
+from sandbox.selftest import attacks, files
 from sandbox.selftest.attacks import REGISTRY, STRICT, Attack, Scene, Where
 from sandbox.selftest.outside import Outside
 from sandbox.selftest.run import FAIL, NOT_APPLICABLE, PASS, Result, result_of
@@ -117,3 +118,18 @@ def test_all_that_is_not_safe_says_why() -> None:
     assert {one.name for one in unsafe} >= {"rename_the_host", "replace_the_kernel", "core_dump_of_a_program"}
     names = [one.name for one in REGISTRY]
     assert len(names) == len(set(names))  # they are named on the command line
+
+
+def test_no_key_is_left_with_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside, where /usr can be encrypted, the attack adds one: as the kernel names it, it has to go again."""
+    asked: list[tuple[int, bytes]] = []
+
+    def ioctl(fd: int, request: int, argument: Any) -> int:
+        if request == 0xC0506617:  # FS_IOC_ADD_ENCRYPTION_KEY
+            argument[8:24] = b"the kernel's own"
+        asked.append((request, argument.raw[8:24]))
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    assert files.keys_of_encrypted_folders().startswith("escaped")
+    assert asked == [(0xC0506617, b"the kernel's own"), (0xC0406618, b"the kernel's own")]  # and ..._REMOVE_...

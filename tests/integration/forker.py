@@ -8,6 +8,7 @@ import sys
 
 from integration import harness, plugins
 from sandbox import IsolationLevel
+from sandbox.ns import userids
 
 
 async def main(level: IsolationLevel) -> None:
@@ -24,6 +25,18 @@ async def main(level: IsolationLevel) -> None:
             os._exit(0)
         os.waitpid(pid, 0)
         print("parent:", await sandbox.execute_plugin_safe(plugins.give_back, 4))
+        assert sandbox._sandbox is not None
+        place = sandbox._sandbox.slot.name
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:  # lives on with copies of all that its parent has
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+    held = userids.hold(place)
+    print("place:", "taken" if held is None else "free")
+    os.close(writer)
+    os.waitpid(pid, 0)
 
 
 asyncio.run(main(IsolationLevel(sys.argv[1])))

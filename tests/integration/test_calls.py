@@ -30,6 +30,8 @@ from sandbox import (
     SandboxViolation,
     SandboxViolationType,
 )
+from sandbox.engine.loop import PollLoop
+from sandbox.engine.streams import Streams
 from sandbox.recovery import private
 from sandbox.recovery.store import Store
 
@@ -150,6 +152,17 @@ def test_output_goes_to_the_callers_streams(level: IsolationLevel, capsys: pytes
     out, err = capsys.readouterr()
     assert sorted(out.splitlines()) == sorted(["out 0", "out 1", "out 2", "bare \\xff"])
     assert err.splitlines() == ["err 0", "err 1", "err 2"]
+
+
+def test_output_of_a_call_that_is_found_gone() -> None:
+    """What is too much ends the call, and where the warden has just died that is the end of the streams as well, at once."""
+    heard: list[bytes] = []
+    loop = PollLoop()
+    streams = Streams(loop, 4, lambda: streams.finish(), (heard.append, heard.append), None)
+    os.write(streams.inside[1], b"123456")
+    loop.run_once(0)
+    assert b"".join(heard) == b"1234"
+    assert not loop.readers
 
 
 def test_workspace_is_kept_between_calls_and_gone_after(level: IsolationLevel) -> None:

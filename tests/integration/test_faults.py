@@ -98,7 +98,7 @@ CALLS: dict[str, tuple[int, ...]] = {
 }
 # Only here a failure may be met by something weaker, which the protections then say: which, and by what calls.
 SUBSTITUTES = {
-    "granted folders": {"mount", "mount_setattr", "openat", "open_tree", "clone3", "unshare", "write", "fcntl"},
+    "granted folders": {"mount", "mount_setattr", "openat", "open_tree", "clone3", "unshare", "write", "fcntl", "mkdirat"},
     "own /proc": {"mount"},
 }
 # Of init and worker alone; without these nothing of a sandbox may stand: a failure is never passed over. (A user's own groups

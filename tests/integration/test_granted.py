@@ -574,3 +574,23 @@ def test_mistakes_on_the_command_line(folder: Path, plugin: str) -> None:
     assert (done.returncode, "there is no such folder" in done.stderr) == (125, True)
     done = psie("run", "--rw", str(folder), "--rw", str(folder / "sub"), plugin)
     assert (done.returncode, "lies in" in done.stderr) == (125, True)
+
+
+ATTACH = """
+import os, sys
+from sandbox.ns import mounts
+host = mounts.own_namespace()
+mounts.build_template([], pivot=False)
+before = os.listdir("/proc/self/fd")
+try:
+    mounts.attach_from(host, [(sys.argv[1], "/proc/" + name, "") for name in ("nowhere/a", "b", "c")])
+except mounts.LineFailed as failure:
+    print(failure.line, len(os.listdir("/proc/self/fd")) - len(before))
+"""
+
+
+@pytest.mark.usefixtures("as_root")
+def test_what_cannot_be_attached_is_let_go(folder: Path) -> None:
+    """A warden serves others after a sandbox that it could not set up: whatever mount it kept nobody could unmount."""
+    done = subprocess.run([sys.executable, "-c", ATTACH, folder], cwd=harness.REPOSITORY, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"sandbox: bind {folder} 0\n", "")

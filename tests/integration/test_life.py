@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from sandbox import (
     state,
 )
 from sandbox.cgroups import place
-from sandbox.engine import service
+from sandbox.engine import channel, service, warden
 from sandbox.ns import userids
 
 from . import harness, plugins, soak
@@ -92,6 +93,27 @@ def test_50_calls_at_once(level: IsolationLevel) -> None:
 
     with harness.nothing_left():
         asyncio.run(main())
+
+
+@rootless
+def test_more_sandboxes_than_the_first_ones_limit_of_descriptors() -> None:
+    """A caller that raises its own limit has a zygote from before, which is not to die of the next sandbox with all others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + 40
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as open_ones:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+            try:
+                first = await open_ones.enter_async_context(harness.open_sandbox(IsolationLevel.STRICT))
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for _ in range(few // 3):
+                await open_ones.enter_async_context(harness.open_sandbox(IsolationLevel.STRICT, limits={"max_memory_mb": 30.0}))
+            assert await first.execute_plugin_safe(plugins.give_back, 1) == 1
+
+    service.shut_down()
+    asyncio.run(main())
 
 
 # -- clocks ------------------------------------------------------------------------------------------------------------
@@ -198,6 +220,29 @@ def test_what_dead_sandboxes_left_is_swept(way: str) -> None:
     asyncio.run(main())
     for each in others:
         each.rmdir()
+
+
+def test_who_has_got_the_number_of_a_worker_is_left_alone() -> None:
+    """One that has ended as soon as it stood: its number may be another process's when the warden looks."""
+    here, there = channel.pair()
+    init, other = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    one = warden.Warden.__new__(warden.Warden)
+    one.recipe, one.own_namespaces, one.hub = {"namespaces": []}, {}, there
+    try:
+        call = warden.Call(1, init.pid, os.pidfd_open(init.pid), there)
+        one.sealed(call, {}, other.pid)
+        os.close(call.pidfd)
+        assert init.wait(harness.SETTLE) == -signal.SIGKILL
+        kind, fields = channel.unpack(here.recv(channel.MESSAGE))
+        assert (kind, fields["line"]) == ("failed", "call: read-back of the protections")
+        time.sleep(0.05)
+        assert other.poll() is None
+    finally:
+        here.close()
+        there.close()
+        for process in (init, other):
+            process.kill()
+            process.wait()
 
 
 # What dies below a caller, what the call then ends with, and what its text names: see sandbox.engine.zygote.
@@ -358,6 +403,19 @@ def test_the_ledger_counts_beyond_a_lower_bound(ledger: list[userids.Slot], monk
         ledger.append(userids.claim(10 * MB, 100 * MB))
 
 
+def test_what_is_being_swept_is_nobody_elses(ledger: list[userids.Slot]) -> None:
+    """Whoever removes a leftover holds its place, which may lie beyond all those that are in use: no sandbox is to have it as
+    well, whose ids and leaf the next one would get."""
+    ledger.append(userids.claim(MB, 100 * MB))
+    swept = userids.hold(userids.name_of(2))
+    assert swept is not None
+    ledger += [swept, userids.claim(MB, 100 * MB)]
+    swept.release()
+    assert userids.hold(ledger[-1].name) is None, "it is alive"
+    ledger.append(userids.claim(MB, 100 * MB))
+    assert [ledger[number].number for number in (0, 2, 3)] == [1, 3, 2]
+
+
 # -- ids ---------------------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +475,7 @@ def test_a_fork_cannot_use_the_parents_sandbox(level: IsolationLevel) -> None:
     said: dict[str, Any] = dict(line.split(": ", 1) for line in out.splitlines())
     assert said["inherited"].startswith("ResourceError this sandbox belongs to the process that opened it"), err
     assert (said["own"], said["parent"]) == ("3", "4"), err
+    assert said["place"] == "free", "a fork keeps the place of a sandbox that has gone"
 
 
 def test_facts_are_those_of_this_host() -> None:

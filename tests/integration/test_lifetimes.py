@@ -449,6 +449,41 @@ def test_who_was_stopped_with_all_the_rest_waits_once_more(clock: Clock) -> None
     asyncio.run(main())
 
 
+def end_or_be_refused(ends: bool) -> int:
+    import ctypes
+    import os
+    import time
+
+    open(f"ready-{os.urandom(4).hex()}", "w").close()
+    while not os.path.exists("go"):
+        time.sleep(0.001)
+    if ends:
+        os._exit(0)
+    return int(ctypes.CDLL(None).unshare(0x10000000))  # CLONE_NEWUSER
+
+
+@pytest.mark.parametrize("attempt", range(8))  # every second one is enough
+def test_what_a_warden_hears_at_once_is_told_apart(attempt: int) -> None:
+    """Two calls are refused something for the first time while a third one ends: the descriptors of that one are taken again
+    at once, by the supervisor's, and what was heard of the old ones is not to be taken for its end."""
+
+    async def main() -> list[Any]:
+        async with harness.open_sandbox(IsolationLevel.STRICT) as sandbox:
+            await sandbox.execute_plugin_safe(plugins.give_back, 1)
+            wardens = harness.roles(os.getpid())["idle"]
+            with stopped(*wardens):
+                jobs = [sandbox.execute_plugin_safe(end_or_be_refused, ends) for ends in (False, False, True)]
+                tasks = [asyncio.create_task(job) for job in jobs]
+                await asyncio.sleep(0.05)
+            await harness.wait_for(lambda: sum(entry.path.startswith("ready") for entry in sandbox.list_files()) == 3)
+            with stopped(*wardens):
+                sandbox.write_file("go", b"")
+                await asyncio.sleep(0.05 * harness.PATIENCE)
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert asyncio.run(main())[:2] == [-1, -1]
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 SHORT = "from sandbox.engine import client; client.Sandbox.lifetime = {}; from sandbox.cli import main; main()"

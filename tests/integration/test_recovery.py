@@ -488,6 +488,31 @@ def test_a_breach_is_the_end(level: IsolationLevel, kind: SandboxViolationType) 
     asyncio.run(main())
 
 
+def be_nobody(seconds: float) -> None:
+    """A name is bytes, which need be no text."""
+    import ctypes
+    import time
+
+    ctypes.CDLL(None).prctl(15, b"\xff", 0, 0, 0)  # PR_SET_NAME
+    open("ready", "w").close()
+    time.sleep(seconds)
+
+
+def test_a_name_that_is_no_text_saves_nobody(level: IsolationLevel) -> None:
+    """Without a cgroup it is stopped process by process, and each is asked in /proc whether it stands still."""
+
+    async def main() -> None:
+        async with harness.open_sandbox(level, config={"telemetry_enabled": False}) as sandbox:
+            manager = Manager()
+            task = await running_call(sandbox, be_nobody, 20 * harness.PATIENCE)
+            assert await manager.auto_recovery_violation(violation(sandbox, Kind.SECURITY_BREACH)) is True
+            with pytest.raises(SecurityViolationError, match="recovery ended the plugin"):
+                await task
+            assert actions(manager.get_recovery_history()) == [("freeze", True), ("kill", True)]
+
+    asyncio.run(main())
+
+
 def test_evidence_is_kept_once_of_the_same_calls(tmp_path: Path) -> None:
     """A plugin can make hundreds of violations: each would take a copy of all that it has left on the host's disk."""
 
