@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("agg")
 
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.results import Figures, Report
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 OURS, THEIRS = "#1f5fa8", "#9a9a9a"
 BLUES = ["#1f5fa8", "#5b9bd5", "#0b3766", "#8ec1ec"]
@@ -85,7 +87,7 @@ def distribution(axes: Axes, figures: Figures) -> None:
             parts = [100 * (number + 1) / len(values) for number in range(len(values))]
             axes.step(sorted(values), parts, where="post", color=used[contender], label=contender)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
+    plain_numbers(axes.xaxis)
     axes.set_xlabel(f"{figures.unit} (logarithmic; further left is better)")
     axes.set_ylabel("% of the calls took at most that")
     axes.set_ylim(0, 102)
@@ -100,7 +102,7 @@ def lines(axes: Axes, figures: Figures, *, logarithmic: bool = False) -> None:
     name_axes(axes, figures)
     if logarithmic:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
+        plain_numbers(axes.yaxis)
         axes.set_ylabel(f"{figures.axes[1]} (logarithmic)")
     else:
         axes.set_ylim(bottom=0)
@@ -120,6 +122,13 @@ def dots(axes: Axes, figures: Figures) -> None:
     if above:
         axes.set_xlabel(f"{figures.axes[0]} ({above} slower ones are above)")
     finish(axes, figures)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """On a logarithmic axis: 1, 2, 5, 10 and so on."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def name_axes(axes: Axes, figures: Figures) -> None:
