@@ -30,9 +30,16 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/ready
-	@dpkg -s bubblewrap >/dev/null 2>&1 || PACKAGES=bubblewrap ./tools/apt-install
-	$(BIN)/python -m benchmarks
+# ARGS="--quick", ARGS="--only call"
+bench: .venv/bench
+	PACKAGES="bubblewrap gcc" ./tools/apt-install
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# sandlock is a peer, which not every machine can have.
+.venv/bench: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check sandlock || echo "without sandlock: it cannot be installed"
+	touch $@
 
 # The venv may be used by other users (the tests start an unprivileged one), and has its bytecode compiled whatever
 # PYTHONDONTWRITEBYTECODE says.

@@ -1,181 +1,102 @@
-"""`python -m benchmarks`: start times and memory, psie and bubblewrap in turn, so that both see the same machine.
+"""`python -m benchmarks`: psie beside what people use in its place, on the same work, in the same rounds; what is wanted, and
+whether it is so.
 
-Run it as root and as a user. Prints medians (p50) and 95th percentiles in milliseconds, ratios of medians, and the
-private memory of standing sandboxes.
+Prints a table of medians with ratios, and writes the figures (JSON) and plots (SVG) into benchmarks/results. Run it on a quiet
+machine, as root and as a user; benchmarks/measures.py has the measures, benchmarks/peers.py the peers.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import contextlib
 import os
-import shutil
-import statistics
-import subprocess
+import platform
 import sys
+import tempfile
+from datetime import datetime
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING
+from unittest import mock
 
-from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
+from benchmarks import peers
+from benchmarks.measures import MEASURES, Bench
+from benchmarks.results import Report, summary, table
+from sandbox import __version__
 from sandbox.engine.service import shut_down
+from sandbox.recovery import private
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
+    from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-HELLO = str(ROOT / "examples" / "hello.py")
-ROUNDS = 100
-STANDING = 20
-PAUSE = 0.03  # seconds
+RESULTS = peers.ROOT / "benchmarks" / "results"
 
 
-def bubblewrap(*command: str) -> list[str]:
-    """The command in bubblewrap with every namespace, on a read-only host, as people run it."""
-    binds: list[str] = []
-    for path in dict.fromkeys((sys.prefix, sys.base_prefix, str(ROOT))):
-        if path.startswith("/tmp/"):
-            binds += ["--ro-bind", path, path]
-    return [
-        *("bwrap", "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev"),
-        *("--tmpfs", "/tmp", *binds, sys.executable, *command),
-    ]
+def about(*, quick: bool) -> dict[str, Any]:
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "psie": __version__,
+        "who": "root" if os.getuid() == 0 else "rootless",
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg(),
+        "quick": quick,
+    }
 
 
-def spawn(command: list[str]) -> float:
-    """Milliseconds that the command takes, its output thrown away."""
-    start = perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    return (perf_counter() - start) * 1000
+@contextlib.contextmanager
+def own_records() -> Iterator[None]:
+    """Calls of this process are remembered, as they always are, but not among a person's."""
+    with tempfile.TemporaryDirectory(prefix="psie-bench-", dir="/var/tmp") as folder:
+        place = os.path.join(folder, "psie")
+        with mock.patch.object(private, "default_folder", return_value=place):
+            yield
 
 
-def double(value: int) -> int:
-    return value * 2
+def measure(names: list[str], *, quick: bool) -> Report:
+    report = Report(about(quick=quick))
+    shown = report.about
+    print(
+        f"psie {shown['psie']}, {shown['who']}, Linux {shown['kernel']}, Python {shown['python']}, {shown['cpus']} CPUs, "
+        f"load {shown['load'][0]:.1f}{' (quick: few rounds, no figures to rely on)' if quick else ''}"
+    )
+    with own_records(), peers.available() as found, peers.floor() as floor:
+        shown["peers"] = [*found, *([peers.FLOOR] if floor is not None else [])]
+        bench = Bench(quick, found, floor)
+        for name in names:
+            figures = asyncio.run(MEASURES[name](bench))
+            shut_down()  # what stands ready is no other measure's
+            report.measures.append(figures)
+            print(f"\n{name}: {table(figures)}", flush=True)
+    return report
 
 
-def new_sandbox(level: IsolationLevel) -> EnhancedPluginSandbox:
-    return EnhancedPluginSandbox(PluginLimitsV2(max_memory_mb=64), PluginPermissionsV2(), IsolationConfig(level=level))
-
-
-async def library(
-    level: IsolationLevel, peer: Callable[[], float], *, standing: bool, pause: float = PAUSE
-) -> dict[str, list[float]]:
-    """Create, call and destroy in turn with the peer.
-
-    With `standing`, as by default, a sandbox stands ready for each round: made in the pause, which is not counted, so
-    "ready" is then the time to take one, not to make one. With pause 0 and no peer the rounds pay for the making, and
-    without `standing` each round makes its own.
-    """
-    os.environ["PSIE_STANDING"] = str(int(standing))
-    times: dict[str, list[float]] = {"ready": [], "call": [], "whole": [], "peer": []}
-    for _ in range(ROUNDS + 3):
-        start = perf_counter()
-        async with new_sandbox(level) as sandbox:
-            stood = perf_counter()
-            assert await sandbox.execute_plugin_safe(double, 21) == 42
-            replied = perf_counter()
-        gone = perf_counter()
-        for name, value in (("ready", stood - start), ("call", replied - stood), ("whole", gone - start)):
-            times[name].append(value * 1000)
-        if pause:
-            await asyncio.sleep(pause)  # psie makes the next one ready: not at the peer's cost
-            times["peer"].append(peer())
-    return {name: values[3:] for name, values in times.items()}  # the first ones start the zygote
-
-
-def uss(pid: int) -> tuple[int, int]:
-    """(private bytes, proportional bytes) of a process (proc_pid_smaps(5))."""
-    private = proportional = 0
+def draw(report: Report, folder: Path, stem: str) -> list[Path]:
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except ProcessLookupError:
-        return 0, 0  # a child of ours that is no zygote any more and waits to be reaped
-    for line in lines:
-        name, _, rest = line.partition(":")
-        if name in ("Private_Clean", "Private_Dirty"):
-            private += int(rest.split()[0]) * 1024
-        elif name == "Pss":
-            proportional = int(rest.split()[0]) * 1024
-    return private, proportional
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def zygotes() -> list[int]:
-    """Our children that are zygotes: the engine's thread started them, so they are listed under that thread."""
-    found: list[int] = []
-    for task in Path(f"/proc/{os.getpid()}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
-    return found
-
-
-async def memory(level: IsolationLevel) -> tuple[float, float]:
-    """(MB of a standing sandbox's own processes, MB of the zygote's share) with STANDING sandboxes open."""
-    open_ones = [new_sandbox(level) for _ in range(STANDING)]
-    await asyncio.gather(*(sandbox.__aenter__() for sandbox in open_ones))
-    try:
-        own = shared = 0
-        for zygote in zygotes():
-            wardens = children(zygote)
-            todo = list(wardens)
-            while todo:
-                pid = todo.pop()
-                own += uss(pid)[0]
-                todo += children(pid)
-            if wardens:
-                shared += uss(zygote)[1]
-        return own / STANDING / 2**20, shared / STANDING / 2**20
-    finally:
-        await asyncio.gather(*(sandbox.__aexit__(None, None, None) for sandbox in open_ones))
-
-
-def row(name: str, values: list[float], peer: list[float] | None, wanted: str) -> None:
-    p50, p95 = statistics.median(values), sorted(values)[int(len(values) * 0.95)]
-    ratio = f"{p50 / statistics.median(peer):6.2f}" if peer else "     -"
-    print(f"{name:<48} {p50:8.2f} {p95:8.2f} {ratio}   {wanted}")
+        from benchmarks import plots
+    except ImportError as error:
+        print(f"no plots: {error}: pip install '.[bench]'", file=sys.stderr)
+        return []
+    return plots.draw(report, folder, stem)
 
 
 def main() -> None:
-    if shutil.which("bwrap") is None:
-        sys.exit("bubblewrap is missing: apt-get install bubblewrap")
-    root = os.getuid() == 0
-    psie = str(Path(sys.executable).with_name("psie"))
-    who = "as root" if root else "rootless"
-    print(f"{who}, Linux {os.uname().release}, Python {sys.version.split()[0]}, {os.cpu_count()} CPUs")
-    print(f"{'milliseconds':<48} {'p50':>8} {'p95':>8} {'ratio':>6}   wanted")
-
-    at_most = "at most 6" if root else "at most 5"
-    call_peer = bubblewrap("-I", "-c", "print(21 * 2)")
-    for level in IsolationLevel:
-        times = asyncio.run(library(level, lambda: spawn(call_peer), standing=True))
-        strongest = level is IsolationLevel.MAXIMUM
-        row(f"{level.value}: request to ready", times["ready"], None, at_most if strongest else "")
-        row(f"{level.value}: create + call + destroy", times["whole"], times["peer"], "ratio at most 0.33" if strongest else "")
-    row("maximum: a call alone", times["call"], None, "")
-    rush = asyncio.run(library(IsolationLevel.MAXIMUM, lambda: 0.0, standing=True, pause=0))
-    row("maximum, one right after the other: to ready", rush["ready"], None, at_most)
-    row("maximum, one right after the other: all", rush["whole"], times["peer"], "(pays for the making of all)")
-    alone = asyncio.run(library(IsolationLevel.MAXIMUM, lambda: spawn(call_peer), standing=False))
-    row("maximum, PSIE_STANDING=0: request to ready", alone["ready"], None, "(as the first of a process)")
-    row("maximum, PSIE_STANDING=0: all", alone["whole"], alone["peer"], "(the same)")
-    row("bwrap --unshare-all python -I -c", times["peer"], times["peer"], "")
-
-    run_peer = bubblewrap(HELLO)
-    commands = {name: [psie, "run", HELLO, "--level", name, "--quiet"] for name in ("strict", "maximum")}
-    runs: dict[str, list[float]] = {"peer": [], **{name: [] for name in commands}}
-    for _ in range(ROUNDS // 2):
-        runs["peer"].append(spawn(run_peer))
-        for name, command in commands.items():
-            runs[name].append(spawn(command))
-    for name in commands:
-        row(f"psie run examples/hello.py --level {name}", runs[name], runs["peer"], "ratio at most 3")
-    row("bwrap --unshare-all python examples/hello.py", runs["peer"], runs["peer"], "")
-
-    shut_down()  # what stands ready of the levels before would count
-    own, shared = asyncio.run(memory(IsolationLevel.MAXIMUM))
-    print(f"\nmemory of one of {STANDING} standing sandboxes at maximum: {own:.2f} MB private + {shared:.2f} MB of the zygote")
-    print(f"{'':<48} {own + shared:8.2f} MB            at most 4 MB")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="psie beside its peers, in the same rounds")
+    parser.add_argument("--quick", action="store_true", help="few rounds, to see that all of it works")
+    parser.add_argument("--only", action="append", choices=list(MEASURES), metavar="NAME", help=", ".join(MEASURES))
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="for the JSON and the plots (default: %(default)s)")
+    options = parser.parse_args()
+    report = measure(options.only or list(MEASURES), quick=options.quick)
+    print(f"\n{summary(report)}")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    stem = datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    path = options.folder / f"{stem}.json"
+    report.save(path)
+    for written in (path, *draw(report, options.folder, stem)):
+        print(written)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, host, recipe
@@ -88,6 +89,28 @@ def small_files(rounds: int, begin: float = 0.0) -> float:
     return time.process_time() - start
 
 
+def walk(rounds: int, begin: float = 0.0) -> float:
+    """CPU seconds of looking at, opening and reading a tree of 500 small files, that is made before."""
+    import os
+    import time
+
+    for number in range(20):
+        os.mkdir(f"folder-{number}")
+        for each in range(25):
+            with open(f"folder-{number}/{each}", "w") as file:
+                file.write("x" * 4000)
+    time.sleep(max(0.0, begin - time.monotonic()))
+    start = time.process_time()
+    for _ in range(rounds):
+        for folder in os.listdir("."):
+            for path in (f"{folder}/{name}" for name in os.listdir(folder)):
+                size = os.stat(path).st_size
+                with open(path, "rb") as source:
+                    if len(source.read()) != size:
+                        raise OSError(path)
+    return time.process_time() - start
+
+
 async def plain(name: str, rounds: int, begin: float, place: str) -> float:
     """The function in a plain Python, in a folder of `place`."""
     code = f"import sys; sys.path[:0] = {sys.path!r}; from benchmarks.overhead import {name}; print({name}({rounds}, {begin}))"
@@ -97,9 +120,11 @@ async def plain(name: str, rounds: int, begin: float, place: str) -> float:
     return float(output)
 
 
-async def sandboxed(function: Callable[[int, float], float], rounds: int, begin: float, level: IsolationLevel) -> float:
+async def sandboxed(
+    function: Callable[[int, float], float], rounds: int, begin: float, level: IsolationLevel, limits: PluginLimitsV2 = LIMITS
+) -> float:
     config = IsolationConfig(level=level, resource_check_interval_seconds=0.1)
-    async with EnhancedPluginSandbox(LIMITS, PluginPermissionsV2(max_file_size_mb=50.0), config) as sandbox:
+    async with EnhancedPluginSandbox(limits, PluginPermissionsV2(max_file_size_mb=50.0), config) as sandbox:
         seconds: float = await sandbox.execute_plugin_safe(function, rounds, begin)
         return seconds
 
@@ -126,6 +151,25 @@ def overheads() -> None:
             more = statistics.median(each[of_level] / each[base] - 1 for each in seen)
             cells.append(f"{statistics.median(each[of_level] for each in seen):7.2f} {100 * more:+6.1f} %")
         print(f"{function.__name__:<42} {statistics.median(each[1] for each in seen):8.2f}", *(f"{cell:>16}" for cell in cells))
+
+
+def beside_plain(name: str, rounds: int, cpu_seconds: float) -> tuple[list[float], list[float]]:
+    """CPU seconds of one of the functions in a plain Python and at level strict, both at once on one CPU, `rounds` times.
+
+    Binds its process to that CPU, so call it in one of its own.
+    """
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    function = {"compute": compute, "walk": walk}[name]
+    amount = max(1, int(cpu_seconds / (function_seconds(function) / 20)))
+    limits = replace(LIMITS, max_cpu_percent=100.0, cpu_warning_threshold_percent=None)  # type: ignore[arg-type]
+
+    async def together() -> tuple[float, float]:
+        begin = time.monotonic() + READY_SECONDS
+        strict = sandboxed(function, amount, begin, IsolationLevel.STRICT, limits)
+        return await asyncio.gather(plain(name, amount, begin, "/dev/shm"), strict)
+
+    seen = [asyncio.run(together()) for _ in range(rounds)]
+    return [each[0] for each in seen], [each[1] for each in seen]
 
 
 def watching() -> None:
