@@ -121,6 +121,7 @@ class Session:
 
     async def __aenter__(self) -> Self:
         """Start the process and have setup_fn called. Raises as `call` does."""
+        self._check_loop()
         async with self._turn:
             await self._start()
             self._is_open = True
@@ -143,13 +144,14 @@ class Session:
         Raises:
             PluginExecutionError: the function raised (the process goes on), or the process died.
             SecurityViolationError, ResourceLimitExceededError, SandboxInitializationError: as for `execute_plugin_safe`.
-            RuntimeError: the session or the sandbox is not open.
+            RuntimeError: the session or the sandbox is not open, or belongs to another event loop.
         """
         return await self._ask(self._request, function, args, kwargs)
 
     async def _ask(self, make: Callable[..., tuple[str, dict[str, object], bytes, Mapping[str, type]]], *what: Any) -> Any:
         if not self._is_open:
             raise RuntimeError("the session is not open: use it inside `async with`")
+        self._check_loop()
         async with self._turn:
             if self._process is None:
                 await self._start()
@@ -164,6 +166,10 @@ class Session:
             finally:
                 if self._max_calls is not None and self._calls >= self._max_calls:
                     await self._end()
+
+    def _check_loop(self) -> None:
+        if self._sandbox._loop not in (None, asyncio.get_running_loop()):
+            raise RuntimeError("a session belongs to the event loop on which its sandbox was opened: use it there")
 
     # -- the process -------------------------------------------------------------------------------------------------
 

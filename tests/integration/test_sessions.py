@@ -389,6 +389,18 @@ def test_mistakes(level: IsolationLevel) -> None:
     run(level, work)
 
 
+def test_it_belongs_to_its_event_loop(level: IsolationLevel) -> None:
+    async def work(session: Any, _: EnhancedPluginSandbox) -> None:
+        def elsewhere() -> None:
+            with pytest.raises(RuntimeError, match="event loop"):
+                asyncio.run(session.call(use_state))
+
+        await asyncio.to_thread(elsewhere)
+        assert await session.call(use_state) == 1
+
+    run(level, work)
+
+
 def generator() -> Iterator[int]:
     yield 1
 
