@@ -31,6 +31,12 @@ from . import harness, plugins
 pytestmark = pytest.mark.rootless
 
 
+@pytest.fixture(params=[IsolationLevel.MINIMAL, IsolationLevel.MAXIMUM], ids=lambda level: level.value)
+def level(request: pytest.FixtureRequest) -> IsolationLevel:
+    """Without namespaces and with all: an executor only opens sandboxes."""
+    return IsolationLevel(request.param)
+
+
 @pytest.fixture
 def executor(level: IsolationLevel) -> Iterator[SandboxExecutor]:
     with SandboxExecutor(2, level=level) as made:
