@@ -335,12 +335,21 @@ def in_a_namespace_of_the_host(theirs: dict[str, int]) -> str:
     return f"escaped: {same}" if same else "stopped: all its own"
 
 
-@attack(NAMESPACE, NAMESPACED, scene=lambda where: given(name=os.uname().nodename)(where))
-def name_of_the_host(name: str) -> str:
+@attack(
+    NAMESPACE,
+    NAMESPACED,
+    scene=lambda where: given(name=os.uname().nodename, namespace=os.stat("/proc/self/ns/uts").st_ino)(where),
+)
+def name_of_the_host(name: str, namespace: int) -> str:
+    """Where the host has the name that every sandbox has, it is the namespace that tells whose it is."""
     import os
     import socket as sockets
 
-    return "escaped: it is " + name if name in (os.uname().nodename, sockets.gethostname()) else "stopped: another name"
+    if name not in (os.uname().nodename, sockets.gethostname()):
+        return "stopped: another name"
+    if name == "psie" and os.stat("/proc/self/ns/uts").st_ino != namespace:
+        return "stopped: every sandbox's own name"
+    return "escaped: it is " + name
 
 
 @attack(NAMESPACE, unsafe="it gives the host the name that it has")

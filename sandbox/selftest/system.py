@@ -24,6 +24,7 @@ from sandbox.selftest.attacks import (
     calls,
     first_escape,
     given,
+    open_to_write,
     scrambled,
     syscall,
 )
@@ -44,9 +45,7 @@ NOBODY = 65534
 
 def writable(paths: list[str]) -> str:
     """Open each that exists for writing; nothing is written."""
-    import os
-
-    return first_escape({path: partial(os.open, path, os.O_WRONLY | os.O_NONBLOCK) for path in paths})
+    return first_escape({path: partial(open_to_write, path) for path in paths})
 
 
 @attack(SETTINGS)
