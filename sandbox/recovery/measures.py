@@ -368,9 +368,9 @@ class Recovery:
         if self._has("pids"):
             yield 0
             before = {"pids.max": self._get("pids.max"), "pids.current": self._get("pids.current")}
-            self._set("pids.max", before["pids.current"])
+            self._set("pids.max", "0")  # not as many as there are now: one that ends would make room for another
             after = {"pids.max": self._get("pids.max"), "pids.current": self._get("pids.current")}
-            return self._tell(violation, "stop forks", before, after, after["pids.max"] == before["pids.current"])
+            return self._tell(violation, "stop forks", before, after, after["pids.max"] == "0")
         try:
             yield from self._halt()  # else new ones come meanwhile, with the limit of old
             pids = self._pids()
