@@ -364,13 +364,11 @@ class Recovery:
         return self._tell(violation, "slow down", before, after, after != before)
 
     def _processes(self, violation: SandboxViolation) -> Steps:
-        """No further process or thread, as long as its calls run."""
-        if self._has("pids"):
-            yield 0
-            before = {"pids.max": self._get("pids.max"), "pids.current": self._get("pids.current")}
-            self._set("pids.max", "0")  # not as many as there are now: one that ends would make room for another
-            after = {"pids.max": self._get("pids.max"), "pids.current": self._get("pids.current")}
-            return self._tell(violation, "stop forks", before, after, after["pids.max"] == "0")
+        """No further process or thread of the calls that run now.
+
+        By RLIMIT_NPROC of each process, from which its children have it, and not by pids.max: that is the whole sandbox's, and
+        set anew whenever a call of it begins or ends.
+        """
         try:
             yield from self._halt()  # else new ones come meanwhile, with the limit of old
             pids = self._pids()
