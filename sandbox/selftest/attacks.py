@@ -22,6 +22,7 @@ from typing import Any
 
 from sandbox.config import IsolationLevel
 from sandbox.errors import SandboxException
+from sandbox.host import facts
 from sandbox.seccomp.filter import known_syscalls
 
 ROOT = os.getuid() == 0
@@ -30,6 +31,8 @@ MINIMAL, STANDARD, STRICT, MAXIMUM = LEVELS
 ALL = LEVELS
 NAMESPACED = (STANDARD, STRICT, MAXIMUM)
 STRICTER = (STRICT, MAXIMUM)
+# Without root MINIMAL has the caller's id: only Landlock keeps signals in there, from ABI 6 (Linux 6.12).
+SIGNALS_KEPT = ALL if facts().landlock_abi >= 6 else NAMESPACED
 SYSCALLS = known_syscalls(os.uname().machine)
 REFUSALS = frozenset(("EPERM", "EACCES", "ENOSYS", "ENOENT", "EROFS", "ESRCH"))
 # What takes a second elsewhere takes several under emulation: every bound of time here and in the tests is multiplied by this.

@@ -129,6 +129,8 @@ def write_outside(folder: str) -> str:
         {
             "append": lambda: open(folder + "/file", "a"),
             "truncate": lambda: os.truncate(folder + "/file", 0),
+            "empty by reading": lambda: os.open(folder + "/file", os.O_RDONLY | os.O_TRUNC),
+            "empty by neither": lambda: os.open(folder + "/file", os.O_ACCMODE | os.O_TRUNC),
             "create": lambda: open(folder + "/new", "x"),
             "unlink": lambda: os.unlink(folder + "/file"),
             "rename": lambda: os.rename(folder + "/file", folder + "/other"),

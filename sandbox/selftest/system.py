@@ -16,6 +16,7 @@ from sandbox.selftest.attacks import (
     PLACE,
     ROOT,
     SECRET,
+    SIGNALS_KEPT,
     STRICTER,
     Scene,
     Where,
@@ -281,7 +282,7 @@ def hinder_the_parent(numbers: dict[str, int]) -> str:
     )
 
 
-@attack(INIT)
+@attack(INIT, rootless_levels=SIGNALS_KEPT)
 def signal_all_that_are_seen() -> str:
     """Signal 0 to every process that /proc shows, but for its own init, which is the plugin's and ends with it."""
     import os
