@@ -7,7 +7,7 @@ BOX ?= trixie
 VM := dnsmasq-base e2fsprogs iproute2 iptables libvirt-clients libvirt-daemon-driver-qemu libvirt-daemon-system mmdebstrap \
 	openssh-client qemu-system-x86 qemu-utils rsync vagrant vagrant-libvirt
 
-.PHONY: demo test vm-test vm-test-all check bench clean
+.PHONY: demo test vm-test vm-test-all vm-attacks check bench clean
 
 demo: .venv/ready
 	$(BIN)/psie run examples/hello.py --level strict --summary -- from the demo
@@ -15,8 +15,8 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python tools/run_tests.py
 
-# The integration tests in a virtual machine with systemd and a pure cgroup v2 tree: Debian 13, or 12 with BOX=bookworm;
-# with ALL=1 none of them is left out.
+# The integration tests and the self-test in a virtual machine with systemd and a pure cgroup v2 tree: Debian 13, or 12 with
+# BOX=bookworm; with ALL=1 nothing is left out, and the attacks at all levels come on top.
 vm-test: .venv/ready
 	PACKAGES="$(VM)" ./tools/apt-install
 	ALL=$(ALL) ./vagrant/test $(BOX)
@@ -24,6 +24,11 @@ vm-test: .venv/ready
 vm-test-all:
 	$(MAKE) vm-test BOX=trixie
 	$(MAKE) vm-test BOX=bookworm
+
+# Only all attacks at all levels, as root and without rights: what stopped which is in vagrant/results/BOX-attacks.txt.
+vm-attacks: .venv/ready
+	PACKAGES="$(VM)" ./tools/apt-install
+	./vagrant/test $(BOX) attacks
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -357,7 +357,7 @@ class _Compiler:
         if self.config.enable_filesystem_isolation:
             self.add("writes only to the workspace", "Landlock", detail)
             if abi < 3:
-                substitute = "read-only mounts" if own_mounts else ""
+                substitute = "read-only mounts" if own_mounts else "seccomp refuses it but for files opened for writing"
                 self.report("truncate(2)", substitute, f"Landlock ABI {abi} does not know truncation", "Linux 6.2 or later")
         else:
             self.lacking(
@@ -379,6 +379,10 @@ class _Compiler:
             )
         probe = (PROBE if own_mounts else "{folder}/probe") if self.config.enable_filesystem_isolation else None
         return {"abi": abi, "rules": rules, "deny_network": True, "scopes": True, "probe": probe}
+
+    def truncation_is_open(self) -> bool:
+        """Whether only the filter keeps files outside from being emptied: no read-only mounts, and a Landlock before ABI 3."""
+        return "mnt" not in self.namespaces and self.config.enable_filesystem_isolation and 0 < self.host.landlock_abi < 3
 
     def readable(self) -> list[list[str]]:
         """Read rules for all that the view shows. Where that is the host itself, without its devices: whoever has the
@@ -409,6 +413,7 @@ class _Compiler:
                 ("sockets only by the supervisor", self.has_sockets()),
                 ("sockets refused", not self.has_sockets()),
                 ("memfd_create refused", "memory" not in self.controllers()),
+                ("truncate refused", self.truncation_is_open()),
                 ("changes of mode, owner and times refused", "mnt" not in self.namespaces and not self.host.root),
             )
             if said
@@ -423,6 +428,7 @@ class _Compiler:
             "sockets": self.has_sockets(),
             "allow_metadata": "mnt" in self.namespaces or self.host.root,
             "allow_memfd": "memory" in self.controllers(),
+            "allow_truncate": not self.truncation_is_open(),
         }
 
     def describe_namespaces(self) -> None:

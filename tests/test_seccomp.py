@@ -49,7 +49,7 @@ ALL_VARIANTS = [
     for permitted in itertools.product((False, True), repeat=len(profiles.FEATURES))
 ]
 # What the host decides, not the caller. Most tests have it (without allow_metadata copying files fails); both have their own.
-OF_THE_HOST = {"allow_metadata": True, "allow_memfd": True}
+OF_THE_HOST = {"allow_metadata": True, "allow_memfd": True, "allow_truncate": True}
 VARIANTS = [permissions for permissions in ALL_VARIANTS if permissions.items() >= OF_THE_HOST.items()]
 CLOSED = dict.fromkeys(profiles.FEATURES, False) | OF_THE_HOST
 OPEN = dict.fromkeys(profiles.FEATURES, True)
@@ -667,6 +667,28 @@ def test_memory_that_nothing_counts(profile: str) -> None:
 
 
 @every_profile
+def test_truncation_that_landlock_does_not_know(profile: str, tmp_path: Path) -> None:
+    """Of a file that is open for writing Landlock has decided; a name, or a file open for less, is refused."""
+    file = tmp_path / "file"
+
+    def attempts() -> dict[str, str]:
+        done = {"truncate": call("truncate", os.fsencode(file), 1)}
+        for name, mode in (("read", os.O_RDONLY), ("neither", os.O_ACCMODE), ("write", os.O_WRONLY), ("both", os.O_RDWR)):
+            done[name] = call("openat", -1, os.fsencode(file), mode | os.O_TRUNC | os.O_CLOEXEC)
+        done["plain"] = call("openat", -1, os.fsencode(file), os.O_RDONLY)
+        with open(file, "r+b") as opened:
+            done["ftruncate"] = call("ftruncate", opened.fileno(), 1)
+        return done
+
+    file.write_bytes(b"content")
+    assert set(confined(attempts, compiled(profile, CLOSED)).value.values()) == {"ok"}
+    outcome = confined(attempts, compiled(profile, {**CLOSED, "allow_truncate": False}))
+    refused = [name for name, answer in outcome.value.items() if answer == "EPERM"]
+    assert (refused, outcome.notified) == (["truncate", "read", "neither"], [])
+    assert set(outcome.value.values()) == {"ok", "EPERM"}
+
+
+@every_profile
 def test_ipc_objects_of_the_caller_are_out_of_reach(profile: str) -> None:
     """MINIMAL shares the caller's IPC namespace and perhaps its user id, and numbers are easily guessed."""
     queue = f"psie-test-{os.getpid()}".encode()
@@ -1212,6 +1234,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_cache_returns_what_was_compiled(cache: Path, counted: list[str]) -> None:
     variants = [CLOSED, OPEN, THREADS, {**THREADS, "allow_metadata": False}, {**THREADS, "allow_memfd": False}]
+    variants.append({**THREADS, "allow_truncate": False})
     for permissions in variants:
         for profile, notify in (("tight", True), ("tight", False), ("denylist", True)):
             expected = profiles.compile_profile(profile, **permissions, notify=notify)

@@ -1189,6 +1189,7 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         sockets=bool(seccomp["sockets"]),
         allow_metadata=bool(seccomp["allow_metadata"]),
         allow_memfd=bool(seccomp["allow_memfd"]),
+        allow_truncate=bool(seccomp["allow_truncate"]),
     )
     network = dict(recipe.network)
     if network["mode"] == "veth":

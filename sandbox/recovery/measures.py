@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from sandbox.cgroups import leaf
@@ -364,21 +365,23 @@ class Recovery:
         return self._tell(violation, "slow down", before, after, after != before)
 
     def _processes(self, violation: SandboxViolation) -> Steps:
-        """No further process or thread, as long as its calls run."""
-        if self._has("pids"):
-            yield 0
-            before = {"pids.max": self._get("pids.max"), "pids.current": self._get("pids.current")}
-            self._set("pids.max", before["pids.current"])
-            after = {"pids.max": self._get("pids.max"), "pids.current": self._get("pids.current")}
-            return self._tell(violation, "stop forks", before, after, after["pids.max"] == before["pids.current"])
+        """No further process or thread of the calls that run now.
+
+        By RLIMIT_NPROC of each process, from which its children have it, and not by pids.max: that is the whole sandbox's, and
+        set anew whenever a call of it begins or ends.
+        """
         try:
-            yield from self._halt()  # else new ones come meanwhile, with the limit of old
+            running = yield from self._halt()  # else new ones come meanwhile, with the limit of old
             pids = self._pids()
-            limits = [resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0)) for pid in pids]
+            limits = []
+            for pid in pids:
+                with suppress(ProcessLookupError):  # it has just ended
+                    limits.append(resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0)))
         finally:
             self._thaw()
         before = {"RLIMIT_NPROC": str(limits[0][0]) if limits else ""}
-        return self._tell(violation, "stop forks", before, {"RLIMIT_NPROC": "0", "processes": len(pids)}, bool(pids))
+        after = {"RLIMIT_NPROC": "0", "processes": len(limits)}
+        return self._tell(violation, "stop forks", before, after, bool(limits) and not running)
 
     def _files(self, violation: SandboxViolation) -> Steps:
         finding = self.discard()

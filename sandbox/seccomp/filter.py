@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROFILES = ("denylist", "allowlist", "tight")
-FEATURES = ("allow_subprocess", "allow_threads", "sockets", "allow_metadata", "allow_memfd")
+FEATURES = ("allow_subprocess", "allow_threads", "sockets", "allow_metadata", "allow_memfd", "allow_truncate")
 
 SECCOMP_RET_USER_NOTIF = 0x7FC00000
 SECCOMP_RET_ERRNO = 0x00050000
@@ -52,6 +52,7 @@ def compile_profile(
     sockets: bool,
     allow_metadata: bool = True,
     allow_memfd: bool = True,
+    allow_truncate: bool = True,
     notify: bool = True,
 ) -> bytes:
     """The BPF program of `profile` (one of PROFILES) in the variant for these permissions, for this machine.
@@ -63,7 +64,7 @@ def compile_profile(
     Raises ImportError, with the mend, where pyseccomp or libseccomp is missing, ValueError for an unknown profile or a
     mistake in a data file.
     """
-    permitted = _permitted(allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd)
+    permitted = _permitted(allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd, allow_truncate)
     return _compile(_Profile(profile), permitted, os.uname().machine, notify)
 
 
@@ -75,6 +76,7 @@ def cached_profile(
     sockets: bool,
     allow_metadata: bool = True,
     allow_memfd: bool = True,
+    allow_truncate: bool = True,
     notify: bool = True,
 ) -> bytes:
     """As compile_profile(), but kept in the cache for the next process (state.Cache: one that cannot be used is no error).
@@ -83,7 +85,7 @@ def cached_profile(
     """
     if profile not in PROFILES:
         raise ValueError(f"no seccomp profile {profile!r}: there are {', '.join(PROFILES)}")
-    permitted = _permitted(allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd)
+    permitted = _permitted(allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd, allow_truncate)
     variant = "-".join([profile, *(name.removeprefix("allow_") for name in permitted), *(["notify"] if notify else [])])
     cache = state.Cache("bpf")
     key = f"{variant} {_identity()}".encode()

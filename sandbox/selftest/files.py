@@ -10,7 +10,19 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from sandbox.selftest.attacks import NAMESPACED, SECRET, STRICTER, Scene, Where, attack, attempt, calls, first_escape, place
+from sandbox.selftest.attacks import (
+    NAMESPACED,
+    SECRET,
+    STRICTER,
+    Scene,
+    Where,
+    attack,
+    attempt,
+    calls,
+    first_escape,
+    open_to_write,
+    place,
+)
 
 WRITES = "writes only to the workspace"
 VIEW = "view of the files"
@@ -117,6 +129,8 @@ def write_outside(folder: str) -> str:
         {
             "append": lambda: open(folder + "/file", "a"),
             "truncate": lambda: os.truncate(folder + "/file", 0),
+            "empty by reading": lambda: os.open(folder + "/file", os.O_RDONLY | os.O_TRUNC),
+            "empty by neither": lambda: os.open(folder + "/file", os.O_ACCMODE | os.O_TRUNC),
             "create": lambda: open(folder + "/new", "x"),
             "unlink": lambda: os.unlink(folder + "/file"),
             "rename": lambda: os.rename(folder + "/file", folder + "/other"),
@@ -275,10 +289,8 @@ def device_node() -> str:
 @attack(PROC)
 def kernel_settings() -> str:
     """Opened for writing only: nothing is written."""
-    import os
-
     paths = ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/sys/kernel/hostname", "/proc/sys/vm/drop_caches")
-    return first_escape({path: partial(os.open, path, os.O_WRONLY) for path in paths})
+    return first_escape({path: partial(open_to_write, path) for path in paths})
 
 
 @attack(PROC, rootless_levels=NAMESPACED)
@@ -350,8 +362,14 @@ def read_anything_but_libraries(path: str, pid: int) -> str:
 
 @attack(VIEW, STRICTER)
 def read_the_hosts_settings() -> str:
-    """Names of the host's users and groups, its mounts, its devices, its own files below /etc."""
+    """Names of the host's users and groups, its mounts, its devices, its own files below /etc, what else lies in its folders.
+
+    A folder on the way to something that is shown, as the interpreter is, may name that.
+    """
     import os
+
+    with open("/proc/self/mountinfo") as file:
+        points = [line.split()[4] + "/" for line in file]
 
     def users() -> str:
         with open("/etc/passwd") as file:
@@ -360,8 +378,15 @@ def read_the_hosts_settings() -> str:
             raise FileNotFoundError(2, "only the plugin's own")
         return ",".join(names)
 
-    found = {path: partial(os.listdir, path) for path in ("/home", "/sys/class/net", "/etc/ssh", "/boot", "/opt")}
-    return first_escape({"users": users, **found, "fstab": lambda: open("/etc/fstab").read()})
+    def names(folder: str) -> list[str]:
+        found = os.listdir(folder)
+        others = [name for name in found if not any(point.startswith(f"{folder}/{name}/") for point in points)]
+        if found and not others:
+            raise FileNotFoundError(2, "only the way to what is shown")
+        return others
+
+    folders = {path: partial(names, path) for path in ("/home", "/sys/class/net", "/etc/ssh", "/boot", "/opt")}
+    return first_escape({"users": users, **folders, "fstab": lambda: open("/etc/fstab").read()})
 
 
 @attack(VIEW, NAMESPACED)

@@ -85,11 +85,14 @@ def rename_and_link_across(folder: str, other: str) -> str:
 
 @attack(BOUNDS, ALL, scene=granted, refusals=("EBUSY", "ENOTEMPTY"))
 def replace_the_folder_itself(folder: str, other: str) -> str:
+    """Or put something beside it: in the private /tmp it may, which shows nothing of what lies there on the host."""
     import os
 
-    return first_escape(
-        {"rename": lambda: os.rename(folder, folder + "-moved"), "exchange": lambda: os.symlink("/etc", folder + "/../new")}
-    )
+    def put_beside() -> None:
+        os.symlink("/etc", folder + "/../new")
+        os.stat(other)
+
+    return first_escape({"rename": lambda: os.rename(folder, folder + "-moved"), "beside": put_beside})
 
 
 @attack(ASIDE, NAMESPACED, scene=with_layers)

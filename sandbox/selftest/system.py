@@ -16,6 +16,7 @@ from sandbox.selftest.attacks import (
     PLACE,
     ROOT,
     SECRET,
+    SIGNALS_KEPT,
     STRICTER,
     Scene,
     Where,
@@ -24,6 +25,7 @@ from sandbox.selftest.attacks import (
     calls,
     first_escape,
     given,
+    open_to_write,
     scrambled,
     syscall,
 )
@@ -44,9 +46,7 @@ NOBODY = 65534
 
 def writable(paths: list[str]) -> str:
     """Open each that exists for writing; nothing is written."""
-    import os
-
-    return first_escape({path: partial(os.open, path, os.O_WRONLY | os.O_NONBLOCK) for path in paths})
+    return first_escape({path: partial(open_to_write, path) for path in paths})
 
 
 @attack(SETTINGS)
@@ -282,7 +282,7 @@ def hinder_the_parent(numbers: dict[str, int]) -> str:
     )
 
 
-@attack(INIT)
+@attack(INIT, rootless_levels=SIGNALS_KEPT)
 def signal_all_that_are_seen() -> str:
     """Signal 0 to every process that /proc shows, but for its own init, which is the plugin's and ends with it."""
     import os

@@ -50,7 +50,7 @@ def open_sandbox(
 ) -> EnhancedPluginSandbox:
     """A sandbox that counts, but does not end a call for, up to ten violations."""
     return EnhancedPluginSandbox(
-        PluginLimitsV2(**{"max_execution_time_seconds": float(SECONDS), **(limits or {})}),
+        PluginLimitsV2(**{"max_execution_time_seconds": SECONDS, **(limits or {})}),
         PluginPermissionsV2(**(permissions or {})),
         IsolationConfig(level=level, **{"violation_threshold": 10, **(config or {})}),
         **further,
@@ -82,7 +82,7 @@ def run_inside(
     return bounded(go())
 
 
-def bounded(work: Coroutine[Any, Any, T], seconds: float = 20.0) -> T:
+def bounded(work: Coroutine[Any, Any, T], seconds: float = 2 * SECONDS) -> T:
     """Run a coroutine, but not for ever: an engine whose thread has died answers nobody.
 
     Such an engine is put away first, so that only the attack that has killed it counts. Raises Escaped.

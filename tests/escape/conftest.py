@@ -14,6 +14,8 @@ from escape import kit, rootless
 from sandbox.selftest import attacks
 from sandbox.selftest.outside import Outside
 
+HERE = Path(__file__).parent
+
 
 def pytest_configure(config: pytest.Config) -> None:
     shown = ExitStack()
@@ -26,6 +28,12 @@ def outside() -> Iterator[Outside]:
     server = Outside()
     yield server
     server.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == HERE and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(120 * attacks.PATIENCE))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -76,6 +76,7 @@ class Matrix:
                     yield f"{name + (' (1)' if name in self.not_applicable else ''):<{width}}{row}".rstrip()
         for name, reason in sorted(self.not_applicable.items()):
             yield f"(1) {name}: does not work outside either: {reason}"
+        yield f"{sum(map(len, self.cells.values()))} cells; {len(self.not_applicable)} attacks are not applicable here"
 
 
 MATRIX = Matrix()

@@ -15,7 +15,7 @@ from escape import kit
 from sandbox.selftest import attacks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SECONDS = 240  # beside two other processes of tests
+SECONDS = 240 * attacks.PATIENCE  # beside two other processes of tests
 HEAVY = ("mypy", "numpy", "ruff")  # packages that no attack needs
 NEEDED = "import pytest, pytest_timeout, cloudpickle, prctl, pyseccomp, sandbox"
 
@@ -44,6 +44,7 @@ class Session:
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": f"{self.repository}:{packages}",
             "PSIE_ESCAPE_REPORT": str(self.report),
+            "PSIE_TEST_PATIENCE": str(attacks.PATIENCE),
             **({"PSIE_ESCAPE_PLACE": str(attacks.place())} if attacks.place() else {}),
         }
         self.process: subprocess.Popen[str] | None = None

@@ -14,7 +14,7 @@ from escape.kit import carry_out, matrix
 from sandbox.cgroups import leaf, place
 from sandbox.config import IsolationLevel
 from sandbox.host import facts
-from sandbox.selftest.attacks import MINIMAL, NAMESPACED, Attack, Scene, Where, attack, first_escape
+from sandbox.selftest.attacks import MINIMAL, NAMESPACED, SECONDS, Attack, Scene, Where, attack, first_escape
 from sandbox.selftest.outside import Outside
 
 LEAF = "4094"  # a place of the ledger that no sandbox of a test gets
@@ -24,7 +24,7 @@ LEAF = "4094"  # a place of the ledger that no sandbox of a test gets
 def neighbour(where: Where) -> Iterator[Scene]:
     """A cgroup of the caller's with a process in it. Harm: the process has died."""
     folder = Path(facts().cgroup_folder or "/nowhere", place.FOLDER)
-    with subprocess.Popen(["sleep", "60"]) as victim:
+    with subprocess.Popen(["sleep", str(6 * SECONDS)]) as victim:
         if facts().cgroup_kind not in ("root", "delegated"):
             yield Scene({"leaf": str(folder / LEAF)})
         else:

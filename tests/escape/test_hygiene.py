@@ -23,7 +23,7 @@ from sandbox.config import IsolationLevel
 from sandbox.engine import service
 from sandbox.ns import processes
 from sandbox.selftest import attacks, trial
-from sandbox.selftest.attacks import ALL, MINIMAL, ROOT, STRICT, scrambled
+from sandbox.selftest.attacks import ALL, MINIMAL, PATIENCE, ROOT, STRICT, scrambled
 from sandbox.selftest.process import memory_of_the_caller
 
 PRELOAD = ("numpy.random", "uuid", "ssl", "random", "tempfile", "secrets")
@@ -258,7 +258,7 @@ def hold_still(text: str) -> None:
 
     held = [text + str(number) for number in range(100)]
     open("ready", "w").close()
-    end = time.monotonic() + 8
+    end = time.monotonic() + 8 * PATIENCE
     while not os.path.exists("go") and time.monotonic() < end:
         time.sleep(0.005)
     assert held
@@ -449,7 +449,7 @@ def test_a_zygote_serves_one_caller() -> None:
     """Two callers of one user share neither zygote nor seed nor layout; nor does a fork of a caller use its parent's."""
     code = CALLER.format(path=sys.path, level=STRICT.value)
     started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    first, second = (process.communicate(timeout=20)[0].split() for process in started)
+    first, second = (process.communicate(timeout=2 * attacks.SECONDS)[0].split() for process in started)
     assert len(first) == len(second) == 4
     assert all(one != other for one, other in zip(first[:2], second[:2], strict=True))
     assert first[2:] != second[2:]
@@ -466,7 +466,9 @@ def test_signals_that_the_caller_blocks_are_not_blocked(level: IsolationLevel, t
     code += (
         CALLER.format(path=sys.path, level=level.value).replace("layout)", "masks)").replace("import layout", "import masks")
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=2 * attacks.SECONDS, check=False
+    )
     assert done.stdout.split()[1:] == ["0000000000000000", "True"], done.stderr
 
 

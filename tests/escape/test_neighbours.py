@@ -12,6 +12,9 @@ from sandbox.config import IsolationLevel
 from sandbox.selftest import trial
 from sandbox.selftest.attacks import (
     ALL,
+    PATIENCE,
+    ROOT,
+    SIGNALS_KEPT,
     first_escape,
     scrambled,
 )
@@ -21,7 +24,11 @@ from sandbox.selftest.attacks import (
 
 @pytest.mark.parametrize("level", ALL)
 def test_another_sandbox_is_closed(level: IsolationLevel) -> None:
-    """Its worker can be neither signalled nor read, though the attacker is told its pid and may have the same id."""
+    """Its worker can be neither signalled nor read, though the attacker is told its pid and may have the same id.
+
+    Signals of the same id reach it where neither a PID namespace nor Landlock keeps them in, which psie says.
+    """
+    keeps_signals = ROOT or level in SIGNALS_KEPT
 
     def stand() -> str:
         import os
@@ -30,7 +37,7 @@ def test_another_sandbox_is_closed(level: IsolationLevel) -> None:
         with open("pid.new", "w") as file:
             file.write(str(os.getpid()))
         os.rename("pid.new", "pid")
-        end = time.monotonic() + 8
+        end = time.monotonic() + 8 * PATIENCE
         while not os.path.exists("stop") and time.monotonic() < end:
             time.sleep(0.005)
         return "lived"
@@ -41,14 +48,14 @@ def test_another_sandbox_is_closed(level: IsolationLevel) -> None:
 
         if os.getpid() < 10:  # a PID namespace: the pid means somebody else here
             return "stopped: not visible"
+        signals = {"kill": lambda: os.kill(pid, signal.SIGKILL), "stop": lambda: os.kill(pid, signal.SIGSTOP)}
         return first_escape(
             {
                 "mem": lambda: os.open(f"/proc/{pid}/mem", os.O_RDONLY),
                 "environ": lambda: open(f"/proc/{pid}/environ").read(),
                 "fd": lambda: os.readlink(f"/proc/{pid}/fd/3"),
-                "kill": lambda: os.kill(pid, signal.SIGKILL),
-                "stop": lambda: os.kill(pid, signal.SIGSTOP),
                 "write": lambda: open(path + "/stop", "w"),
+                **(signals if keeps_signals else {}),
             }
         )
 

@@ -15,5 +15,5 @@ def test_attacks_as_an_unprivileged_user() -> None:
     if session.process is None:
         pytest.skip(f"no interpreter that an unprivileged id can run with what the tests need: {session.reason[-300:]}")
     status, output = session.result()
-    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR", "E  ", f"{session.repository}/"))]
     assert status == 0, "\n".join(failed) or output[-3000:]

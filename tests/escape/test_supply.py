@@ -17,7 +17,7 @@ from escape import kit
 from sandbox import EnhancedPluginFramework, IsolationConfig
 from sandbox.config import IsolationLevel
 from sandbox.selftest import trial
-from sandbox.selftest.attacks import ALL, MINIMAL, STRICT
+from sandbox.selftest.attacks import ALL, MINIMAL, PATIENCE, STRICT
 
 MARK = "planted, and run"
 
@@ -133,7 +133,7 @@ def test_variables_of_the_callers_interpreter_do_not_reach_it(level: IsolationLe
         env={**os.environ, **planted, "PSIE_STANDING": "0"},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=20 * PATIENCE,
         check=False,
     )
     assert done.stdout.strip() == "[False, [], ['PYTHONDONTWRITEBYTECODE'], 0]", done.stderr

@@ -794,7 +794,7 @@ def test_connects_end_with_their_call(level: IsolationLevel, hole: int, echo: in
         time.sleep(60)
 
     async def main() -> None:
-        limits = {"max_thread_count": 80, "max_execution_time_seconds": 0.7, "max_open_files": 200}
+        limits = {"max_thread_count": 80, "max_execution_time_seconds": 0.7 * harness.PATIENCE, "max_open_files": 200}
         async with reaching(level, f"127.0.0.1:{echo}", f"127.0.0.1:{hole}", limits=limits) as sandbox:
             with pytest.raises(ResourceLimitExceededError, match="longer than"):
                 await sandbox.execute_plugin_safe(hang, hole)

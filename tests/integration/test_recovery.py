@@ -247,6 +247,34 @@ def test_processes_no_further_one(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
+def fork_once() -> int:
+    import os
+
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+def test_processes_another_call_has_its_own(level: IsolationLevel) -> None:
+    """It may fork, and its beginning and its end let nobody else do so."""
+    if level is IsolationLevel.MINIMAL and "pids" not in CONTROLLERS:
+        pytest.skip("without a cgroup level minimal has no processes to begin with")
+    limits, permissions = {"max_subprocess_count": 3}, {"allow_subprocess_execution": True}
+
+    async def main() -> None:
+        async with harness.open_sandbox(level, limits=limits, permissions=permissions) as sandbox:
+            task = await running_call(sandbox, ready_then, "fork", 20 * harness.PATIENCE)
+            found = violation(sandbox, Kind.RESOURCE_EXCEEDED, "pids")
+            assert await Manager().auto_recovery_violation(found) is True
+            assert await sandbox.execute_plugin_safe(fork_once) == 0
+            go(sandbox)
+            assert await task == 11  # EAGAIN
+            assert await sandbox.execute_plugin_safe(fork_once) == 0
+
+    asyncio.run(main())
+
+
 def test_cpu_comes_last(level: IsolationLevel) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox:
