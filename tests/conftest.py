@@ -1,9 +1,9 @@
 """What all tests share: which part of them a process runs, which of them want the host for themselves, where they record.
 
-`make test` runs four pytest processes side by side (tools/run_tests.py): the integration tests in "library" and "records", in
-"rootless" those of a user without rights and one more file, in "rest" all that is left, so that nothing is ever left out of
-all. A test marked `alone` changes what other sandboxes of this user depend on, or would be disturbed by their end: meanwhile
-the other processes run none that opens sandboxes of this user.
+`make test` runs three pytest processes side by side (tools/run_tests.py): "library" has most integration tests, "rootless"
+those of a user without rights and one more file, "rest" all that is left, so that nothing is ever left out of all. A test
+marked `alone` changes what other sandboxes of this user depend on, or would be disturbed by their end: meanwhile the other
+processes run none that opens sandboxes of this user.
 
 Sandboxes and frameworks that tests open themselves record nothing where a person's records are.
 """
@@ -21,17 +21,9 @@ import pytest
 from sandbox import state
 from sandbox.recovery import private
 
-PARTS = ("library", "records", "rootless", "rest")
-# Integration tests that are not in "library", so that each part takes about as long.
-ELSEWHERE = {
-    "test_rootless.py": "rootless",
-    "test_faults.py": "rootless",
-    "test_cli.py": "rest",
-    **{
-        f"test_{name}.py": "records"
-        for name in ("explanations", "file_records", "framework", "plugins_cli", "records", "recovery")
-    },
-}
+PARTS = ("library", "rootless", "rest")
+# Integration tests that are in other parts, so that each part takes about as long.
+ELSEWHERE = {"test_rootless.py": "rootless", "test_faults.py": "rootless", "test_cli.py": "rest"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,4 @@
-"""Run all tests in four pytest processes side by side; arguments are for all. The exit status is 0 if all succeed.
+"""Run all tests in three pytest processes side by side; arguments are for all. The exit status is 0 if all succeed.
 
 What the first one writes is seen at once, what the others write when they have ended.
 """
@@ -11,7 +11,7 @@ import tempfile
 from contextlib import ExitStack
 
 COMMAND = (sys.executable, "-m", "pytest")
-SEEN, *OTHERS = ("library", "records", "rootless", "rest")  # see tests/conftest.py
+SEEN, *OTHERS = ("library", "rootless", "rest")  # see tests/conftest.py
 
 
 def main() -> int:
