@@ -1,7 +1,7 @@
 """What all tests share: which part of them a process runs, which of them want the host for themselves, where they record.
 
 `make test` runs three pytest processes side by side (tools/run_tests.py): "library" has most integration tests, "rootless"
-those of a user without rights and one more file, "rest" all that is left, so that nothing is ever left out of all. A test
+those of a user without rights and some more, "rest" all that is left, so that nothing is ever left out of all. A test
 marked `alone` changes what other sandboxes of this user depend on, or would be disturbed by their end: meanwhile the other
 processes run none that opens sandboxes of this user.
 
@@ -23,7 +23,10 @@ from sandbox.recovery import private
 
 PARTS = ("library", "rootless", "rest")
 # Integration tests that are in other parts, so that each part takes about as long.
-ELSEWHERE = {"test_rootless.py": "rootless", "test_faults.py": "rootless", "test_cli.py": "rest"}
+ELSEWHERE = {
+    **dict.fromkeys(("test_rootless.py", "test_faults.py", "test_framework.py", "test_plugins_cli.py"), "rootless"),
+    "test_cli.py": "rest",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

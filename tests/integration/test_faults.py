@@ -218,14 +218,15 @@ def try_all(level: IsolationLevel, injector: faults.Injector, call: str, before:
 def held() -> dict[int, list[str]]:
     """What zygotes and idle wardens have open; nothing of those that a user without rights may not look into.
 
-    Without the mount namespaces of the past, which a warden keeps until it has nothing else to do: bounded by its own rule.
+    Without mount namespaces of the past, which a warden keeps until it has nothing else to do, and id maps, of which it keeps
+    one for each place of the ledger that it has met: each is bounded by a rule of its own.
     """
     found = harness.roles(os.getpid())
     places = {}
     for pid in found["zygote"] + found["idle"]:
         with contextlib.suppress(FileNotFoundError, PermissionError):
             open_ = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-            places[pid] = [target for target in open_ if not target.startswith("mnt:")]
+            places[pid] = [target for target in open_ if not target.startswith(("mnt:", "user:"))]
     return places
 
 
