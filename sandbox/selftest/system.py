@@ -167,32 +167,34 @@ def change_the_interpreter(program: str) -> str:
 # -- the kernel itself -------------------------------------------------------------------------------------------------------
 
 
+def reached(number: int, *arguments: object) -> str:
+    """Arguments that make no sense: an answer about them says that whoever asks would be allowed to. Raises OSError else."""
+    import errno
+
+    try:
+        syscall(number, *arguments)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOSYS):
+            raise
+        return "it looked at the arguments: " + errno.errorcode[error.errno or 0]
+    return "done"
+
+
 @attack(
     KERNEL,
     scene=calls("kexec_load", "kexec_file_load", "init_module", "finit_module", "delete_module", "reboot"),
     unsafe="it asks the host's kernel for a reboot, if with arguments that make no sense",
 )
 def replace_the_kernel(numbers: dict[str, int]) -> str:
-    """Arguments that make no sense: an answer about them says that whoever asks would be allowed to."""
-    import errno
-
-    def reached(name: str, *arguments: object) -> str:
-        try:
-            syscall(numbers[name], *arguments)
-        except OSError as error:
-            if error.errno in (errno.EPERM, errno.ENOSYS):
-                raise
-            return "it looked at the arguments: " + errno.errorcode[error.errno or 0]
-        return "done"
-
+    """By another one, by modules, by a reboot."""
     return first_escape(
         {
-            "kexec_load": lambda: reached("kexec_load", 0, 1000, None, 0),
-            "kexec_file_load": lambda: reached("kexec_file_load", -1, -1, 0, None, 0xFFFF0000),
-            "init_module": lambda: reached("init_module", None, 0, b""),
-            "finit_module": lambda: reached("finit_module", -1, b"", 0),
-            "delete_module": lambda: reached("delete_module", b"psie-no-such-module", 0o4000),
-            "reboot": lambda: reached("reboot", 1, 2, 3, None),
+            "kexec_load": lambda: reached(numbers["kexec_load"], 0, 1000, None, 0),
+            "kexec_file_load": lambda: reached(numbers["kexec_file_load"], -1, -1, 0, None, 0xFFFF0000),
+            "init_module": lambda: reached(numbers["init_module"], None, 0, b""),
+            "finit_module": lambda: reached(numbers["finit_module"], -1, b"", 0),
+            "delete_module": lambda: reached(numbers["delete_module"], b"psie-no-such-module", 0o4000),
+            "reboot": lambda: reached(numbers["reboot"], 1, 2, 3, None),
         }
     )
 
@@ -204,23 +206,13 @@ def replace_the_kernel(numbers: dict[str, int]) -> str:
 )
 def settings_by_system_calls(numbers: dict[str, int]) -> str:
     """Swap, accounting, the clock: with names that do not exist and times that are none."""
-    import errno
     import struct
-
-    def reached(name: str, *arguments: object) -> str:
-        try:
-            syscall(numbers[name], *arguments)
-        except OSError as error:
-            if error.errno in (errno.EPERM, errno.ENOSYS):
-                raise
-            return "it looked at the arguments: " + errno.errorcode[error.errno or 0]
-        return "done"
 
     return first_escape(
         {
-            "swapon": lambda: reached("swapon", b"/nonexistent", 0),
-            "acct": lambda: reached("acct", b"/nonexistent"),
-            "clock": lambda: reached("clock_settime", 0, struct.pack("=qq", 0, -1)),
+            "swapon": lambda: reached(numbers["swapon"], b"/nonexistent", 0),
+            "acct": lambda: reached(numbers["acct"], b"/nonexistent"),
+            "clock": lambda: reached(numbers["clock_settime"], 0, struct.pack("=qq", 0, -1)),
         }
     )
 
