@@ -114,6 +114,9 @@ class SandboxExecutor(concurrent.futures.Executor):
         self._max_workers = max_workers or os.cpu_count() or 1
         self._config = config or IsolationConfig()
         if level is not None:
+            names = [each.value for each in IsolationLevel]
+            if not isinstance(level, IsolationLevel) and level not in names:
+                raise ValueError(f"SandboxExecutor: level is {level!r}: give {', '.join(names)}, or an IsolationLevel")
             self._config = replace(self._config, level=IsolationLevel(level))
         self._limits = limits or PluginLimitsV2()
         if timeout is not None:
@@ -303,7 +306,9 @@ class Sandboxed:
         self._executor: SandboxExecutor | None = None
         self._lock = threading.Lock()
         if self._is_async:
-            inspect.markcoroutinefunction(self) if hasattr(inspect, "markcoroutinefunction") else None
+            mark = getattr(inspect, "markcoroutinefunction", None)  # from Python 3.12
+            if mark is not None:
+                mark(self)
         SandboxExecutor(**settings)  # mistakes are told where it is decorated
 
     @property

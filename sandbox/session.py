@@ -57,10 +57,6 @@ class Conversation:
         if self.run is not None:
             self.run.call.end_session()
 
-    def kill(self) -> None:
-        if self.run is not None:
-            self.run.call.kill("cancelled")
-
     def _replied(self) -> None:
         """What was refused and written on the way comes before the answer."""
         assert self.run is not None
