@@ -8,6 +8,7 @@ logger "psie" says so, once for a sandbox. Must not know how a call is made.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 from time import monotonic, time
@@ -35,7 +36,7 @@ PATIENCE = 0.1  # seconds that the spool's lock is waited for: others' sandboxes
 
 
 class Remembered:
-    """For the time of a `with` around a call, whose end makes the row.
+    """For the time of a `with` around a call; the row is made when that and the call have come to an end.
 
     Attributes:
         name: of the plugin.
@@ -48,6 +49,8 @@ class Remembered:
         self.name = name
         self.call: Call | None = None
         self.peak_memory_mb = self.peak_cpu_percent = 0.0
+        self._error: BaseException | None = None
+        self._missing = itertools.count(1, -1)  # ends, of two; counting cannot be interrupted by another thread
 
     def __enter__(self) -> Remembered:
         self.started, self.begun = time(), monotonic()
@@ -55,7 +58,17 @@ class Remembered:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        sandbox, call = self.sandbox, self.call
+        self._error, self.seconds = error, monotonic() - self.begun
+        if self.call is None or not next(self._missing):
+            self._write()
+
+    def ends(self) -> None:
+        """All of the call has gone."""
+        if not next(self._missing):
+            self._write()
+
+    def _write(self) -> None:
+        sandbox, call, error = self.sandbox, self.call, self._error
         if not sandbox._is_recorded or not sandbox.config.telemetry_enabled:
             return
         assert sandbox.recipe is not None
@@ -67,7 +80,7 @@ class Remembered:
             "outcome": outcome_of(error),
             "door": DOOR,
             "limits": sandbox._plain_limits,
-            "seconds": monotonic() - self.begun,
+            "seconds": self.seconds,
             "peak_memory_mb": self.peak_memory_mb,
             "peak_cpu_percent": self.peak_cpu_percent,
             "exit_code": outcome.exit_of(call)[0] if call is not None else None,

@@ -66,6 +66,7 @@ MB = 1 << 20
 TAIL_BYTES = 64 << 10  # of the output that are kept
 LOOK_AGAIN = 0.005  # seconds
 ACTIVITIES = 10_000  # network operations that are kept; further ones are only counted
+LINGER = 1.0  # seconds that the process of a call may go on after its reply, then it is killed
 
 
 # The open sandboxes of this process, for SandboxRecoveryManager: a violation tells in which one it was.
@@ -133,6 +134,7 @@ class EnhancedPluginSandbox:
         self._counted: dict[str, int] = {}  # before there was one
         self._recorder: Recorder | None = None  # likewise
         self._running = 0  # calls
+        self._ending: dict[_Run, Remembered] = {}  # calls that have replied, and have not gone yet
         self._busy = ""  # what goes on with granted folders meanwhile
         self._tainted = ""  # the violation for which changes of granted folders are not kept
         self._deletions: set[str] = set()  # in granted folders, told already
@@ -203,6 +205,7 @@ class EnhancedPluginSandbox:
         except BaseException:
             await self._close()
             raise
+        self._service.post(self._recording_opens)
         live[self.sandbox_id] = self
         self._read_back = self._standby.call.read_back or {}
         self._plain_limits = _plain(asdict(self.limits))
@@ -284,12 +287,17 @@ class EnhancedPluginSandbox:
 
     def _recording_begins(self, call: client.Call) -> Recorded | None:
         """In the engine's thread: a call is about to be sent its job."""
+        self._recording_opens()
+        return self._recorder.begin(call) if self._recorder is not None else None
+
+    def _recording_opens(self) -> None:
+        """In the engine's thread: what lies in the workspace is known before a call is waited for."""
         if self._sandbox is None or self._sandbox.closing or self._sandbox.recipe.monitoring["recording"] == "none":
-            return None
+            return
         if self._recorder is None:
             self._recorder = Recorder(self._sandbox)
             self._recorder.on_violation = self._seen
-        return self._recorder.begin(call)
+        self._recorder.open()
 
     def _recording_ends(self, run: Recorded) -> None:
         """In the engine's thread: the call has ended."""
@@ -356,6 +364,30 @@ class EnhancedPluginSandbox:
         if self.network is not None:
             self.network.record(self.sandbox_id, record)
 
+    @property
+    def _longest(self) -> float:
+        """Seconds after which even the zygote has been killed, if something was not done."""
+        return self.config.watchdog_timeout_seconds + 3 * client.GRACE
+
+    async def _ends(self) -> None:
+        """Wait until calls that have replied have gone."""
+        for run in list(self._ending):
+            await run.ends()
+
+    def _see_ends(self) -> None:
+        """The same for who cannot wait otherwise: it takes some milliseconds."""
+        if self._service is None or os.getpid() != self._service.pid:
+            return
+        for run in list(self._ending):
+            run.wait_for_end(self._longest)
+            self._ended(run)
+
+    def _ended(self, run: _Run) -> None:
+        """All of a call that had replied before has gone."""
+        remembered = self._ending.pop(run, None)
+        if remembered is not None:
+            self._record(run, remembered)
+
     async def _close(self) -> bool:
         if self._gone is None or self._service is None:
             return True
@@ -369,13 +401,16 @@ class EnhancedPluginSandbox:
             finally:
                 self._sandbox.close()
 
-        self._service.post(close)
-        clean = True
-        longest = self.config.watchdog_timeout_seconds + 3 * client.GRACE  # even the zygote has been killed by then
         try:
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._gone)), longest)
+            await self._ends()
+        finally:
+            self._service.post(close)
+        clean = True
+        try:
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._gone)), self._longest)
         except TimeoutError:
             clean = False
+        self._see_ends()
         self._count_operations()
         if not self._telemetry.cleanup_successful:
             self._telemetry.cleanup_successful = clean
@@ -390,6 +425,9 @@ class EnhancedPluginSandbox:
         If its first parameter is called `env` or `environment` it gets a dict first: sandbox_id, temp_directory,
         data_directory, logs_directory, config, limits, permissions. An `async def` function is awaited inside. What can
         come back is listed in `sandbox.engine.codec`. Cancelling the awaiting task kills the call.
+
+        The value comes when it is there. Its process and all below it then have a second to be gone; whoever looks at the
+        workspace, telemetry or records, calls again or closes the sandbox sees the state after its end.
 
         Raises:
             PluginExecutionError: the plugin raised, or died, or something cannot travel in or out.
@@ -488,6 +526,7 @@ class EnhancedPluginSandbox:
         self._telemetry.plugin_id = remembered.name
         try:
             await run.stands()
+            await self._ends()
         except asyncio.CancelledError:
             self._post(run.give_up)
             raise
@@ -497,8 +536,14 @@ class EnhancedPluginSandbox:
         try:
             await run.execute(instruction, payload, self.limits.max_execution_time_seconds, conversation)
         finally:
-            outcome.locate(run.call, run.violations)
-            self._record(run, remembered)
+            if run.has_value:
+                self._ending[run] = remembered
+                run.then(lambda: self._tell(self._ended, run))
+            else:
+                outcome.locate(run.call, run.violations)
+                self._record(run, remembered)
+        if run.has_value:
+            return run.call
         self._was_beyond = self._was_beyond or run.call.cause == "violations"
         error = outcome.judge(run.call, run.violations)
         is_violation = isinstance(error, SecurityViolationError)
@@ -572,7 +617,7 @@ class EnhancedPluginSandbox:
             self._telemetry.exit_reason = "no reply"
             raise PluginExecutionError(f"the plugin exited with status {code} instead of returning", exit_code=code)
         try:
-            value = codec.decode(bytes(call.reply), max_bytes=call.reply_limit, types=types)
+            value = codec.decode(call.reply, max_bytes=call.reply_limit, types=types)
         except codec.CodecError as error:
             raise PluginExecutionError(f"the reply of the plugin is not one: {error}", exception_type="CodecError") from None
         self._telemetry.exit_reason = "returned"
@@ -601,6 +646,7 @@ class EnhancedPluginSandbox:
                 self._violated(violation)
         telemetry.peak_memory_mb = max(telemetry.peak_memory_mb, *peaks)
         self._see_violations(run)
+        remembered.ends()
 
     def _count_operations(self) -> None:
         if self._recorder is not None:
@@ -622,6 +668,7 @@ class EnhancedPluginSandbox:
     def get_recovery_history(self) -> list[dict[str, Any]]:
         """What has been done about violations so far, step by step, oldest first, by itself (auto_recovery_enabled) or by a
         SandboxRecoveryManager: each as SandboxRecoveryManager.get_recovery_history has it."""
+        self._see_ends()
         return list(self._recovery.history) if self._recovery is not None else []
 
     def _recover(self, violation: SandboxViolation, *, end: bool = False) -> concurrent.futures.Future[bool] | None:
@@ -845,6 +892,7 @@ class EnhancedPluginSandbox:
     @contextmanager
     def _workspace(self) -> Iterator[int]:
         """A descriptor of the workspace's root."""
+        self._see_ends()
 
         def opened() -> int:
             sandbox = self._opened_sandbox()
@@ -926,6 +974,7 @@ class EnhancedPluginSandbox:
 
     def get_telemetry(self) -> SandboxTelemetry:
         """What was measured so far. Works before, between and after calls."""
+        self._see_ends()
         self._count_operations()
         return self._telemetry
 
@@ -938,10 +987,12 @@ class EnhancedPluginSandbox:
         other scratch folders, what `write_file` has written, and at level minimal the allowed directories, where others work
         as well. Empty with enable_filesystem_isolation=False or telemetry_enabled=False.
         """
+        self._see_ends()
         return list(self._recorder.records) if self._recorder is not None else []
 
     def get_violations(self) -> list[SandboxViolation]:
         """The violations so far, oldest first."""
+        self._see_ends()
         return list(self._telemetry.violations)
 
     def get_network_activity(self) -> list[dict[str, Any]]:
@@ -976,6 +1027,7 @@ class EnhancedPluginSandbox:
         """The workspace as a path that this process can use while the sandbox is open. Raises RuntimeError otherwise."""
         if self._sandbox is None or self._sandbox.closing:
             raise RuntimeError(f"sandbox {self.sandbox_id} is not open: it has no workspace")
+        self._see_ends()
         if self._sandbox.folder is not None:
             return Path(self._sandbox.folder) / "files"
         return Path(f"/proc/{os.getpid()}/fd/{self._sandbox.workspace}")
@@ -1009,7 +1061,10 @@ class _Run:
         self.worker: Worker | None = None
         self.violations: list[SandboxViolation] = []
         self._sealed = promise()
+        self._returned = promise()  # when it has a value, or at its end
+        self.has_value = False  # before its end
         self._done = promise()
+        self._lingers: Timer | None = None
         self._watched: Watched | None = None
         self._recorded: Recorded | None = None
         self._watch_timer: Timer | None = None
@@ -1030,16 +1085,27 @@ class _Run:
     async def execute(
         self, instruction: dict[str, object], payload: bytes, seconds: float, conversation: Conversation | None
     ) -> None:
-        """Send the job and wait for the end of everything; a cancelled caller kills it first."""
+        """Send the job and wait for its value, or for the end of everything; a cancelled caller kills it first."""
         assert self.owner._service is not None
         self.owner._service.post(self._send, instruction, payload, seconds, conversation)
-        waiting = asyncio.wrap_future(self._done)
         try:
-            await asyncio.shield(waiting)
+            await asyncio.wrap_future(self._returned)
         except asyncio.CancelledError:
             self.owner._service.post(self.call.kill, "cancelled")
-            await waiting
+            await self.ends()
             raise
+
+    async def ends(self) -> None:
+        """Wait for the end of everything."""
+        await asyncio.wrap_future(self._done)
+
+    def wait_for_end(self, seconds: float) -> None:
+        """The same, at most for so long, without an event loop."""
+        concurrent.futures.wait([self._done], seconds)
+
+    def then(self, callback: Callable[[], None]) -> None:
+        """Call back at the end of everything, from whichever thread."""
+        self._done.add_done_callback(lambda _: callback())
 
     def show(self, fd: int, data: bytes) -> None:
         """On the caller's loop: the plugin's output to sys.stdout or sys.stderr, escaped on a terminal."""
@@ -1058,6 +1124,7 @@ class _Run:
         if not self.call.done:
             self._recorded = self.owner._recording_begins(self.call)
         if conversation is None:
+            self.call.on_reply = self._on_reply
             self.call.send_job(instruction, payload, seconds)
         else:
             conversation.begin(self, instruction, payload, seconds)
@@ -1108,12 +1175,29 @@ class _Run:
     def _on_output(self, fd: int, data: bytes) -> None:
         self.owner._tell(self.show, fd, data)
 
+    def _on_reply(self, call: client.Call) -> None:
+        """A value is there, and what it has cost until now is counted: its caller need not wait for the end, unless there is
+        more to be told, or layers to be looked at."""
+        assert self.worker is not None
+        call.sandbox.drain_violations()
+        self.worker.streams.catch_up()
+        if call.reply_kind != channel.REPLY_VALUE or self.violations or call.cause or call.done or self.owner._has_layers():
+            return
+        recorded, self._recorded = self._recorded, None
+        if recorded is not None:
+            self.owner._recording_ends(recorded)
+        if not call.cause:
+            self._lingers = call.loop.call_later(LINGER, call.kill, "returned")
+            self.has_value = True
+            self._returned.set_result(None)
+
     def _on_done(self) -> None:
         for key, fields in self.call.violations.items():
             if key in self._raw:
                 self._raw[key].details["count"] = int(fields["count"])
-        if self._watch_timer is not None:
-            self._watch_timer.cancel()
+        for timer in (self._watch_timer, self._lingers):
+            if timer is not None:
+                timer.cancel()
         try:
             if self._recorded is not None:
                 self.owner._recording_ends(self._recorded)
@@ -1124,8 +1208,9 @@ class _Run:
             if self.owner._recovery is not None:
                 self.owner._recovery.ended(self.call, self.violations)
         finally:
-            if not self._done.done():
-                self._done.set_result(None)
+            for told in (self._done, self._returned):
+                if not told.done():
+                    told.set_result(None)
 
     def _on_violation(self, fields: dict[str, str]) -> None:
         violation = outcome.describe_violation(fields, self.call.sandbox)

@@ -57,8 +57,7 @@ class Recorder:
 
     def begin(self, call: Call) -> Recorded:
         """Of a call that is about to be sent its job."""
-        if not self.trees:
-            self._open()
+        self.open()
         run = Recorded(call)
         self.running.append(run)
         return run
@@ -122,6 +121,11 @@ class Recorder:
 
     # -- what is seen ------------------------------------------------------------------------------------------------
 
+    def open(self) -> None:
+        """See what there is before the first call, which does it otherwise."""
+        if not self.trees:
+            self._open()
+
     def _open(self) -> None:
         sandbox = self.sandbox
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -156,9 +160,10 @@ class Recorder:
 
     def _look(self, *, report: bool = True, everything: bool = False) -> None:
         """Many files are looked at only where something has been made or removed since: changes of what was there are then
-        seen at the next look."""
+        seen at the next look. Where there were none nothing else can be new."""
         showing = self._showing()
-        if everything or showing != self.seen or sum(tree.size for tree in self.trees) <= FEW:
+        files = sum(tree.size - 1 for tree in self.trees)
+        if everything or showing != self.seen or 0 < files <= FEW:
             for tree in self.trees:
                 tree.look(report=report)
             self.seen = showing
