@@ -1,8 +1,8 @@
-"""Fork handlers of preloaded modules (os.register_at_fork), put off until a worker has a job.
+"""Fork handlers of preloaded modules (os.register_at_fork), put off until a process is to run a plugin.
 
 CPython runs them in every forked child, where they write to a hundred pages of the zygote: half a megabyte and half a
-millisecond for each worker that stands idle. The zygote collects them instead of registering them; a worker registers
-them when its job has come, so that forks of the plugin run them, and makes up for those that it has missed itself.
+millisecond for each warden and init, which need none of it. The zygote collects them instead of registering them; a worker
+registers them when it is sealed, so that forks of the plugin run them, and makes up for those that it has missed itself.
 Must not import anything heavy.
 """
 
@@ -39,7 +39,7 @@ def end() -> None:
 
 
 def make_up() -> None:
-    """In a worker with a job: register what was collected, and run what an os.fork() of this process would have run."""
+    """In a sealed worker: register what was collected, and run what an os.fork() of this process would have run."""
     for hooks in _collected:
         _register(**hooks)
         after = hooks.get("after_in_child")
