@@ -235,7 +235,7 @@ class Session:
             if error is not None:
                 raise error
         try:
-            return codec.decode(bytes(answer.reply), max_bytes=len(answer.reply), types=types_)
+            return codec.decode(answer.reply, max_bytes=len(answer.reply), types=types_)
         except codec.CodecError as error:
             raise PluginExecutionError(f"the reply of the plugin is not one: {error}", exception_type="CodecError") from None
 

@@ -32,7 +32,7 @@ from sandbox.ns import userids
 from sandbox.recipe_data import Recipe
 
 MESSAGES = 40  # in a round
-REPLY_BYTES = 1 << 16
+REPLY_BYTES = 1 << 17
 
 JUNK = (
     *("", "0", "-1", "1", "99999999", "9" * 30, "9" * 5000, "1e9", "nan", "inf", "²", "١٢", "0x10", " 1", "1_000", "None"),
@@ -202,13 +202,18 @@ def damage(dice: random.Random, data: bytearray) -> None:
 
 
 def frame(dice: random.Random) -> bytes:
-    kind = dice.choice((channel.REPLY_VALUE, channel.REPLY_ERROR, channel.REPLY_UNFIT, channel.NOTE, dice.randbytes(1)))
+    kinds = channel.REPLY_VALUE, channel.REPLY_ERROR, channel.REPLY_UNFIT, channel.REPLY_SIZE, channel.NOTE, dice.randbytes(1)
+    kind = dice.choice(kinds)
     way = dice.randrange(5)
     if kind == channel.NOTE and way:
         data = mutated(dice, NOTES)
     elif kind == channel.REPLY_VALUE and way:
         value = [dice.choice(({"a": 1}, 2.5, "text", [1, 2], None, b"raw")) for _ in range(dice.randrange(4))]
         data = codec.encode(value)
+    elif kind == channel.REPLY_SIZE and way:
+        data = channel.SIZE.pack(dice.choice((0, 1, channel.FRAME, channel.FRAME + 1, REPLY_BYTES, REPLY_BYTES + 1, 1 << 63)))
+    elif kind == channel.REPLY_VALUE and dice.random() < 0.3:
+        data = bytes([dice.choice((0, 1, channel.ALIGNMENT - 1, channel.ALIGNMENT))])
     elif kind == channel.REPLY_ERROR and way:
         data = failure.encode(dice.choice((ValueError("no"), PermissionError(1, "no"), MemoryError(), OSError(28, "full"))))
     elif kind == channel.REPLY_UNFIT and way:

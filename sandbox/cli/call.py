@@ -68,7 +68,7 @@ def print_reply(session: Session) -> int:
         return 1  # it has been told
     if call.reply_kind != channel.REPLY_VALUE or not call.reply_complete:
         raise run_command.Failed("the plugin ended without a reply")
-    value = codec.decode(bytes(call.reply), max_bytes=call.reply_limit)
+    value = codec.decode(call.reply, max_bytes=call.reply_limit)
     text = json.dumps(jsonable(value), allow_nan=False, ensure_ascii=os.isatty(1))
     try:
         sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")  # \ud800 is JSON's own escape

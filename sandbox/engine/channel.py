@@ -35,6 +35,10 @@ Two forms, one per direction of trust:
 * *Frames* carry a reply from the worker: one byte of kind, in upper case in the last frame of the reply, and at most FRAME
   bytes of data. See the REPLY_ constants. A NOTE is a frame that belongs to no reply.
 
+What is larger lies in memory files that the host makes (memfd_create(2)), so that it is counted as the host's and cannot
+change while it is read: a job in one that is sealed (F_ADD_SEALS, fcntl(2)), a value in one that the worker asks for by
+REPLY_SIZE and that is sealed before the host looks into it.
+
 Both `_socket` and `marshal` are used bare: `socket` would cost every sandbox 9 ms of imports. Must not import anything
 else of psie.
 """
@@ -47,7 +51,7 @@ import marshal
 import os
 import struct
 
-FRAME = 65536  # bytes of data per frame
+FRAME = 65536  # bytes of data per frame, and of a value that needs no memory file
 MESSAGE = 65536  # bytes per message that the host accepts
 SMALL = 32768  # bytes of a job that travels in one instruction
 INSTRUCTION = 65536  # bytes per instruction: below the size from which malloc(3) maps pages for one
@@ -57,6 +61,9 @@ REPLY_TEXT = 1 << 19  # bytes of a reply that is no value
 REPLY_VALUE = b"v"  # a piece of an encoded value
 REPLY_ERROR = b"e"  # a piece of an encoded exception
 REPLY_UNFIT = b"u"  # a piece of a flat message "unfit": text, allowed, used; the value cannot travel
+REPLY_SIZE = b"s"  # SIZE: a value of so many bytes is to come, and needs memory; its last frame says where it begins there
+SIZE = struct.Struct("=Q")
+ALIGNMENT = 64  # bytes: a value begins below that, so that the data of an array in it can lie as its processor wants it
 
 # What host and warden both have of a session: since when it does what it does, by CLOCK_MONOTONIC in seconds, or 0.
 CLOCK = struct.Struct("=d")
@@ -192,6 +199,40 @@ def in_memory(value: dict[str, Any]) -> int:
     with open(fd, "wb", closefd=False) as file:
         file.write(marshal.dumps(value))
     return fd
+
+
+def sealed(parts: Sequence[bytes]) -> int:
+    """An fd of a memory file with `parts`, which nobody can change any more."""
+    fd = os.memfd_create("psie", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                view = view[os.write(fd, view) :]
+        seal(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def shared(size: int) -> int:
+    """An fd of a memory file of so many bytes, all of them ours, that a worker may write to and do nothing else with."""
+    fd = os.memfd_create("psie", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.fchmod(fd, 0o600)  # no program either
+        os.posix_fallocate(fd, 0, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def seal(fd: int) -> None:
+    """Nobody can change the file any more. Raises OSError (EBUSY) where somebody has it mapped and could write there."""
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
 
 
 def from_memory(fd: int) -> object:

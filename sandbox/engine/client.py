@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 ZYGOTE_DIED = "the zygote has died: its sandboxes are gone; open new ones"
 WARDEN_DIED = "the sandbox's warden has died, and all of its calls with it: open a new sandbox"
-VALUE_MODULES = ("sandbox.engine.codec",)  # what a zygote needs whose workers send values
+VALUE_MODULES = ("sandbox.engine.codec", "mmap")  # what a zygote needs whose workers send values
 SHUT_RDWR = 2
 TEXT = 1000  # characters of what a worker says about itself
 STRAYS = 1000
@@ -852,7 +852,7 @@ class Call:
         self.file_operations = 0  # where that is the cause
         self.hidden = ""  # a folder in which nobody could count them, where that is
         self.reply_kind = b""
-        self.reply = bytearray()
+        self.reply: bytearray | memoryview = bytearray()
         self.reply_complete = False
         self.strays = 0  # frames that belong to no reply
         self.notes = 0  # about files and names
@@ -873,7 +873,7 @@ class Call:
         self.awaits = False  # a reply: what comes else is nobody's
         self.source_file = ""  # where the caller's own code of this call lies, for its traceback
         self.done = False
-        self._outgoing: list[bytes | memoryview] = []
+        self._memory, self._memory_size = -1, 0  # fd of the file in which the value will be, if it is large; its bytes
         self._waiting: loops.Patience | None = None  # for the warden
         self.loop.add_reader(self.job.fileno(), self._job_readable)
 
@@ -930,6 +930,7 @@ class Call:
         answer = Answer(self)
         self.awaits = False
         self.reply_kind, self.reply, self.reply_complete, self.reply_size = b"", bytearray(), False, 0
+        self._forget_memory()
         self.passing = None
         return answer
 
@@ -951,34 +952,19 @@ class Call:
         self.has_job = self.awaits = True
 
     def _hand_over(self, instruction: dict[str, object], payload: bytes) -> None:
-        """In one message what fits into one."""
+        """In one message what fits into one, and else in a memory file."""
         header = marshal.dumps(instruction)
-        is_small = len(header) + len(payload) <= channel.SMALL
+        size = len(header) + len(payload)
+        memory: list[int] = []
         try:
-            head = {"header": len(header), "size": len(header) + len(payload), "data": header + payload if is_small else b""}
-            channel.instruct(self.job, head)
+            if size > channel.SMALL:
+                memory.append(channel.sealed((header, payload)))
+            head = {"header": len(header), "size": size, "data": b"" if memory else header + payload}
+            channel.instruct(self.job, head, memory)
         except OSError as error:
             self._unsent(error)
-            return
-        if not is_small:
-            view = memoryview(header + payload)
-            self._outgoing = [view[start : start + channel.FRAME] for start in range(0, len(view), channel.FRAME)]
-            self._outgoing.reverse()
-            self._send_more()
-
-    def _send_more(self) -> None:
-        while self._outgoing:
-            try:
-                self.job.send(self._outgoing[-1])
-            except BlockingIOError:
-                self.loop.add_writer(self.job.fileno(), self._send_more)
-                return
-            except OSError as error:
-                self._outgoing.clear()
-                self._unsent(error)
-                break
-            self._outgoing.pop()
-        self.loop.remove_writer(self.job.fileno())
+        finally:
+            close_fds(memory)
 
     def _unsent(self, error: OSError) -> None:
         """The worker has ended already, which is reported; or it would wait for a job that never comes."""
@@ -1011,6 +997,8 @@ class Call:
         last, kind = kind.isupper(), kind.lower()
         if kind == channel.NOTE and self._note(data):
             return
+        if kind == channel.REPLY_SIZE and self._give_memory(data):
+            return
         known = kind in (channel.REPLY_VALUE, channel.REPLY_ERROR, channel.REPLY_UNFIT)
         if self.reply_complete or not self.awaits or not known or self.reply_kind not in (b"", kind) or not (data or last):
             self.strays += 1
@@ -1018,6 +1006,9 @@ class Call:
                 self._close_job()
             return
         self.reply_kind = kind
+        if self._memory >= 0 and kind == channel.REPLY_VALUE:
+            self._take_memory(data)
+            data, last = b"", True
         self.reply_size += len(data)
         most = self.reply_limit if kind == channel.REPLY_VALUE else channel.REPLY_TEXT
         if self.reply_size > most:
@@ -1025,10 +1016,49 @@ class Call:
             if not self.cause:
                 self.kill("result")
             return
-        self.reply += data
+        if isinstance(self.reply, bytearray):
+            self.reply += data
         self.reply_complete = last
         if last and self.on_reply is not None:
             self.on_reply(self)
+
+    def _give_memory(self, data: bytes) -> bool:
+        """The worker has a large value, and asks for memory to put it into. False where that makes no sense."""
+        if len(data) != channel.SIZE.size or self.reply_kind or self._memory >= 0 or not self.awaits or self.done:
+            return False
+        (size,) = channel.SIZE.unpack(data)
+        if size <= channel.FRAME:
+            return False
+        if size > self.reply_limit:
+            self.reply_size = size
+            if not self.cause:
+                self.kill("result")
+            return True
+        try:
+            self._memory, self._memory_size = channel.shared(size + channel.ALIGNMENT), size
+            channel.instruct(self.job, {}, [self._memory])
+        except OSError as error:
+            self._unsent(error)
+        return True
+
+    def _take_memory(self, place: bytes) -> None:
+        """The value is in its memory, from `place` on, and nobody changes it any more; no value where that is not so."""
+        from sandbox.ns import syscalls as sc
+
+        try:
+            channel.seal(self._memory)
+            if len(place) == 1 and place[0] < channel.ALIGNMENT:
+                mapped = sc.map_privately(self._memory, self._memory_size + channel.ALIGNMENT)
+                self.reply = mapped[place[0] : place[0] + self._memory_size]
+                self.reply_size = self._memory_size
+        except OSError:
+            pass  # somebody in the sandbox has it mapped still
+        self._forget_memory()
+
+    def _forget_memory(self) -> None:
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
 
     def _note(self, data: bytes) -> bool:
         """What the interpreter has refused: a record like the kernel's, which the plugin could forge or leave out."""
@@ -1087,7 +1117,6 @@ class Call:
     def _close_job(self) -> None:
         if self.job.fileno() >= 0:
             self.loop.remove_reader(self.job.fileno())
-            self.loop.remove_writer(self.job.fileno())
             hang_up(self.job)
 
     def violation(self, fields: dict[str, str]) -> None:
@@ -1142,6 +1171,7 @@ class Call:
             return
         self.done = True
         self._close_job()
+        self._forget_memory()
         if self.clock >= 0:
             os.close(self.clock)
             self.clock = -1

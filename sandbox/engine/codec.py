@@ -19,7 +19,7 @@ What bounds the host's time:
 * the hashes of numbers, tuples and frozensets are not salted, so a hostile reply can choose colliding keys.
   `_Reader.check_keys` predicts what a hash table will cost before one is built, and refuses what would be slow.
 
-What is merely large is not slow: a numpy array or bytes is one value, read by one copy.
+What is merely large is not slow: a numpy array or bytes is one value, read by one copy, or by none: see `decode`.
 
 Dict keys that are NaN stay separate keys, each one its own object, as they were; keys that are equal (1, 1.0 and True, or
 0.0 and -0.0) cannot come from a dict, and a message that has them is refused.
@@ -47,6 +47,8 @@ MAX_NODES = 1_000_000
 MAX_NAME = 1 << 10  # characters of a class's name, "module:qualname"
 MAX_PATH = 32 << 10  # characters of a path: PATH_MAX is 4096, but pure paths are not bound by it
 MAX_FRACTION_BITS = 16 << 10
+
+LARGE = 1 << 16  # bytes of a message from which on an array may stay in it
 
 SLOW = 4  # what a value counts that takes the reader microseconds
 
@@ -172,6 +174,11 @@ def encode(value: object, *, max_depth: int = MAX_DEPTH, max_bytes: int = MAX_BY
         raise CodecError(f"result: cannot be read ({type(error).__name__})") from error
 
 
+def bulk_at(data: bytes) -> int:
+    """Where in a message the data of its first array or bytes begins."""
+    return len(data) - int.from_bytes(data[_HEAD - 4 : _HEAD], sys.byteorder)
+
+
 def decode(
     data: bytes | bytearray | memoryview,
     *,
@@ -181,6 +188,8 @@ def decode(
     types: Mapping[str, type[Any]] | None = None,
 ) -> Any:
     """The value in hostile bytes.
+
+    Where `data` is writable it is taken over: a large array may lie in it.
 
     `types` maps "module:qualname" (see `type_name`) to the enums and dataclasses that may be built; of a dataclass no
     method runs, so its fields are unchecked (one that is a dict key or in a set is hashed, by its own `__hash__`).
@@ -231,7 +240,7 @@ class _Writer:
         self.ints: list[int] = []
         self.floats: list[float] = []
         self.text: list[str] = []
-        self.raw: list[bytes | bytearray] = []
+        self.raw: list[bytes | bytearray | memoryview] = []
 
     def value(self, value: Any, depth: int) -> None:
         writer = self.writers.get(type(value))
@@ -290,7 +299,7 @@ class _Writer:
         self.counts.append(len(value))
         self.text.append(value)
 
-    def blob(self, value: bytes | bytearray) -> None:
+    def blob(self, value: bytes | bytearray | memoryview) -> None:
         self.room(len(value))
         self.bulk += len(value)
         self.counts.append(len(value))
@@ -313,15 +322,15 @@ class _Writer:
 
     def message(self) -> bytes:
         text = "".join(self.text).encode("utf-8", "surrogatepass")
-        raw = b"".join(self.raw)
         counts = pack(f"{len(self.counts)}I", *self.counts)
         ints = pack(f"{len(self.ints)}q", *self.ints)
         floats = pack(f"{len(self.floats)}d", *self.floats)
-        columns = (self.ops, counts, ints, floats, text, raw)
-        used = _HEAD + sum(map(len, columns))
+        columns = (self.ops, counts, ints, floats, text)
+        lengths = (*map(len, columns), sum(map(len, self.raw)))
+        used = _HEAD + sum(lengths)
         if used > self.max_bytes:
             raise ReplyTooLarge(self.max_bytes, used)
-        return b"".join((_MAGIC, pack("6I", *map(len, columns)), *columns))
+        return b"".join((_MAGIC, pack("6I", *lengths), *columns, *self.raw))
 
 
 class _Column:
@@ -356,6 +365,7 @@ class _Reader:
         self, data: bytes | bytearray | memoryview, max_depth: int, max_nodes: int, types: Mapping[str, type[Any]]
     ) -> None:
         view = memoryview(data).cast("B")
+        self.size = len(view)
         if len(view) < _HEAD or view[: len(_MAGIC)] != _MAGIC:
             raise CodecError("malformed reply: no head")
         lengths = view[len(_MAGIC) : _HEAD].cast("I").tolist()
@@ -1007,7 +1017,8 @@ def _write_buffer(w: _Writer, value: Any) -> None:
     w.counts.append(value.ndim)
     w.counts.extend(value.shape)
     w.room(value.nbytes)
-    w.blob(value.tobytes())
+    flat = sys.modules["numpy"].ascontiguousarray(value).reshape(-1)
+    w.blob(flat.view("u1").data if flat.size else b"")
 
 
 def _is_sendable_dtype(dtype: Any) -> bool:
@@ -1045,7 +1056,8 @@ def _read_buffer(r: _Reader) -> Any:
         raise CodecError("malformed reply: not an array of booleans")
     if dtype.kind == "U" and flat.view(f"{text[0]}u4").max() > sys.maxunicode:
         raise CodecError("malformed reply: not an array of text")
-    return flat.reshape(shape).copy()
+    stays = flat.flags.writeable and flat.flags.aligned and 2 * len(raw) >= r.size > LARGE  # else a part keeps all of it
+    return flat.reshape(shape) if stays else flat.reshape(shape).copy()
 
 
 def _read_ndarray(r: _Reader, depth: int) -> Any:

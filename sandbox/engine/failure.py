@@ -65,7 +65,7 @@ def encode(error: BaseException) -> bytes:
     return channel.pack("failure", fields)
 
 
-def decode(data: bytes | bytearray) -> Failure:
+def decode(data: bytes | bytearray | memoryview) -> Failure:
     """The exception in hostile bytes, as short as `encode` makes it. Raises channel.Malformed."""
     kind, fields = channel.unpack(bytes(data))
     if kind != "failure" or list(fields) != ["type", "message", "traceback", "errno", "file", "line", "done"]:

@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 OWN_RLIMITS = ("RLIMIT_NOFILE", "RLIMIT_NPROC")
+PIECE = 4 << 20  # bytes of a large value that are mapped at once
 TEXT_CHARACTERS = 8192  # of a message about a value that cannot travel
 WRAPPERS = 100  # decorators around a function
 CO_GENERATOR, CO_ASYNC_GENERATOR = 0x20, 0x200  # the module inspect has them, and is heavy
 
-refusals: Refusals | None = None  # of files, in a worker that has taken on a job
+refusals: Refusals | None = None  # of files
 
 
 def run(
@@ -52,14 +53,15 @@ def run(
         job = seal(recipe, ids, report, fds, notes, tty=tty)
         if tty:
             sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        # What every job needs is done now, when nobody waits for it.
+        sc.after_fork()
+        forkhooks.make_up()
+        note_refusals(job, recipe)
         received = receive_job(job)
         if received is None:
             os._exit(0)
         instruction, payload = received
-        sc.after_fork()
-        forkhooks.make_up()
         take_on(job, instruction, recipe["environment"])
-        note_refusals(job, recipe)
         status = KINDS[instruction["kind"]](job, instruction, payload)
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -133,15 +135,17 @@ def self_probe(recipe: dict[str, Any]) -> str:
 
 def receive_job(job: _socket.socket) -> tuple[dict[str, Any], bytearray] | None:
     """(instruction, payload); None when there will be none."""
-    head: Any = channel.receive_instruction(job, 0)[0]
+    head: Any
+    head, memory = channel.receive_instruction(job, 1)
     if head is None:
         return None
-    payload = bytearray(head["data"])
-    while len(payload) < head["size"]:
-        data = job.recv(channel.FRAME)
-        if not data:
-            return None
-        payload += data
+    payload = bytearray(head["data"] or head["size"])
+    for fd in memory:
+        view, read = memoryview(payload), 0
+        while read < len(view):
+            read += os.preadv(fd, [view[read:]], read)
+        view.release()
+        os.close(fd)
     instruction = marshal.loads(payload[: head["header"]])
     del payload[: head["header"]]
     return instruction, payload
@@ -512,7 +516,35 @@ def send_value(job: _socket.socket, value: object, max_bytes: int) -> None:
     except MemoryError as error:
         send_error(job, error)
         return
-    send_frames(job, channel.REPLY_VALUE, data)
+    if len(data) > channel.FRAME:
+        send_in_memory(job, data)
+    else:
+        send_frames(job, channel.REPLY_VALUE, data)
+
+
+def send_in_memory(job: _socket.socket, data: bytes) -> None:
+    """A value that is too large for a frame, by a memory file of the caller's. It is mapped piece by piece: so it is neither
+    taken for memory of the plugin's, nor for a file that could be too large."""
+    import mmap  # the zygote has it: see sandbox.engine.client.VALUE_MODULES
+
+    from sandbox.engine import codec
+
+    begin = -codec.bulk_at(data) % channel.ALIGNMENT
+    try:
+        job.send(channel.REPLY_SIZE.upper() + channel.SIZE.pack(len(data)))
+        _, memory = channel.receive_instruction(job, 1)
+        for fd in memory:
+            view = memoryview(data)
+            for place in range(0, begin + len(data), PIECE):
+                size = min(PIECE, begin + len(data) - place)
+                with mmap.mmap(fd, size, offset=place) as mapped:
+                    first = begin if place == 0 else 0
+                    mapped[first:] = view[: size - first]
+                    view = view[size - first :]
+            os.close(fd)
+        job.send(channel.REPLY_VALUE.upper() + begin.to_bytes(1, "little"))
+    except OSError:
+        return  # as for frames
 
 
 def send_frames(job: _socket.socket, kind: bytes, data: bytes) -> None:

@@ -33,6 +33,11 @@ MS_PRIVATE = 1 << 18
 MS_SLAVE = 1 << 19
 MNT_DETACH = 2
 
+PROT_READ = 1
+PROT_WRITE = 2
+MAP_PRIVATE = 2
+MAP_FAILED = ctypes.c_void_p(-1).value
+
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 AT_FDCWD = -100
@@ -138,6 +143,23 @@ def after_fork() -> None:
     """
     ctypes.pythonapi.PyOS_BeforeFork()
     ctypes.pythonapi.PyOS_AfterFork_Child()
+
+
+def map_privately(fd: int, size: int) -> memoryview:
+    """The first `size` bytes of a file, by mmap(2): what is changed in them is changed for this process alone.
+
+    Unlike with mmap.mmap no descriptor stays open for it, however long it is used.
+    """
+    import weakref
+
+    _libc.mmap.restype = ctypes.c_void_p
+    address = _libc.mmap(None, ctypes.c_size_t(size), PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, ctypes.c_long(0))
+    if address == MAP_FAILED:
+        check(-1)
+    memory = (ctypes.c_char * size).from_address(address)
+    unmap = weakref.finalize(memory, _libc.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size))
+    unmap.atexit = False  # who uses it may do so later
+    return memoryview(memory).cast("B")
 
 
 def unshare(flags: int) -> None:

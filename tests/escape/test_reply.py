@@ -6,6 +6,7 @@ send are in test_host.py and, for the codec alone, in tests/test_codec.py.
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -321,7 +322,43 @@ def stands_still_in_a_reply() -> None:
     time.sleep(60)
 
 
-FRAMES = (split_frames, repeated_replies, notes_without_number, half_closed, stands_still_in_a_reply)
+def asks_for_memory_again_and_again() -> None:
+    import os
+
+    from sandbox.engine import channel
+
+    job = socket_to_the_caller()
+    for _ in range(3000):
+        job.send(b"S" + channel.SIZE.pack(1 << 20))
+    os._exit(0)
+
+
+def asks_for_memory_in_nonsense() -> None:
+    import os
+
+    job = socket_to_the_caller()
+    for data in (b"", b"\xff" * 7, b"\0" * 8, b"\xff" * 9, b"\xff" * 8):
+        job.send(b"S" + data)
+        job.send(b"s" + data)
+    os._exit(0)
+
+
+def memory_without_a_value() -> None:
+    """It is there, and its last frame says nonsense."""
+    import os
+
+    from sandbox.engine import channel
+
+    job = socket_to_the_caller()
+    job.send(b"S" + channel.SIZE.pack(1 << 20))
+    job.send(b"V\xff")
+    os._exit(0)
+
+
+FRAMES = (
+    *(split_frames, repeated_replies, notes_without_number, half_closed, stands_still_in_a_reply),
+    *(asks_for_memory_again_and_again, asks_for_memory_in_nonsense, memory_without_a_value),
+)
 
 
 @pytest.mark.parametrize("function", FRAMES)
@@ -332,6 +369,104 @@ def test_frames_that_no_worker_sends(function: Callable[[], None], level: Isolat
         assert outcome.value in (["a value", 1.5], 0, "sent")
     else:
         assert isinstance(outcome.error, SandboxException)
+
+
+# -- large values, in memory that the host has given ---------------------------------------------------------------------------
+
+VALUE = bytes(range(256)) * 400
+
+
+def memory_for(size: int) -> tuple[Any, int]:
+    """In a plugin: the socket to the caller, and the memory file that it gives for a value of so many bytes."""
+    import socket
+
+    from sandbox.engine import channel
+
+    job = socket_to_the_caller()
+    job.send(b"S" + channel.SIZE.pack(size))
+    _, memory, _, _ = socket.recv_fds(job, 65536, 1)
+    return job, memory[0]
+
+
+def changes_it_afterwards() -> None:
+    """Says that the value is complete, and goes on writing to it."""
+    import contextlib
+    import mmap
+    import os
+
+    import numpy
+
+    from sandbox.engine import codec
+
+    data = codec.encode(numpy.zeros(1 << 17, "u1"))
+    job, memory = memory_for(len(data))
+    with mmap.mmap(memory, len(data)) as mapped:
+        mapped[:] = data
+    job.send(b"V\0")
+    number = 0
+    while True:
+        number = (number + 1) % 256
+        with contextlib.suppress(OSError):
+            os.pwrite(memory, bytes([number]) * 1000, 1000)
+        with contextlib.suppress(OSError):
+            os.ftruncate(memory, 0)
+
+
+def keeps_it_mapped() -> None:
+    import mmap
+
+    from sandbox.engine import codec
+
+    data = codec.encode(VALUE)
+    job, memory = memory_for(len(data))
+    mapped = mmap.mmap(memory, len(data))
+    mapped[:] = data
+    job.send(b"V\0")
+    while True:
+        mapped[100:107] = b"changed"
+
+
+def runs_it() -> str:
+    import os
+
+    _, memory = memory_for(1 << 17)
+    os.pwrite(memory, b"#!/proc/self/exe", 0)
+    os.execve(f"/proc/self/fd/{memory}", ["x"], {})
+
+
+def test_memory_that_nobody_seals_changes() -> None:
+    """What the next two attacks try works on a file of the same kind, but for the seals."""
+    memory = os.memfd_create("x")
+    try:
+        os.write(memory, VALUE)
+        with mmap.mmap(memory, len(VALUE), flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as seen:
+            os.pwrite(memory, b"changed", 100)
+            assert seen[100:107] == b"changed"
+    finally:
+        os.close(memory)
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_a_value_does_not_change_once_it_is_there(level: IsolationLevel) -> None:
+    """An array lies in the memory in which it came, and whoever wrote that is still alive."""
+    pytest.importorskip("numpy")
+    value = answered(changes_it_afterwards, level=level, limits={"max_memory_mb": 512.0}).value
+    before = value.copy()
+    time.sleep(0.2)
+    assert (value == before).all()
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_a_value_that_could_change_is_none(level: IsolationLevel) -> None:
+    assert isinstance(answered(keeps_it_mapped, level=level).error, SandboxException)
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_memory_for_a_value_is_no_program(level: IsolationLevel) -> None:
+    permissions, limits = {"allow_subprocess_execution": True}, {"max_subprocess_count": 3}
+    error = answered(runs_it, level=level, permissions=permissions, limits=limits).error
+    assert isinstance(error, SandboxException)
+    assert "PermissionError" in str(error) or "refused" in str(error), error
 
 
 @pytest.mark.parametrize("level", ALL if ROOT else NAMESPACED)

@@ -30,6 +30,7 @@ from sandbox import (
     SandboxViolation,
     SandboxViolationType,
 )
+from sandbox.engine import channel
 from sandbox.engine.loop import PollLoop
 from sandbox.engine.streams import Streams
 from sandbox.recovery import private
@@ -105,9 +106,30 @@ def test_arrays_round_trip(level: IsolationLevel) -> None:
         assert (array == seen).all()
 
 
-def test_a_large_value_round_trips(level: IsolationLevel) -> None:
-    value = os.urandom(4 << 20)
-    assert harness.call(level, plugins.give_back, value) == value
+@pytest.mark.parametrize("size", [channel.SMALL, channel.FRAME, channel.FRAME + 1, (4 << 20) - 100, 4 << 20, (4 << 20) + 1])
+def test_a_large_value_round_trips(level: IsolationLevel, size: int) -> None:
+    value = os.urandom(size)
+    assert harness.call(level, plugins.give_back, value, limits={"max_file_size_mb": 1.0}) == value
+
+
+def test_a_hundred_megabytes_go_each_way(level: IsolationLevel) -> None:
+    value = bytes(100 << 20)
+    assert harness.call(level, plugins.give_back, value, limits={"max_memory_mb": 512.0, "max_result_mb": 101.0}) == value
+
+
+def test_a_large_array_is_not_copied(level: IsolationLevel) -> None:
+    """It lies in the memory in which it came, and can be changed all the same."""
+    numpy = pytest.importorskip("numpy")
+    array = numpy.arange(1 << 18, dtype="f8").reshape(512, 512)
+    seen = harness.call(level, plugins.give_back, array, limits={"max_memory_mb": 512.0})
+    assert (seen == array).all()
+    owner = seen
+    while isinstance(owner, numpy.ndarray) and owner.base is not None:
+        owner = owner.base
+    assert isinstance(owner, memoryview)  # not an array of its own
+    assert seen.flags.aligned
+    seen[0, 0] = 7
+    assert seen[0, 0] == 7
 
 
 def test_arguments(level: IsolationLevel) -> None:
