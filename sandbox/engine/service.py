@@ -154,11 +154,14 @@ class Stock:
         return max(min(wanted, self.bound), self.asked_for) - len(self.ready)
 
     def take(self) -> Worker | None:
-        """The one that has stood for longest. From any thread."""
-        try:
-            return self.ready.popleft()
-        except IndexError:
-            return None
+        """The one that has stood for longest, or is about to stand. From any thread."""
+        for worker in sorted(self.ready.copy(), key=lambda worker: not worker.stands):
+            try:
+                self.ready.remove(worker)
+            except ValueError:
+                continue  # another thread has it
+            return worker
+        return None
 
     def begins(self) -> None:
         self.in_use += 1

@@ -72,7 +72,7 @@ GRACE = 0.5
 # Between looks whether what a killed warden has left has died.
 REAP_MS = 20
 # Wardens without a sandbox that are kept for the next ones.
-IDLE_WARDENS = 4
+IDLE_WARDENS = 16
 
 
 def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> None:
