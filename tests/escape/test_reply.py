@@ -6,6 +6,7 @@ send are in test_host.py and, for the codec alone, in tests/test_codec.py.
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
 import time
@@ -467,6 +468,69 @@ def test_memory_for_a_value_is_no_program(level: IsolationLevel) -> None:
     error = answered(runs_it, level=level, permissions=permissions, limits=limits).error
     assert isinstance(error, SandboxException)
     assert "PermissionError" in str(error) or "refused" in str(error), error
+
+
+# -- after the reply -----------------------------------------------------------------------------------------------------------
+
+
+def replies_and_goes_on() -> None:
+    """With a process and a thread of its own, where it may have those."""
+    import contextlib
+    import os
+    import threading
+
+    from sandbox.engine import codec
+
+    def work() -> None:
+        number = 0
+        while True:
+            number += 1
+            with open("count", "w") as file:
+                file.write(str(number))
+
+    with contextlib.suppress(OSError):
+        if os.fork() == 0:
+            work()
+    threading.Thread(target=work).start()
+    with contextlib.suppress(OSError):
+        socket_to_the_caller().send(b"V" + codec.encode(7))
+    work()
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_what_goes_on_after_the_reply_is_ended_before_anybody_looks(level: IsolationLevel) -> None:
+    """The value comes at once; whoever looks at files, calls again or closes the sandbox finds nothing of the call alive."""
+
+    async def go() -> None:
+        limits, permissions = {"max_subprocess_count": 3}, {"allow_subprocess_execution": True}
+        async with trial.open_sandbox(level, limits, permissions) as one:
+            for _ in range(2):
+                assert await one.execute_plugin_safe(replies_and_goes_on) == 7
+                before = one.read_file("count")
+                await asyncio.sleep(0.1)
+                assert one.read_file("count") == before
+                assert await one.execute_plugin_safe(replies_and_goes_on) == 7
+                begun = time.monotonic()
+                assert await one.execute_plugin_safe(count_that_stands) == "it stands"
+                assert time.monotonic() - begun < BOUND
+
+    if kit.why_closed(level):
+        pytest.skip(f"level {level.value} cannot be opened: {kit.why_closed(level)}")
+    begun = time.monotonic()
+    asyncio.run(go())
+    assert time.monotonic() - begun < 2 * BOUND
+
+
+def count_that_stands() -> str:
+    import time
+
+    def content() -> str:
+        with open("count") as file:
+            return file.read()
+
+    before = content()
+    time.sleep(0.1)
+    return "it stands" if content() == before else "it goes on"
 
 
 @pytest.mark.parametrize("level", ALL if ROOT else NAMESPACED)
