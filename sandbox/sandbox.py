@@ -446,7 +446,7 @@ class EnhancedPluginSandbox:
         file = getattr(getattr(function, "__code__", None), "co_filename", "")
         with Remembered(self, name) as remembered:
             call = await self._execute(remembered, file, instruction, payload)
-            return self._value(call, transport.plain_types(function, args))
+            return self._value(call, transport.PlainTypes(function, args))
 
     def session(self, setup_fn: Callable[[], Any] | None = None, *, max_calls: int | None = None) -> Session:
         """A process that serves many calls, with its state kept between them: `async with sandbox.session() as session`.
@@ -522,11 +522,11 @@ class EnhancedPluginSandbox:
         payload: bytes,
         conversation: Conversation | None,
     ) -> client.Call:
+        await self._ends()  # limits of a worker are reckoned by the calls that there are when it starts
         run, self._standby = self._standby or self._new_run(), None
         self._telemetry.plugin_id = remembered.name
         try:
             await run.stands()
-            await self._ends()
         except asyncio.CancelledError:
             self._post(run.give_up)
             raise

@@ -267,8 +267,8 @@ class Session:
         payload = b"" if plain else self._pickled(args, kwargs)
         known.has_travelled = known.keeps
         if known.types is None:
-            known.types = transport.plain_types(function, ())
-        return known.file, instruction, payload, known.types if plain else transport.plain_types(function, args)
+            known.types = transport.PlainTypes(function, ())
+        return known.file, instruction, payload, known.types if plain else transport.PlainTypes(function, args)
 
     def _pickled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         path = self._sandbox.recipe.interpreter["path"] if self._sandbox.recipe is not None else []

@@ -13,17 +13,18 @@ import sys
 import threading
 import types
 from collections import ChainMap
+from collections.abc import Mapping
 
 from sandbox.errors import PluginExecutionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any, ClassVar, NoReturn
 
 _lock = threading.Lock()
 _by_value: set[str] = set()
-_seen_modules: set[str] = set()
+_seen_modules: tuple[int, str] = 0, ""  # how many there were, and the last one
 
 
 def _refuse_file(file: io.IOBase) -> NoReturn:
@@ -39,7 +40,8 @@ def register_own_modules(library_path: Sequence[str]) -> None:
     global _seen_modules
     import cloudpickle
 
-    if sys.modules.keys() <= _seen_modules:
+    seen = len(sys.modules), next(reversed(sys.modules))
+    if seen == _seen_modules:
         return
     folders = tuple(folder.rstrip("/") + "/" for folder in library_path)
     for name, module in list(sys.modules.items()):
@@ -54,7 +56,7 @@ def register_own_modules(library_path: Sequence[str]) -> None:
         if isinstance(file, str) and not file.startswith(folders):
             cloudpickle.register_pickle_by_value(module)
             _by_value.add(name)
-    _seen_modules = set(sys.modules)
+    _seen_modules = seen
 
 
 _pickler: type | None = None
@@ -124,15 +126,21 @@ def is_plain(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
 
 def first_wish(function: Callable[..., Any]) -> str:
     """What a function gets before its arguments, as the name of its first parameter says: "", "env" or "state"."""
+    if type(function) is types.FunctionType and not function.__dict__:  # as the signature says, and in no time
+        name = function.__code__.co_varnames[0] if function.__code__.co_argcount else ""
+    else:
+        name = _first_parameter(function)
+    return name if name == "state" else "env" if name in ("env", "environment") else ""
+
+
+def _first_parameter(function: Callable[..., Any]) -> str:
+    """Its name, if it can be given by position."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         return ""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if not parameters or parameters[0].kind not in positional:
-        return ""
-    name = parameters[0].name
-    return name if name == "state" else "env" if name in ("env", "environment") else ""
+    return parameters[0].name if parameters and parameters[0].kind in positional else ""
 
 
 def _blame(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> tuple[str, str]:
@@ -168,8 +176,33 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def plain_types(function: Callable[..., Any], args: Sequence[object]) -> Mapping[str, type]:
-    """The enums and dataclasses that a reply may come back as: those of the function's own module and of its arguments."""
+class PlainTypes(Mapping[str, type]):
+    """The enums and dataclasses that a reply may come back as: those of the function's own module and of its arguments.
+
+    They are looked for when a reply has one.
+    """
+
+    def __init__(self, function: Callable[..., Any], args: Sequence[object]) -> None:
+        self._of = function, args
+        self._known: dict[str, type] | None = None
+
+    @property
+    def _types(self) -> dict[str, type]:
+        if self._known is None:
+            self._known = plain_types(*self._of)
+        return self._known
+
+    def __getitem__(self, name: str) -> type:
+        return self._types[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._types)
+
+    def __len__(self) -> int:
+        return len(self._types)
+
+
+def plain_types(function: Callable[..., Any], args: Sequence[object]) -> dict[str, type]:
     from dataclasses import is_dataclass
     from enum import Enum
 

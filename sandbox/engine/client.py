@@ -899,9 +899,11 @@ class Call:
             self.on_sealed(self)
 
     def send_job(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
-        """Let the worker begin; from now on the warden's clock runs for `seconds`."""
-        self._deadline(seconds)
+        """Let the worker begin; from now on the warden's clock runs for `seconds`. The worker, which has more to do, is told
+        first."""
         self._hand_over(instruction, payload)
+        if not self.cause:
+            self._deadline(seconds)
 
     def begin_session(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
         """Let the worker begin a session: it prepares itself, and serves requests until `end_session`.
