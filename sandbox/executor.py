@@ -248,16 +248,16 @@ class SandboxExecutor(concurrent.futures.Executor):
             work.task.cancel()
 
     async def _run(self, work: Work) -> None:
-        value, error = None, None
+        """Its caller has the value while the sandbox goes; the next call begins when that has gone."""
         try:
             async with self._new_sandbox() as sandbox:
                 value = await sandbox._call(work.function, work.args, work.kwargs)
-        except BaseException as raised:
-            error = raised
-        del self._running[work.future]
-        try:
-            work.future._end(value, error)
+                work.future._end(value, None)
+        except BaseException as error:
+            if not work.future.done():
+                work.future._end(None, error)
         finally:
+            del self._running[work.future]
             self._more()
 
 
