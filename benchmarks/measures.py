@@ -511,13 +511,13 @@ async def stand(count: int) -> tuple[list[float], float]:
 
 
 async def beside(bench: Bench, name: str, what: str, function: str, most: float) -> Figures:
-    ours, theirs = "psie, strict, watched every 0.1 s", "python3"
+    ours, theirs, floor = "psie, strict, watched every 0.1 s", "python3", "python3 with the same Landlock rules and filter"
     figures = Figures(name, f"CPU time of {what}", "s", ours)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         work = process.submit(overhead.beside_plain, function, bench.rounds(7, 1), bench.rounds(20, 5) / 10)
-        plain, sandboxed = await asyncio.wrap_future(work)
-    figures.samples = {ours: sandboxed, theirs: plain}
-    ratios = sorted(one / other for one, other in zip(sandboxed, plain, strict=True))
+        seen = await asyncio.wrap_future(work)
+    figures.samples = dict(zip((theirs, floor, ours), map(list, zip(*seen, strict=True)), strict=True))
+    ratios = sorted(sandboxed / plain for plain, _, sandboxed in seen)
     figures.want(f"{what}, of python3", ratios[len(ratios) // 2], "at most", most)
     return figures
 

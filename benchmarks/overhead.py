@@ -111,9 +111,26 @@ def walk(rounds: int, begin: float = 0.0) -> float:
     return time.process_time() - start
 
 
-async def plain(name: str, rounds: int, begin: float, place: str) -> float:
+def confine() -> None:
+    """Give up in this process what a worker of level strict gives up by Landlock and seccomp, and nothing else."""
+    from sandbox.engine import client
+    from sandbox.ns import privileges
+    from sandbox.seccomp import landlock, load
+
+    wire = client.wire_form(
+        recipe.compile(IsolationConfig(level=IsolationLevel.STRICT), LIMITS, PluginPermissionsV2(), host.facts())
+    )
+    rules = [line for line in wire["landlock"]["rules"] if os.path.exists(line[0])] + [[os.getcwd(), "write"]]
+    privileges.no_new_privs()
+    wanted = {name: wire["landlock"][name] for name in ("abi", "deny_network", "scopes")}
+    landlock.restrict(rules, **wanted)
+    load.load_filter(wire["seccomp"]["bpf"], new_listener=True)
+
+
+async def plain(name: str, rounds: int, begin: float, place: str, *, confined: bool = False) -> float:
     """The function in a plain Python, in a folder of `place`."""
-    code = f"import sys; sys.path[:0] = {sys.path!r}; from benchmarks.overhead import {name}; print({name}({rounds}, {begin}))"
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from benchmarks.overhead import {name}, confine; "
+    code += ("confine(); " if confined else "") + f"print({name}({rounds}, {begin}))"
     with tempfile.TemporaryDirectory(dir=place) as folder:
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=folder, stdout=subprocess.PIPE)
         output, _ = await process.communicate()
@@ -153,8 +170,9 @@ def overheads() -> None:
         print(f"{function.__name__:<42} {statistics.median(each[1] for each in seen):8.2f}", *(f"{cell:>16}" for cell in cells))
 
 
-def beside_plain(name: str, rounds: int, cpu_seconds: float) -> tuple[list[float], list[float]]:
-    """CPU seconds of one of the functions in a plain Python and at level strict, both at once on one CPU, `rounds` times.
+def beside_plain(name: str, rounds: int, cpu_seconds: float) -> list[tuple[float, ...]]:
+    """CPU seconds of one of the functions in a plain Python, in one that is confined as a worker, and at level strict, all at
+    once on one CPU, `rounds` times.
 
     Binds its process to that CPU, so call it in one of its own.
     """
@@ -163,13 +181,12 @@ def beside_plain(name: str, rounds: int, cpu_seconds: float) -> tuple[list[float
     amount = max(1, int(cpu_seconds / (function_seconds(function) / 20)))
     limits = replace(LIMITS, max_cpu_percent=100.0, cpu_warning_threshold_percent=None)  # type: ignore[arg-type]
 
-    async def together() -> tuple[float, float]:
+    async def together() -> tuple[float, ...]:
         begin = time.monotonic() + READY_SECONDS
-        strict = sandboxed(function, amount, begin, IsolationLevel.STRICT, limits)
-        return await asyncio.gather(plain(name, amount, begin, "/dev/shm"), strict)
+        plains = [plain(name, amount, begin, "/dev/shm", confined=confined) for confined in (False, True)]
+        return tuple(await asyncio.gather(*plains, sandboxed(function, amount, begin, IsolationLevel.STRICT, limits)))
 
-    seen = [asyncio.run(together()) for _ in range(rounds)]
-    return [each[0] for each in seen], [each[1] for each in seen]
+    return [asyncio.run(together()) for _ in range(rounds)]
 
 
 def watching() -> None:
