@@ -134,7 +134,7 @@ class Side:
         """Let the host read all that waits."""
         for _ in range(100):
             self.loop.run_once(0)
-            if not self.loop.poll.poll(0):
+            if not self.loop.epoll.poll(0):
                 return
 
     def judge(self, dice: random.Random) -> None:
@@ -164,6 +164,7 @@ class Side:
         self.zygote.close()
         for sock in self.inside:
             sock.close()
+        self.loop.close()
 
 
 def mutated(dice: random.Random, messages: list[tuple[str, dict[str, str]]]) -> bytes:

@@ -6,7 +6,9 @@ Must not know what is waited for.
 
 from __future__ import annotations
 
+import errno
 import select
+from _heapq import heapify, heappop, heappush  # heapq.py is Python code that says the same
 from time import monotonic as monotonic  # also for those who use this loop
 
 TYPE_CHECKING = False
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
         def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Timer: ...
 
 
+# From epoll_ctl(2): what is always ready, and what was opened with O_PATH and can only fail.
+REFUSED = errno.EPERM, errno.EBADF
+TIMERS = 64  # of which any number may be cancelled; of more, at most half and those that have come since
 LATE = 1.0  # seconds after which a timer has not just been served late: this process has been stopped
 
 
@@ -37,24 +42,48 @@ class PollTimer:
         self.args = args
 
     def cancel(self) -> None:
-        self.callback = None
+        self.callback, self.args = None, ()
+
+    def __lt__(self, other: PollTimer) -> bool:
+        return self.when < other.when
 
 
 class PollLoop:
-    """A loop over poll(2) for one thread that has nothing else to do."""
+    """A loop over epoll(7) for one thread that has nothing else to do: what a round costs does not grow with what is waited
+    for. What epoll refuses - files, folders, /dev/null - is always ready, as poll(2) says of it too.
+
+    A descriptor is removed before it is closed: a fork may have it open still, and what it tells would come for ever.
+    """
 
     def __init__(self) -> None:
-        self.poll = select.poll()
+        self.epoll = select.epoll()
         self.readers: dict[int, Callable[[], Any]] = {}
         self.writers: dict[int, Callable[[], Any]] = {}
-        self.timers: list[PollTimer] = []
+        self.watched: set[int] = set()  # by epoll
+        self.always: dict[int, int] = {}  # what it refuses, and what is wanted of that
+        self.timers: list[PollTimer] = []  # a heap; those that were cancelled stay for a while
+        self.most_timers = TIMERS
 
     def _register(self, fd: int) -> None:
-        mask = (select.POLLIN if fd in self.readers else 0) | (select.POLLOUT if fd in self.writers else 0)
-        if mask:
-            self.poll.register(fd, mask)
+        mask = (select.EPOLLIN if fd in self.readers else 0) | (select.EPOLLOUT if fd in self.writers else 0)
+        if fd in self.watched:
+            if mask:
+                self.epoll.modify(fd, mask)
+            else:
+                self.watched.remove(fd)
+                self.epoll.unregister(fd)
+        elif not mask:
+            self.always.pop(fd, None)
+        elif fd in self.always:
+            self.always[fd] = mask
         else:
-            self.poll.unregister(fd)
+            try:
+                self.epoll.register(fd, mask)
+                self.watched.add(fd)
+            except OSError as error:
+                if error.errno not in REFUSED:
+                    raise
+                self.always[fd] = mask
 
     def add_reader(self, fd: int, callback: Callable[..., Any], *args: Any) -> None:
         self.readers[fd] = lambda: callback(*args)
@@ -77,8 +106,12 @@ class PollLoop:
         return True
 
     def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> PollTimer:
+        if len(self.timers) > self.most_timers:
+            self.timers = [timer for timer in self.timers if timer.callback is not None]
+            heapify(self.timers)
+            self.most_timers = max(TIMERS, 2 * len(self.timers))
         timer = PollTimer(monotonic() + delay, callback, args)
-        self.timers.append(timer)
+        heappush(self.timers, timer)
         return timer
 
     def run_once(self, wait: float | None = None) -> None:
@@ -86,20 +119,34 @@ class PollLoop:
 
         What is due comes first, so that after this process has been stopped nothing gets in before its end.
         """
-        self.timers = [timer for timer in self.timers if timer.callback is not None]
-        due = min((max(0.0, timer.when - monotonic()) for timer in self.timers), default=None)
-        waits = [seconds for seconds in (wait, due) if seconds is not None]
-        events = self.poll.poll(min(waits) * 1000 if waits else None)
+        while self.timers and self.timers[0].callback is None:
+            heappop(self.timers)
+        if self.always:
+            wait = 0.0
+        if self.timers:
+            due = max(0.0, self.timers[0].when - monotonic())
+            wait = due if wait is None else min(wait, due)
+        # A callback may close descriptors, and another one open others of the same number: those have not been heard of yet.
+        heard = [
+            (event, fd, self.readers.get(fd), self.writers.get(fd))
+            for fd, event in (*self.epoll.poll(wait), *self.always.items())
+        ]
         now = monotonic()
-        for timer in [timer for timer in self.timers if timer.when <= now]:
-            callback, timer.callback = timer.callback, None
+        while self.timers and self.timers[0].when <= now:
+            timer = heappop(self.timers)
+            callback, args = timer.callback, timer.args
+            timer.cancel()
             if callback is not None:
-                callback(*timer.args)
-        for fd, event in events:
-            if event & ~select.POLLOUT and fd in self.readers:
-                self.readers[fd]()
-            if event & ~select.POLLIN and fd in self.writers:
-                self.writers[fd]()
+                callback(*args)
+        for event, fd, reader, writer in heard:
+            if event & ~select.EPOLLOUT and reader is not None and self.readers.get(fd) is reader:
+                reader()
+            if event & ~select.EPOLLIN and writer is not None and self.writers.get(fd) is writer:
+                writer()
+
+    def close(self) -> None:
+        """Nothing is waited for any more."""
+        self.epoll.close()
 
     def run_until(self, finished: Callable[[], bool]) -> None:
         """Serve until `finished()`; it is asked after every round."""

@@ -393,6 +393,7 @@ class FilesystemWatchdog:
         self._records: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._watch: FileWatch | None = None
+        self._loop: PollLoop | None = None
         self._thread: threading.Thread | None = None
         self._stop = (-1, -1)
 
@@ -405,8 +406,8 @@ class FilesystemWatchdog:
             if not self.config.enable_filesystem_isolation:
                 self.reason = "enable_filesystem_isolation is False"
                 return False
-            loop = PollLoop()
             try:
+                loop = PollLoop()
                 root = os.open(self.sandbox_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 watch = FileWatch(loop, root, self._record)
                 try:
@@ -417,7 +418,7 @@ class FilesystemWatchdog:
             except (OSError, ValueError) as error:
                 self.reason = f"{self.sandbox_directory!r} cannot be watched: {getattr(error, 'strerror', None) or error}"
                 return False
-            self._watch = watch
+            self._watch, self._loop = watch, loop
             self._stop = os.pipe2(os.O_CLOEXEC)
             stopped = threading.Event()
             loop.add_reader(self._stop[0], stopped.set)
@@ -430,14 +431,15 @@ class FilesystemWatchdog:
     def stop_watching(self) -> None:
         """End it, after a last look at everything. Does nothing where nothing is watched."""
         with self._lock:
-            if self._thread is None or self._watch is None:
+            if self._thread is None or self._watch is None or self._loop is None:
                 return
             os.write(self._stop[1], b"\0")
             self._thread.join()
             self._watch.close()
+            self._loop.close()
             for fd in self._stop:
                 os.close(fd)
-            self._thread = self._watch = None
+            self._thread = self._watch = self._loop = None
 
     def get_file_operations(self) -> list[dict[str, Any]]:
         """The records so far, oldest first."""

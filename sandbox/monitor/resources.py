@@ -47,6 +47,7 @@ class EnhancedResourceMonitor:
         self.source = ""
         self._lock = threading.Lock()
         self._watch: Watch | None = None
+        self._loop: PollLoop | None = None
         self._run: Watched | None = None
         self._thread: threading.Thread | None = None
         self._stop = (-1, -1)
@@ -71,7 +72,7 @@ class EnhancedResourceMonitor:
             source = source_of(pid, process)
             self.source = source.name
             self._violations.clear()
-            loop = PollLoop()
+            loop = self._loop = PollLoop()
             self._watch = Watch(loop, source, Thresholds.of_limits(self.limits), self.config.resource_check_interval_seconds)
             self._watch.counted = source.events()
             self._watch.on_sample = self._stats.update
@@ -94,15 +95,16 @@ class EnhancedResourceMonitor:
     def stop_monitoring(self) -> None:
         """End the watch; the last numbers and violations stay. Does nothing where none runs."""
         with self._lock:
-            if self._thread is None or self._watch is None or self._run is None:
+            if self._thread is None or self._watch is None or self._run is None or self._loop is None:
                 return
             os.write(self._stop[1], b"\0")
             self._thread.join()
             self._watch.end(self._run)
             self._watch.close()
+            self._loop.close()
             for fd in self._stop:
                 os.close(fd)
-            self._thread = self._watch = self._run = None
+            self._thread = self._watch = self._run = self._loop = None
 
     def get_current_stats(self) -> dict[str, Any]:
         """Numbers of this moment, or the last ones where nothing runs: see sandbox.monitor.watch.Watch for the fields.

@@ -212,7 +212,7 @@ def own_fds() -> frozenset[str]:
     running = service._service
     kept: set[int] = set()
     if running is not None:
-        kept = {running.loop.wake_reader, running.loop.wake_writer}
+        kept = {running.loop.epoll.fileno(), running.loop.wake_reader, running.loop.wake_writer}
         for zygote in list(running.zygotes.values()):
             kept |= {zygote.control.fileno(), zygote.pidfd, zygote.leaves}
     found = set()

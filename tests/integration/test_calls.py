@@ -185,6 +185,7 @@ def test_output_of_a_call_that_is_found_gone() -> None:
     loop.run_once(0)
     assert b"".join(heard) == b"1234"
     assert not loop.readers
+    loop.close()
 
 
 def test_workspace_is_kept_between_calls_and_gone_after(level: IsolationLevel) -> None:

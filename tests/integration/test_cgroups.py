@@ -380,6 +380,7 @@ def test_a_stall_is_told_by_a_psi_trigger(cgroup: Folder) -> None:
         child.kill()
     watch.end(run)
     watch.close()
+    loop.close()
     assert "memory pressure" in seen
 
 

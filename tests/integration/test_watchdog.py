@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,13 @@ def replayed(records: Iterable[dict[str, Any]], before: set[str] = frozenset()) 
     return present
 
 
+@pytest.fixture
+def loop() -> Iterator[PollLoop]:
+    made = PollLoop()
+    yield made
+    made.close()
+
+
 def test_each_kind_of_operation_is_told(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("old")
     watchdog = FilesystemWatchdog(str(tmp_path), IsolationConfig())
@@ -111,9 +118,8 @@ def test_the_records_lead_to_the_tree_that_is_there(tmp_path: Path, seed: int) -
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_so_do_those_of_files_that_are_watched_one_by_one(tmp_path: Path, seed: int) -> None:
+def test_so_do_those_of_files_that_are_watched_one_by_one(tmp_path: Path, loop: PollLoop, seed: int) -> None:
     records: list[dict[str, Any]] = []
-    loop = PollLoop()
     watch = FileWatch(loop, os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=True)
     watch.listen()
     with subprocess.Popen([sys.executable, "-c", CHURN, str(seed)], cwd=tmp_path) as churn:
@@ -125,11 +131,11 @@ def test_so_do_those_of_files_that_are_watched_one_by_one(tmp_path: Path, seed: 
     assert watch.size == len(tree(tmp_path)) + 1
 
 
-def test_a_file_that_is_watched_for_itself(tmp_path: Path) -> None:
+def test_a_file_that_is_watched_for_itself(tmp_path: Path, loop: PollLoop) -> None:
     records: list[dict[str, Any]] = []
     (tmp_path / "old").write_text("old")
     (tmp_path / "read").write_text("old")
-    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=True)
+    watch = FileWatch(loop, os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=True)
     watch.listen()
 
     def told(*actions: Callable[[], object]) -> list[tuple[str, str, int | None]]:
@@ -173,13 +179,13 @@ def exchange(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("each_file", [False, True])
-def test_what_changes_places_is_known_at_its_new_one(tmp_path: Path, each_file: bool) -> None:
+def test_what_changes_places_is_known_at_its_new_one(tmp_path: Path, loop: PollLoop, each_file: bool) -> None:
     records: list[dict[str, Any]] = []
     one, other = tmp_path / "one", tmp_path / "other"
     for folder in (one, other):
         folder.mkdir()
         (folder / folder.name).write_text("x")
-    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=each_file)
+    watch = FileWatch(loop, os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=each_file)
     watch.listen()
     exchange(one, other)
     watch.catch_up()
@@ -200,10 +206,10 @@ def test_what_changes_places_is_known_at_its_new_one(tmp_path: Path, each_file: 
     assert {node.path for node in watch._below(watch.top)} == {"", *tree(tmp_path)}
 
 
-def test_one_of_a_files_names_goes(tmp_path: Path) -> None:
+def test_one_of_a_files_names_goes(tmp_path: Path, loop: PollLoop) -> None:
     records: list[dict[str, Any]] = []
     (tmp_path / "first").write_text("x")
-    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=True)
+    watch = FileWatch(loop, os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=True)
     watch.listen()
     os.link(tmp_path / "first", tmp_path / "second")
     watch.catch_up()
@@ -220,8 +226,8 @@ def test_one_of_a_files_names_goes(tmp_path: Path) -> None:
     watch.close()
 
 
-def test_who_never_stops_telling_does_not_keep_the_reader(tmp_path: Path) -> None:
-    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), lambda record: None)
+def test_who_never_stops_telling_does_not_keep_the_reader(tmp_path: Path, loop: PollLoop) -> None:
+    watch = FileWatch(loop, os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), lambda record: None)
     watch.listen()
     read = watch.read
 
@@ -236,12 +242,12 @@ def test_who_never_stops_telling_does_not_keep_the_reader(tmp_path: Path) -> Non
     watch.close()
 
 
-def test_a_folder_of_many_files_moves_at_the_price_of_one(tmp_path: Path) -> None:
+def test_a_folder_of_many_files_moves_at_the_price_of_one(tmp_path: Path, loop: PollLoop) -> None:
     records: list[dict[str, Any]] = []
     (tmp_path / "a").mkdir()
     for number in range(3000):
         (tmp_path / "a" / f"{number}").touch()
-    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=True)
+    watch = FileWatch(loop, os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append, each_file=True)
     watch.listen()
     start = time.process_time()
     for _ in range(500):
@@ -263,9 +269,9 @@ def test_folders_that_are_made_faster_than_they_can_be_watched(tmp_path: Path) -
     assert len(made) == len(set(made)) == 800
 
 
-def test_an_overflow_is_told_and_nothing_of_the_state_is_missed(tmp_path: Path) -> None:
+def test_an_overflow_is_told_and_nothing_of_the_state_is_missed(tmp_path: Path, loop: PollLoop) -> None:
     records: list[dict[str, Any]] = []
-    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append)
+    watch = FileWatch(loop, os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append)
     watch.listen()
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     if most > 100_000:
@@ -282,7 +288,7 @@ def test_an_overflow_is_told_and_nothing_of_the_state_is_missed(tmp_path: Path) 
     assert replayed(records) == tree(tmp_path)
 
 
-def test_what_cannot_be_watched_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_watched_is_compared(tmp_path: Path, loop: PollLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     """fs.inotify.max_user_watches."""
 
     def refuse(*_: object) -> int:
@@ -290,7 +296,7 @@ def test_what_cannot_be_watched_is_compared(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("inotify_simple.INotify.add_watch", refuse)
     records: list[dict[str, Any]] = []
-    watch = FileWatch(PollLoop(), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append)
+    watch = FileWatch(loop, os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append)
     watch.listen()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("x")

@@ -1,0 +1,194 @@
+"""The engine's own loop: what it waits for, what epoll(7) refuses, and its timers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sandbox.engine import loop as loops
+from sandbox.engine.loop import PollLoop
+
+
+@pytest.fixture
+def loop() -> Iterator[PollLoop]:
+    made = PollLoop()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    with one, other:
+        yield one, other
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "/dev/null", "/dev/zero", "path"])
+def test_what_epoll_refuses_is_always_ready(loop: PollLoop, tmp_path: Path, what: str) -> None:
+    (tmp_path / "file").write_text("text")
+    path = {"file": tmp_path / "file", "folder": tmp_path, "path": tmp_path / "file"}.get(what, Path(what))
+    fd = os.open(path, os.O_PATH if what == "path" else os.O_RDONLY)
+    told: list[str] = []
+    try:
+        loop.add_reader(fd, told.append, "read")
+        loop.run_once()
+        loop.run_once()
+        assert told == ["read", "read"]
+        loop.add_writer(fd, told.append, "written")
+        loop.run_once()
+        assert told[2:] == ["read", "written"]
+        assert loop.remove_reader(fd)
+        loop.run_once()
+        assert told[4:] == ["written"]
+        assert loop.remove_writer(fd)
+        assert not loop.remove_writer(fd)
+        loop.run_once(0)
+        assert len(told) == 5
+    finally:
+        os.close(fd)
+
+
+def test_what_is_always_ready_takes_no_turn_from_others(
+    loop: PollLoop, pair: tuple[socket.socket, socket.socket], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    told: list[str] = []
+    with (tmp_path / "file").open() as file:
+        loop.add_reader(file.fileno(), told.append, "file")
+        loop.add_reader(pair[0].fileno(), told.append, "socket")
+        loop.call_later(0, told.append, "timer")
+        pair[1].send(b"x")
+        loop.run_once()
+        loop.remove_reader(file.fileno())
+    assert sorted(told) == ["file", "socket", "timer"]
+    told.clear()
+    loop.run_once()
+    assert told == ["socket"]
+
+
+def test_readers_and_writers_of_one_descriptor(loop: PollLoop, pair: tuple[socket.socket, socket.socket]) -> None:
+    fd = pair[0].fileno()
+    told: list[str] = []
+    loop.add_writer(fd, told.append, "write")
+    loop.add_reader(fd, told.append, "read")
+    loop.run_once()
+    assert told == ["write"]
+    pair[1].send(b"x")
+    loop.remove_writer(fd)
+    loop.run_once()
+    assert told == ["write", "read"]
+    loop.add_reader(fd, told.append, "read otherwise")
+    loop.run_once()
+    assert told[2:] == ["read otherwise"]
+    loop.remove_reader(fd)
+    pair[1].close()  # which is told of whatever is waited for
+    loop.run_once(0)
+    assert len(told) == 3
+
+
+def test_an_end_is_told_to_both(loop: PollLoop, pair: tuple[socket.socket, socket.socket]) -> None:
+    told: list[str] = []
+    loop.add_reader(pair[0].fileno(), told.append, "read")
+    loop.add_writer(pair[0].fileno(), told.append, "write")
+    pair[1].close()
+    loop.run_once()
+    assert told == ["read", "write"]
+
+
+def test_a_number_that_another_has_now_is_not_told_of_what_was(loop: PollLoop) -> None:
+    """Two are ready in one round; the first to be served closes the other and opens something of the same number."""
+    pipes = [os.pipe() for _ in range(2)]
+    new: list[tuple[int, int]] = []
+    told: list[str] = []
+
+    def served(other: int) -> None:
+        told.append("old")
+        for reader, _ in pipes:
+            loop.remove_reader(reader)
+        os.close(pipes[other][0])
+        new.append(os.pipe())
+        assert new[0][0] == pipes[other][0]
+        loop.add_reader(new[0][0], told.append, "new")
+
+    for number, (reader, writer) in enumerate(pipes):
+        loop.add_reader(reader, served, 1 - number)
+        os.write(writer, b"x")
+    loop.run_once()
+    loop.run_once(0)
+    assert told == ["old"]
+    os.write(new[0][1], b"x")
+    loop.run_once()
+    assert told == ["old", "new"]
+    loop.remove_reader(new[0][0])
+    for fd in {*pipes[0], *pipes[1], *new[0]}:
+        os.close(fd)
+
+
+def test_a_descriptor_that_a_fork_has_as_well(loop: PollLoop, pair: tuple[socket.socket, socket.socket]) -> None:
+    told: list[str] = []
+    copy = pair[0].dup()
+    loop.add_reader(pair[0].fileno(), told.append, "read")
+    loop.remove_reader(pair[0].fileno())
+    pair[0].close()
+    pair[1].send(b"x")
+    loop.run_once(0)
+    assert not told
+    copy.close()
+
+
+def test_a_closed_descriptor_was_never_waited_for(loop: PollLoop) -> None:
+    assert not loop.remove_reader(12345)
+    assert not loop.remove_writer(12345)
+
+
+def test_timers_are_served_in_the_order_of_their_times(loop: PollLoop) -> None:
+    told: list[int] = []
+    for number in (3, 1, 2, 0):
+        loop.call_later(number / 1000, told.append, number)
+    loop.run_until(lambda: len(told) == 4)
+    assert told == [0, 1, 2, 3]
+
+
+def test_a_timer_of_a_timer_waits_for_the_next_round(loop: PollLoop, pair: tuple[socket.socket, socket.socket]) -> None:
+    """Or who always has something more to do would keep everyone else from their turn."""
+    told: list[str] = []
+
+    def again() -> None:
+        told.append("timer")
+        loop.call_later(0, again)
+
+    loop.call_later(0, again)
+    loop.add_writer(pair[0].fileno(), told.append, "event")
+    loop.run_once()
+    loop.run_once()
+    assert told == ["timer", "event"] * 2
+
+
+def test_a_timer_that_fails_takes_no_other_with_it(loop: PollLoop) -> None:
+    told: list[str] = []
+
+    def fail() -> None:
+        raise ValueError("of the test")
+
+    loop.call_later(0, fail)
+    loop.call_later(0.0001, told.append, "served")
+    with pytest.raises(ValueError, match="of the test"):
+        loop.run_until(lambda: bool(told))
+    loop.run_until(lambda: bool(told))
+
+
+def test_cancelled_timers_do_not_add_up(loop: PollLoop) -> None:
+    kept = [loop.call_later(3600, print) for _ in range(10)]
+    for _ in range(10_000):
+        loop.call_later(60, print).cancel()
+    assert len(loop.timers) <= loops.TIMERS + 1
+    assert set(kept) <= set(loop.timers)
+    told: list[int] = []
+    loop.call_later(0, told.append, 1).cancel()
+    loop.call_later(0.001, told.append, 2)
+    loop.run_once()
+    assert told == [2]
