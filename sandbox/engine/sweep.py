@@ -47,5 +47,5 @@ def _remove(folder: int, remove: Callable[[int, str], None]) -> list[str]:
         except OSError:
             continue  # somebody else removes it at this moment, or it is not ours
         finally:
-            slot.release()
+            slot.release(for_all=True)
     return removed

@@ -3,6 +3,8 @@
 One file that all psie processes of a host user share (as root /run/psie/ledger). A sandbox holds a byte of it by an
 open-file-description lock, whose fd its warden and inits inherit: the kernel frees the slot when the last of them has
 gone, whatever was killed. As root slot n stands for host ids that no other sandbox has (see id_region).
+Whoever is alive has a record of what it claims; what was killed may have left one. So a claim that the records have room
+for is granted without a look at each lock, which costs the more the more there are.
 Host side only. Source: fcntl(2) "Open file description locks", subuid(5), systemd's UIDS-GIDS document.
 """
 
@@ -69,6 +71,7 @@ class Slot:
         if self.fd >= 0:
             try:
                 if for_all:
+                    _forget(self.fd, self.number)
                     _lock(self.fd, fcntl.F_UNLCK, self.number)
             except OSError:
                 pass  # then it is free when the last who has the fd closes it
@@ -86,8 +89,11 @@ def claim(memory: int, total_memory: int) -> Slot:
     fd = _open_locks()
     try:
         _lock_mutex(fd)
-        with open(os.path.join(state.folder("run"), "ledger"), "ab+", buffering=0, opener=_private) as ledger:
-            slot = _choose(fd, ledger.fileno(), memory, most, allowed)
+        ledger = _open_ledger()
+        try:
+            slot = _choose(fd, ledger, memory, most, allowed)
+        finally:
+            os.close(ledger)
         _lock(fd, fcntl.F_UNLCK, _MUTEX)
     except BaseException:
         os.close(fd)
@@ -139,40 +145,88 @@ def _open_locks() -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o200)
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags & ~os.O_APPEND | os.O_NOFOLLOW, 0o600)
+def _open_ledger() -> int:
+    path = os.path.join(state.folder("run"), "ledger")
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _forget(fd: int, number: int) -> None:
+    """Nobody lives in the slot that `fd` has locked: its record goes."""
+    try:
+        if not os.path.samestat(os.stat(os.path.join(state.folder("run"), "locks")), os.fstat(fd)):
+            return  # it is another ledger's: XDG_RUNTIME_DIR has changed
+        ledger = _open_ledger()
+        try:
+            os.pwrite(ledger, _RECORD.pack(0), number * _RECORD.size)
+        finally:
+            os.close(ledger)
+    except OSError:
+        return  # it counts until somebody looks who lives
 
 
 def _choose(fd: int, ledger: int, memory: int, most: int, allowed: int) -> int:
+    """Lock a free slot and record it."""
+    claims = _read(ledger)
+    number = _take(fd, claims) if _refusal(claims, memory, most, allowed) is None else None
+    if number is None:
+        claims = _living(fd, claims)
+        refusal = _refusal(claims, memory, most, allowed)
+        if refusal is not None:
+            raise NoPlaceError(refusal)
+        number = _take(fd, claims)
+        if number is None:
+            raise NoPlaceError("every place for a sandbox is taken: wait for psie gc, or close some")
+        os.pwrite(ledger, struct.pack(f"={len(claims)}Q", len(claims) - 1, *claims[1:]), 0)
+    os.pwrite(ledger, _RECORD.pack(memory), number * _RECORD.size)
+    if number >= len(claims):
+        os.pwrite(ledger, _RECORD.pack(number), 0)
+    return number
+
+
+def _read(ledger: int) -> list[int]:
+    """What each slot is recorded with, up to the high-water mark, in the place of which there is a 0."""
     content = os.pread(ledger, (SLOTS + 1) * _RECORD.size, 0)
-    claims = [record for (record,) in _RECORD.iter_unpack(content[: len(content) // _RECORD.size * _RECORD.size])]
-    high = min(claims[0], len(claims) - 1) if claims else 0
-    chosen = None
-    alive = []
-    for number in range(1, high + 1):
-        if not _lock(fd, fcntl.F_WRLCK, number):
-            alive.append(number)
-        elif chosen is None:
-            chosen = number
-        else:
+    count = len(content) // _RECORD.size
+    high, *claims = struct.unpack_from(f"={count}Q", content) if count else (0,)
+    return [0, *claims[:high]]
+
+
+def _living(fd: int, claims: list[int]) -> list[int]:
+    """Of these claims, those of sandboxes that are alive, by a look at each lock."""
+    living = [0]
+    for number, claim in enumerate(claims):
+        if claim and not _lock(fd, fcntl.F_WRLCK, number):
+            living += [0] * (number - len(living))
+            living.append(claim)
+        elif claim:
             _lock(fd, fcntl.F_UNLCK, number)
-    if len(alive) >= most:
-        raise NoPlaceError(
-            f"{len(alive)} sandboxes of this user are open already: close some, or set PSIE_MAX_SANDBOXES above {most}"
-        )
-    if chosen is None:  # beyond them there are leftovers at most, and who removes those holds their slots meanwhile
-        chosen = next((number for number in range(high + 1, SLOTS + 1) if _lock(fd, fcntl.F_WRLCK, number)), None)
-    if chosen is None:
-        raise NoPlaceError("every place for a sandbox is taken: wait for psie gc, or close some")
-    claimed = sum(claims[number] for number in alive)
+    return living
+
+
+def _refusal(claims: list[int], memory: int, most: int, allowed: int) -> str | None:
+    """Which bound one more sandbox would pass, and what helps."""
+    count, claimed = len(claims) - claims.count(0), sum(claims)
+    if count >= most:
+        return f"{count} sandboxes of this user are open already: close some, or set PSIE_MAX_SANDBOXES above {most}"
     if claimed + memory > allowed:
-        raise NoPlaceError(
+        return (
             f"the open sandboxes of this user claim {claimed >> 20} MB and this one wants {memory >> 20} MB "
             f"of {allowed >> 20} MB: close some, lower max_memory_mb, or set PSIE_MAX_MEMORY_MB"
         )
-    os.pwrite(ledger, _RECORD.pack(memory), chosen * _RECORD.size)
-    os.pwrite(ledger, _RECORD.pack(max([*alive, chosen])), 0)
-    return chosen
+    return None
+
+
+def _take(fd: int, claims: list[int]) -> int | None:
+    """Lock the first slot without a claim. Who removes a leftover holds its slot meanwhile."""
+    number = 0
+    while number < SLOTS:
+        try:
+            number = claims.index(0, number + 1)
+        except ValueError:
+            number = max(number + 1, len(claims))
+        if number <= SLOTS and _lock(fd, fcntl.F_WRLCK, number):
+            return number
+    return None
 
 
 def _setting(name: str, default: int) -> int:
