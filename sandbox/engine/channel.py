@@ -21,6 +21,7 @@ Two forms, one per direction of trust:
   ended        warden -> host     call, cause (exit, timeout, memory, killed, supervisor, failed, or the host's own word),
                                   used (bytes, where memory is the cause), the fields above, and how often the cgroup
                                   has counted what: "memory.events oom_kill", "pids.events max" and their like
+  up           warden -> zygote   (its descriptors are its own now)
   free         warden -> zygote
   closed       zygote -> host     sandbox, left (what could not be removed, or nothing)
   violation    supervisor -> host call, nr, arg0 .. arg2, pid, count; for sockets also the next line's from operation on

@@ -705,21 +705,28 @@ def next_task(tasks: _socket.socket, kept: list[int]) -> tuple[dict[str, Any] | 
 
 
 def run(
-    tasks: _socket.socket,
+    nest: int,
+    shared: int,
     zygote: int,
     baseline: int,
     template: int | None,
     host_namespace: int | None,
     link_socket: _socket.socket | None,
 ) -> NoReturn:
-    """The life of a warden, in the child of the zygote's clone3. Any error that is not a sandbox's ends it: fail closed."""
+    """The life of a warden, in the child of the zygote's clone3. Any error that is not a sandbox's ends it: fail closed.
+
+    Until it has its own descriptors those are the zygote's: `nest` is its socket for tasks, from `shared` on none is for it.
+    """
     try:
+        sc.unshare_descriptors(shared)
+        tasks = channel.from_fd(nest)
         privileges.die_with_parent()
         if os.getppid() != zygote:
             os._exit(1)  # the zygote died before the line above
         # The zygote's own ends are none of ours: the caller must be seen to go.
         keep = [fd for fd in (template, host_namespace, link_socket.fileno() if link_socket else None) if fd is not None]
-        channel.keep_only([tasks.fileno(), *keep])
+        channel.keep_only([nest, *keep])
+        channel.send(tasks, "up", {})
         sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
         recipes: dict[int, dict[str, Any]] = {}
         kept: list[int] = []

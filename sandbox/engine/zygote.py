@@ -65,12 +65,12 @@ if TYPE_CHECKING:
 CALLS = (
     *("clone3", "pivot_root", "open_tree", "move_mount", "mount_setattr", "seccomp"),
     *("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"),
-    *("openat2", "pidfd_getfd", *sockets.OPERATIONS),
+    *("close_range", "openat2", "pidfd_getfd", *sockets.OPERATIONS),
 )
 # Seconds that the wardens get to end by themselves when the caller has gone.
 GRACE = 0.5
 # Between looks whether what a killed warden has left has died.
-REAP_MS = 20
+REAP_SECONDS = 0.02
 # Wardens without a sandbox that are kept for the next ones.
 IDLE_WARDENS = 16
 
@@ -193,7 +193,10 @@ class Zygote:
         self.wardens: dict[int, Warden] = {}  # by pidfd
         self.at_work: dict[int, Warden] = {}  # by the fd of `tasks`, while it has a sandbox
         self.idle: deque[Warden] = deque()
-        self.poll = select.poll()
+        self.epoll = select.epoll()
+        self.nest = -1  # the descriptor of a new warden's end of its socket
+        self.shared = -1  # the first of those that no warden is to have
+        self.newest: Warden | None = None  # which shares our descriptors as far as we know
 
     def set_up(self, instruction: dict[str, Any]) -> None:
         try:
@@ -220,6 +223,8 @@ class Zygote:
                     self.template = mounts.current_namespace()
             except OSError as error:
                 raise mounts.LineFailed("zygote: mount namespace", error) from None
+        self.nest = os.dup(0)
+        self.shared = 1 + max(self.nest, *self.kept())
         freeze()
         self.baseline = anonymous_memory()
         channel.send(self.control, "ready", {})
@@ -255,23 +260,53 @@ class Zygote:
             except OSError:
                 pass  # the next sandbox tries again, and is told why if that fails
 
+    def kept(self) -> list[int]:
+        """Descriptors that every warden has of us."""
+        link = self.link_socket.fileno() if self.link_socket is not None else None
+        return [self.nest, *(fd for fd in (self.template, self.host_namespace, link) if fd is not None)]
+
     def clone_warden(self) -> Warden:
+        """It begins with our table of descriptors and takes a copy of its first few: to copy and to close all, among them
+        the locks of every sandbox, would take milliseconds where there are a thousand."""
+        self.settle()
         ours, theirs = channel.pair()
         own_pid = os.getpid()
+        os.dup2(theirs.fileno(), self.nest, inheritable=False)
+        theirs.close()
         try:
-            pid, pidfd = sc.clone3(0)
+            pid, pidfd = sc.clone3(sc.CLONE_FILES)
             if pid == 0:
-                warden.run(theirs, own_pid, self.baseline, self.template, self.host_namespace, self.link_socket)
+                warden.run(self.nest, self.shared, own_pid, self.baseline, self.template, self.host_namespace, self.link_socket)
         except OSError:
+            self.empty_nest()
             ours.close()
             raise
-        finally:
-            theirs.close()
-        new = self.wardens[pidfd] = Warden(pid, pidfd, ours)
-        self.poll.register(pidfd, select.POLLIN)
-        return new
+        self.newest = self.wardens[pidfd] = Warden(pid, pidfd, ours)
+        self.epoll.register(pidfd, select.EPOLLIN)
+        return self.newest
+
+    def settle(self) -> bool:
+        """Wait until the newest warden has its own descriptors, and close here what only it is to have. False if it died."""
+        newest, self.newest = self.newest, None
+        is_up = False
+        if newest is not None:
+            poll = select.poll()
+            for fd in (newest.tasks.fileno(), newest.pidfd, CALLER):
+                poll.register(fd, select.POLLIN)
+            heard = [fd for fd, _ in poll.poll()]
+            if newest.tasks.fileno() in heard:
+                is_up = bool(channel.receive_bytes(newest.tasks, channel.MESSAGE)[0])
+            elif newest.pidfd not in heard:  # the caller has gone, and it may be stopped
+                sc.pidfd_send_signal(newest.pidfd, signal.SIGKILL)
+            self.empty_nest()
+        return is_up
+
+    def empty_nest(self) -> None:
+        os.dup2(0, self.nest, inheritable=False)
 
     def assign(self, warden: Warden, sandbox: Sandbox, instruction: dict[str, Any], fds: list[int]) -> None:
+        if warden is self.newest and not self.settle():
+            raise OSError(errno.ENOTRECOVERABLE, "it died as soon as it was there")
         number = instruction["recipe_number"]
         if number not in warden.learned:
             recipe = channel.in_memory(self.recipes[number])
@@ -283,7 +318,7 @@ class Zygote:
         channel.instruct(warden.tasks, instruction, fds)
         warden.sandbox = sandbox
         self.at_work[warden.tasks.fileno()] = warden
-        self.poll.register(warden.tasks.fileno(), select.POLLIN)
+        self.epoll.register(warden.tasks.fileno(), select.EPOLLIN)
 
     def kill(self, name: str) -> None:
         """A warden does not answer its caller. A stopped one dies of SIGKILL as well, and all below it with it."""
@@ -304,7 +339,7 @@ class Zygote:
 
     def freed(self, warden: Warden) -> None:
         """A warden has seen the end of its sandbox, or has itself come to an end."""
-        self.poll.unregister(warden.tasks.fileno())
+        self.epoll.unregister(warden.tasks.fileno())
         del self.at_work[warden.tasks.fileno()]
         data, _, _ = channel.receive_bytes(warden.tasks, channel.MESSAGE)
         if not data or warden.sandbox is None:
@@ -319,14 +354,17 @@ class Zygote:
     def buried(self, pidfd: int) -> None:
         """A warden has gone, and all below it: reap it and remove what was its sandbox's."""
         dead = self.wardens.pop(pidfd)
-        self.poll.unregister(pidfd)
-        os.waitpid(dead.pid, 0)
+        if dead is self.newest:
+            self.settle()
+        self.epoll.unregister(pidfd)
+        _, status = os.waitpid(dead.pid, 0)
         os.close(pidfd)
-        self.orphans = True
+        if status:  # else it has seen the end of all below it itself
+            self.orphans = True
         if dead in self.idle:
             self.idle.remove(dead)
         if self.at_work.pop(dead.tasks.fileno(), None):
-            self.poll.unregister(dead.tasks.fileno())
+            self.epoll.unregister(dead.tasks.fileno())
         dead.tasks.close()
         if dead.sandbox is not None:
             self.over(dead.sandbox)
@@ -352,12 +390,13 @@ class Zygote:
                 raise
 
     def serve(self) -> None:
-        self.poll.register(CONTROL, select.POLLIN)
-        self.poll.register(CALLER, select.POLLIN)
+        self.epoll.register(CONTROL, select.EPOLLIN)
+        self.epoll.register(CALLER, select.EPOLLIN)
         while True:
             if self.orphans:
                 self.reap_orphans()
-            for fd, _ in self.poll.poll(REAP_MS if self.orphans else None):
+            # CONTROL is the first: what is opened for it may get the number of a descriptor that another event has closed.
+            for fd, _ in sorted(self.epoll.poll(REAP_SECONDS if self.orphans else None)):
                 if fd == CALLER:
                     return
                 if fd == CONTROL:
@@ -383,14 +422,15 @@ class Zygote:
     def finish(self) -> None:
         """The caller has gone: the wardens see their hubs close; those that do not leave in time are killed."""
         self.finishing = True
-        self.poll.unregister(CONTROL)
-        self.poll.unregister(CALLER)
+        self.epoll.unregister(CONTROL)
+        self.epoll.unregister(CALLER)
+        self.settle()
         for idle in self.idle:
             idle.tasks.close()
         self.idle.clear()
         for round_ in range(2):
             while self.wardens:
-                heard = self.poll.poll(GRACE * 1000)
+                heard = self.epoll.poll(GRACE)
                 if not heard:
                     break
                 for fd, _ in heard:

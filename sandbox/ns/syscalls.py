@@ -12,6 +12,7 @@ import _signal as signal  # signal.py would import enum, which nothing else on t
 import ctypes
 import os
 
+CLONE_FILES = 0x00000400
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
 CLONE_NEWUTS = 0x04000000
@@ -21,6 +22,7 @@ CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 CLONE_PIDFD = 0x00001000
 CLONE_INTO_CGROUP = 0x200000000
+CLOSE_RANGE_UNSHARE = 2
 
 MS_RDONLY = 1
 MS_NOSUID = 2
@@ -160,6 +162,11 @@ def map_privately(fd: int, size: int) -> memoryview:
     unmap = weakref.finalize(memory, _libc.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size))
     unmap.atexit = False  # who uses it may do so later
     return memoryview(memory).cast("B")
+
+
+def unshare_descriptors(first: int) -> None:
+    """close_range(2): a table of descriptors of our own, with copies of those below `first` and none of the others."""
+    syscall("close_range", first, 0xFFFFFFFF, CLOSE_RANGE_UNSHARE)
 
 
 def unshare(flags: int) -> None:

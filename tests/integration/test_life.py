@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,12 +24,13 @@ from sandbox import (
     ResourceError,
     ResourceLimitExceededError,
     SandboxException,
+    SandboxInitializationError,
     host,
     state,
 )
 from sandbox.cgroups import place
 from sandbox.engine import channel, service, warden
-from sandbox.ns import userids
+from sandbox.ns import processes, userids
 
 from . import harness, plugins, soak
 
@@ -114,6 +116,66 @@ def test_more_sandboxes_than_the_first_ones_limit_of_descriptors() -> None:
 
     service.shut_down()
     asyncio.run(main())
+
+
+def test_a_warden_has_nothing_of_other_sandboxes(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch, as_root: None) -> None:
+    """It begins with all descriptors of the zygote, which has a few of each sandbox."""
+
+    def held(pid: int) -> list[str]:
+        return [os.path.basename(os.readlink(entry.path)) for entry in os.scandir(f"/proc/{pid}/fd")]
+
+    def alike() -> bool:
+        found = harness.roles(os.getpid())
+        each = [held(pid) for pid in (*found["warden"], *found["idle"])]
+        at_work = [names for names in each if "locks" in names]
+        idle = [names for names in each if "locks" not in names]
+        return len(at_work) == 8 and len({(len(n), n.count("locks")) for n in at_work}) == len({len(n) for n in idle}) == 1
+
+    monkeypatch.setenv("PSIE_STANDING", "0")
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as open_ones:
+            for _ in range(8):
+                await open_ones.enter_async_context(harness.open_sandbox(level))
+            await harness.wait_for(alike)
+
+    service.shut_down()
+    asyncio.run(main())
+
+
+@rootless
+def test_wardens_that_are_killed_as_soon_as_they_are_there(level: IsolationLevel) -> None:
+    """A new one shares its zygote's descriptors for a moment: neither it nor the zygote may be left hanging."""
+    zygotes: set[int] = set()
+
+    def kill() -> None:
+        while not done.is_set():
+            for zygote in zygotes:
+                for pid in processes.children(zygote):
+                    if not processes.children(pid):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as first:
+            zygotes.add(harness.zygote_of(first))
+            killer = threading.Thread(target=kill)
+            killer.start()
+            try:
+                for _ in range(20):
+                    with contextlib.suppress(ResourceError, SandboxInitializationError):
+                        async with asyncio.timeout(harness.SETTLE), harness.open_sandbox(level):
+                            pass
+            finally:
+                done.set()
+                killer.join()
+        for number in range(3):
+            async with asyncio.timeout(harness.SETTLE), harness.open_sandbox(level) as sandbox:
+                assert await sandbox.execute_plugin_safe(plugins.give_back, number) == number
+
+    done = threading.Event()
+    with harness.nothing_left():
+        asyncio.run(main())
 
 
 # -- clocks ------------------------------------------------------------------------------------------------------------
