@@ -36,7 +36,6 @@ MOST_READY = 16  # sandboxes of a recipe that stand ready unasked, for so many c
 MEMORY_SHARE = 4  # and what they claim is at most this part of what sandboxes of this user may
 AGE_SECONDS = 600.0  # one that has stood for longer is not given to anybody
 SANDBOXES_PER_ZYGOTE = 1000  # forks share hash seed and address layout: after so many a fresh one takes over
-LOOK_SECONDS = 0.002  # between two looks whether what was asked for stands
 CALL_MODULES = (*VALUE_MODULES, "cloudpickle", "traceback")
 
 
@@ -141,6 +140,8 @@ class Stock:
         self.in_use = 0  # sandboxes
         self.most_in_use = 0  # since it was idle last
         self.asked_for = 0  # by `prewarm`
+        self.waiting: list[tuple[int, Callable[[int], None]]] = []  # who has asked for how many, until they stand
+        self.grows = False  # one more is to be begun at once
         self.idle: PollTimer | None = None
         memory = int(recipe.limits["memory_bytes"]) * MEMORY_SHARE
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -173,6 +174,21 @@ class Stock:
     def remove(self, worker: Worker) -> None:
         if worker in self.ready:
             self.ready.remove(worker)
+        self.tell()
+
+    def tell(self) -> None:
+        """Whoever waits, if so many stand or no more will: to be called whenever one stands, fails, goes or is taken."""
+        if not self.waiting:
+            return
+        ready = self.ready.copy()  # from which other threads take
+        standing = sum(worker.stands for worker in ready)
+        is_growing = self.grows or any(not worker.stands and worker.error is None for worker in ready)
+        waiting, self.waiting = self.waiting, []
+        for count, then in waiting:
+            if standing < count and is_growing:
+                self.waiting.append((count, then))
+            else:
+                then(standing)
 
 
 class Service:
@@ -211,18 +227,9 @@ class Service:
         of them do, or no more can be had."""
         stock = self._stock(recipe, wire)
         stock.asked_for = count
+        stock.waiting.append((count, then))
         self._keep(stock)
         self._fill(stock)
-
-        def look() -> None:
-            standing = sum(worker.stands for worker in stock.ready)
-            starting = any(not worker.stands and worker.error is None for worker in stock.ready)
-            if standing >= count or not starting:
-                then(standing)
-            else:
-                self.loop.call_later(LOOK_SECONDS, look)
-
-        self.loop.call_later(LOOK_SECONDS, look)
 
     def take(self, wire: dict[str, Any]) -> Worker | None:
         """A sandbox that stands ready for this recipe, if there is one. From any thread; call `touch` afterwards."""
@@ -252,6 +259,7 @@ class Service:
         stock.rush = now - stock.used_at < REFILL_SECONDS
         stock.used_at = now
         stock.begins()
+        stock.tell()
         self._keep(stock)
         self.loop.call_later(0 if stock.rush else REFILL_SECONDS, self._fill, stock)
 
@@ -275,20 +283,31 @@ class Service:
             self._fill(stock)
 
     def _fill(self, stock: Stock) -> None:
-        """Make one more sandbox ready, if it is wanted."""
+        """Make one more sandbox ready, if it is wanted, and then the next."""
+        stock.grows = False
+        try:
+            stock.grows = self._add(stock)
+        finally:
+            stock.tell()
+        if stock.grows:
+            self.loop.call_later(0, self._fill, stock)
+
+    def _add(self, stock: Stock) -> bool:
+        """Make one more sandbox ready; False if none is wanted, or can be had."""
         recipe = stock.recipe
         is_bound = bool(recipe.sandbox_mounts or recipe.granted) or recipe.network["looks"]
         if os.environ.get("PSIE_STANDING", "1") == "0" or is_bound:
-            return
+            return False
         if stock.missing() <= 0 or self.stocks.get(id(stock.wire)) is not stock:
-            return
+            return False
         try:
             worker = self._new(recipe, stock.wire, {})
         except (SandboxException, OSError):
-            return  # the next caller makes its own, and is told why if that fails
+            return False  # the next caller makes its own, and is told why if that fails
         worker.sandbox.on_gone = lambda: stock.remove(worker)
+        worker.on_stands = lambda error: stock.tell()
         stock.ready.append(worker)
-        self.loop.call_later(0, self._fill, stock)
+        return True
 
     def give_way(self, then: Callable[[], None]) -> bool:
         """Let go of all that stands ready, because a bound is reached; `then` is called when it has gone.
@@ -296,6 +315,8 @@ class Service:
         False if there was nothing.
         """
         waiting = [worker for stock in self.stocks.values() for worker in stock.take_all()]
+        for stock in self.stocks.values():
+            stock.tell()
         left = len(waiting)
 
         def gone() -> None:
@@ -313,6 +334,7 @@ class Service:
         del self.stocks[id(stock.wire)]
         for worker in stock.take_all():
             worker.sandbox.close()
+        stock.tell()
         for zygote in list(self.zygotes.values()):
             self._let_idle_go(zygote)
 

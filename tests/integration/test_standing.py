@@ -189,6 +189,40 @@ def test_so_many_stand_as_are_asked_for(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.rootless
+@pytest.mark.parametrize("what", ["none stand", "a bound", "twice", "taken", "killed", "shut down"])
+def test_whoever_asks_is_told_whatever_comes_between(monkeypatch: pytest.MonkeyPatch, own_ledger: None, what: str) -> None:
+    settings = PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig()
+    if what == "none stand":
+        monkeypatch.setenv("PSIE_STANDING", "0")
+    if what == "a bound":
+        monkeypatch.setenv("PSIE_MAX_SANDBOXES", "4")
+    told = {"none stand": [0], "a bound": [4], "twice": [5, 5]}
+
+    async def take() -> None:
+        async with EnhancedPluginSandbox(*settings) as sandbox:
+            assert await sandbox.execute_plugin_safe(int, "42") == 42
+
+    async def main() -> None:
+        asked = [asyncio.create_task(EnhancedPluginSandbox.prewarm(5, *settings)) for _ in range(2 if what == "twice" else 1)]
+        if what == "taken":
+            await asyncio.gather(*(take() for _ in range(8)))
+        elif what == "killed":
+            await harness.wait_for(ready)
+            os.kill(ready()[0].sandbox.zygote.pid, signal.SIGKILL)
+        elif what == "shut down":
+            await harness.wait_for(lambda: service.service().stocks)
+            await asyncio.to_thread(service.shut_down)
+        async with asyncio.timeout(harness.SETTLE):
+            numbers = await asyncio.gather(*asked)
+        assert numbers == told.get(what, numbers)
+        assert max(numbers) <= 5
+        if what == "killed":
+            await take()
+
+    asyncio.run(main())
+
+
 def test_as_many_stand_as_were_in_use_at_once(level: IsolationLevel) -> None:
     async def use() -> None:
         async with open_one(level) as sandbox:
