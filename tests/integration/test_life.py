@@ -351,6 +351,7 @@ def test_a_killed_part_between_calls(level: IsolationLevel, victim: str) -> None
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox:
             await sandbox.execute_plugin_safe(plugins.give_back, 1)
+            await sandbox._ends()  # its value comes earlier
             victims = [harness.zygote_of(sandbox)] if victim == "zygote" else harness.roles(os.getpid())["idle"]
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
