@@ -128,9 +128,12 @@ def source_of(pid: int, process: int) -> Source:
     Takes over `process`, its pidfd: its number may be another's when it has ended.
     """
 
+    ended = select.poll()  # select(2) knows no descriptors above 1023, which a process with many sandboxes has
+    ended.register(process, select.POLLIN)
+
     def tree() -> list[int]:
         pids = processes.tree(pid)
-        return pids if not select.select([process], [], [], 0)[0] else []
+        return pids if not ended.poll(0) else []
 
     path = place.own_path(pid)
     folder = place.mount_point() + path
