@@ -369,16 +369,21 @@ class EnhancedPluginSandbox:
         """Seconds after which even the zygote has been killed, if something was not done."""
         return self.config.watchdog_timeout_seconds + 3 * client.GRACE
 
+    @property
+    def _endings(self) -> list[_Run]:
+        """Calls that have replied and have not gone yet; none in a fork of the caller, where nobody is told that they go."""
+        if self._service is None or os.getpid() != self._service.pid:
+            return []
+        return list(self._ending)
+
     async def _ends(self) -> None:
         """Wait until calls that have replied have gone."""
-        for run in list(self._ending):
+        for run in self._endings:
             await run.ends()
 
     def _see_ends(self) -> None:
         """The same for who cannot wait otherwise: it takes some milliseconds."""
-        if self._service is None or os.getpid() != self._service.pid:
-            return
-        for run in list(self._ending):
+        for run in self._endings:
             run.wait_for_end(self._longest)
             self._ended(run)
 
