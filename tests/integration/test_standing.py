@@ -239,7 +239,7 @@ def test_as_many_stand_as_were_in_use_at_once(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
-def test_no_more_stand_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_stand_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch, own_ledger: None) -> None:
     """A part of what sandboxes may claim; what was asked for is bounded by all of it."""
     monkeypatch.setenv("PSIE_MAX_MEMORY_MB", "1100")
     settings = PluginLimitsV2(max_memory_mb=128), PluginPermissionsV2(), IsolationConfig()
