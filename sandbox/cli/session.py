@@ -22,7 +22,6 @@ from sandbox.text import TerminalEscaper, escape_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import _socket
     from collections.abc import Callable
     from typing import Any
 
@@ -61,7 +60,7 @@ def complain(error: Exception) -> int:
     return FAILED
 
 
-def run(given: dict[str, Any], started: tuple[int, _socket.socket, bool] | None) -> int:
+def run(given: dict[str, Any], started: spawn.Early | None) -> int:
     """`psie run`. Returns the exit status."""
 
     def work() -> int:
@@ -88,7 +87,7 @@ def guarded(work: Callable[[], int]) -> int:
 
 def remember(
     given: dict[str, Any],
-    started: tuple[int, _socket.socket, bool] | None,
+    started: spawn.Early | None,
     plugin_id: str,
     path: str,
     source: bytes,
@@ -113,9 +112,7 @@ def remember(
 class Session:
     """A recipe, a zygote, one sandbox, one call."""
 
-    def __init__(
-        self, given: dict[str, Any], started: tuple[int, _socket.socket, bool] | None, *, read_only: list[str]
-    ) -> None:
+    def __init__(self, given: dict[str, Any], started: spawn.Early | None, *, read_only: list[str]) -> None:
         self.given = given = {**given, "rw": inputs.writable(given.get("rw", ()))}
         self.start, self.begun = time(), monotonic()
         self.environment = inputs.environment(given["env"])
@@ -150,18 +147,15 @@ class Session:
         self.error: SandboxException | None = None  # what its end was, and all that it ran into
         self.found: list[SandboxViolation] = []
 
-    def _zygote(self, started: tuple[int, _socket.socket, bool] | None) -> client.Zygote:
+    def _zygote(self, started: spawn.Early | None) -> client.Zygote:
         """The one that was started early, if it was started as this recipe needs it."""
         outer = self.recipe.outer_user_namespace
         executable = str(self.recipe.interpreter["executable"])
-        if started is not None and started[2] == outer:
-            return client.Zygote(self.loop, started[0], started[1])
         if started is not None:
-            started[1].close()
-            try:
-                os.waitpid(started[0], 0)
-            except ChildProcessError:
-                pass  # SIGCHLD is ignored
+            control = started.connection() if started.outer == outer else None
+            if control is not None:
+                return client.Zygote(self.loop, started.pid, control)
+            started.leave()
         return client.Zygote(self.loop, *spawn.spawn_zygote(executable, outer_user_namespace=outer))
 
     def finish(self, job: dict[str, object], payload: bytes) -> int:

@@ -1,6 +1,6 @@
 """The zygote: a clean, single-threaded Python that forks sandboxes, so that no call pays for starting an interpreter.
 
-Executed once per (interpreter, preload, template) by `python -I -S -c`; serves one caller and dies with it. It holds the
+Executed once per (interpreter, preload, template) by `python -I -S`; serves one caller and dies with it. It holds the
 template mount tree, gives each sandbox a warden (one that is idle, or a new clone), and does the last cleaning when the caller
 has gone.
 Rootless it is executed *inside* an outer user namespace: after a mere unshare(2) the kernel would keep the memory's old
@@ -41,6 +41,7 @@ import _signal as signal
 import _socket
 import builtins
 import errno
+import fcntl
 import gc
 import io
 import os
@@ -67,8 +68,11 @@ CALLS = (
     *("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"),
     *("openat2", "pidfd_getfd", *sockets.OPERATIONS),
 )
+# For the preloads: a process with threads cannot be forked safely.
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # Seconds that the wardens get to end by themselves when the caller has gone.
 GRACE = 0.5
+MEETING_SECONDS = 0.0005  # between two attempts to reach the caller
 # Between looks whether what a killed warden has left has died.
 REAP_MS = 20
 # Wardens without a sandbox that are kept for the next ones.
@@ -400,6 +404,35 @@ class Zygote:
                     sc.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
+def come() -> None:
+    """main() of a zygote that the script `psie` has started beside the command: it goes to its caller for the socket.
+
+    Whoever is there must be the caller: a name of a socket is anyone's.
+    """
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGINT}:  # the last one main() ignores
+        signal.signal(number, signal.SIG_IGN if number in (signal.SIGPIPE, signal.SIGXFSZ) else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    pid = int(sys.argv[2])
+    caller = os.pidfd_open(pid)
+    control = channel.from_fd()
+    control.setblocking(False)
+    while True:
+        if os.getppid() != pid:
+            os._exit(0)
+        try:
+            control.connect(channel.meeting_point(pid))
+            break
+        except (ConnectionRefusedError, BlockingIOError):  # it is not there yet, or others stand before it
+            select.select([], [], [], MEETING_SECONDS)
+    if channel.peer(control) != pid:
+        os._exit(1)
+    control.setblocking(True)
+    place = [fcntl.fcntl(fd, fcntl.F_DUPFD, CALLER + 1) for fd in (control.detach(), caller)]
+    for source, target in zip(place, (CONTROL, CALLER), strict=True):
+        os.dup2(source, target)
+    main()
+
+
 def main() -> None:
     """Never returns. Fds 3 and 4 are the control socket and the caller's pidfd; everything else is closed."""
     channel.keep_only([CONTROL, CALLER])
@@ -407,6 +440,7 @@ def main() -> None:
         os.set_inheritable(fd, False)
     os.setsid()
     os.umask(0o022)
+    os.environ.update(ONE_THREAD)
     allow_core_limit()
     allow_descriptors()
     sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
