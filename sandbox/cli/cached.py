@@ -39,20 +39,25 @@ NOT_SETTINGS = (
     "ask",
 )
 ENTRIES = 256  # kept at once
-SOURCES = ("recipe.py", "recipe_data.py", "config.py", "network.py", "host.py", "engine/client.py", "seccomp/filter.py")
+SOURCES = (
+    *("recipe.py", "recipe_data.py", "config.py", "network.py", "host.py"),
+    *("engine/client.py", "engine/zygote.py", "seccomp/filter.py"),
+)
 
 
-def recipe_for(given: dict[str, Any], read_only: Sequence[str]) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
-    """(recipe, wire form, limits by name) for these options. Raises what compiling it raises."""
+def recipe_for(
+    given: dict[str, Any], read_only: Sequence[str]
+) -> tuple[Recipe, dict[str, Any], dict[str, Any], dict[str, int]]:
+    """(recipe, wire form, limits by name, numbers of system calls) for these options. Raises what compiling it raises."""
     key = repr(_key(given, read_only)).encode()
     cache = state.Cache("recipes")
     name = f"{zlib.crc32(key):08x}"
     stored = cache.read(name)
     if stored is not None and not given.get("config"):  # a file may block folders, whose links have to be followed anew
         try:
-            kept_key, packages, data, wire, asked = marshal.loads(stored)
+            kept_key, packages, data, wire, asked, calls = marshal.loads(stored)
             if kept_key == key and packages == stamps([path for path, *_ in packages]):
-                return Recipe.from_dict(data), wire, asked
+                return Recipe.from_dict(data), wire, asked, calls
         except (ValueError, TypeError, EOFError, KeyError):
             cache.remove(name)
     late.make_up()
@@ -64,9 +69,20 @@ def recipe_for(given: dict[str, Any], read_only: Sequence[str]) -> tuple[Recipe,
     compiled = recipe.compile(config, limits, permissions, host.facts(), read_only=read_only)
     wire = client.wire_form(compiled)
     cache.trim(ENTRIES)
-    asked = dict(vars(limits))
-    cache.write(name, marshal.dumps((key, packages, compiled.to_dict(), wire, asked)))
-    return compiled, wire, asked
+    asked, calls = dict(vars(limits)), system_calls()
+    cache.write(name, marshal.dumps((key, packages, compiled.to_dict(), wire, asked, calls)))
+    return compiled, wire, asked, calls
+
+
+def system_calls() -> dict[str, int]:
+    """The numbers of those that a zygote looks up; none where it will have to say why that cannot be done."""
+    try:
+        from sandbox.engine import zygote
+        from sandbox.ns import syscalls
+
+        return syscalls.resolved(*zygote.CALLS)
+    except (OSError, ImportError):
+        return {}
 
 
 def _key(given: dict[str, Any], read_only: Sequence[str]) -> list[object]:

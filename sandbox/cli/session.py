@@ -118,7 +118,7 @@ class Session:
         self.environment = inputs.environment(given["env"])
         folders = inputs.readable(given["ro"])
         self.result_file = check_result_file(given["result_file"])
-        self.recipe, self.wire, self.limits = cached.recipe_for(given, [*read_only, *folders])
+        self.recipe, self.wire, self.limits, self.numbers = cached.recipe_for(given, [*read_only, *folders])
         self.settled: Settled | None = None  # what became of changes in granted folders
         if self.recipe.granted:
             self._check_granted()
@@ -160,7 +160,8 @@ class Session:
 
     def finish(self, job: dict[str, object], payload: bytes) -> int:
         """Set up, run, tear down; the exit status."""
-        self.zygote.set_up(self.recipe, client.VALUE_MODULES if job["kind"] == "function" else ())
+        modules = client.VALUE_MODULES if job["kind"] == "function" else ()
+        self.zygote.set_up(self.recipe, modules, single=True, calls=self.numbers)
         sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, "run", self._resolve())
         sandbox.on_network = self._network_operation
         sandbox.begin_lifetime()
@@ -295,11 +296,11 @@ class Session:
 
         def send(sealed: client.Call) -> None:
             self.job_sent = monotonic()
-            self._begin_recording(sealed)
             sealed.send_job(instruction, payload, self.recipe.limits["seconds"])
             if self.recipe.monitoring["real_time"]:
                 self.loop.call_later(client.WATCH_AFTER, self._begin_watch)
 
+        sandbox.on_opened = lambda: self._begin_recording(call)
         call.on_sealed = send
         call.on_violation = self._violation
 

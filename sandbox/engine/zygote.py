@@ -32,6 +32,9 @@ A part that is stopped (SIGSTOP) rather than killed: init and worker die at the 
 waits for a stopped supervisor until then. A warden that does not answer within watchdog_timeout_seconds is killed by its zygote
 when the caller says so, and a zygote that does not do that by the caller.
 
+Where there will be one sandbox only, as for the command, the zygote is the warden itself. Then both lines are one: it sees that
+the caller has gone by the hub, and the caller kills it where it does not answer.
+
 Must not import anything heavy, and nothing of the host's side.
 """
 
@@ -48,10 +51,10 @@ import os
 import resource
 import select
 import sys
-from collections import deque
+from _collections import deque  # collections makes its classes by exec, for a millisecond
 
 from sandbox.cgroups import leaf
-from sandbox.engine import channel, forkhooks, sockets, warden, worker
+from sandbox.engine import channel, forkhooks, warden, worker
 from sandbox.ns import mounts, network, processes, workspace
 from sandbox.ns import syscalls as sc
 
@@ -66,7 +69,8 @@ if TYPE_CHECKING:
 CALLS = (
     *("clone3", "pivot_root", "open_tree", "move_mount", "mount_setattr", "seccomp"),
     *("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"),
-    *("openat2", "pidfd_getfd", *sockets.OPERATIONS),
+    *("openat2", "pidfd_getfd"),
+    *("socket", "connect", "bind", "listen", "sendto", "sendmsg", "sendmmsg", "setsockopt"),  # see sandbox.engine.sockets
 )
 # For the preloads: a process with threads cannot be forked safely.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -194,6 +198,7 @@ class Zygote:
         self.orphans = False  # whether there may be children that are not wardens
         self.finishing = False  # the caller has gone
         self.spare = False  # whether a warden more than needed is kept ready
+        self.single = False  # whether there will be one sandbox only
         self.wardens: dict[int, Warden] = {}  # by pidfd
         self.at_work: dict[int, Warden] = {}  # by the fd of `tasks`, while it has a sandbox
         self.idle: deque[Warden] = deque()
@@ -206,8 +211,11 @@ class Zygote:
             raise mounts.LineFailed("zygote: preload", ValueError(f"{type(error).__name__}: {error}")) from None
         open_streams()
         set_environment(instruction["environment"])
+        self.spare, self.single = instruction["spare"], instruction["single"]
+        if not self.single:
+            __import__(warden.SUPERVISOR)  # now, where it can be reached
+        sc.know(instruction["calls"])
         sc.resolve(*CALLS)
-        self.spare = instruction["spare"]
         # The memory keeps the outer user namespace as its owner; not dumpable, nobody of the same id may look into it.
         sc.prctl(sc.PR_SET_DUMPABLE, 0)
         if instruction["link"]:
@@ -235,6 +243,9 @@ class Zygote:
         folder = (given.pop("folder_parent"), instruction["folder"]) if "folder_parent" in given else None
         sandbox = Sandbox(instruction["sandbox"], given["lock"], leaf, folder)
         instruction["fds"] = list(given)
+        if self.single:
+            self.be_warden(sandbox, instruction, given)
+            return
         try:
             while True:
                 fresh = not self.idle
@@ -258,6 +269,19 @@ class Zygote:
                 self.idle.append(self.clone_warden())
             except OSError:
                 pass  # the next sandbox tries again, and is told why if that fails
+
+    def be_warden(self, sandbox: Sandbox, instruction: dict[str, Any], fds: dict[str, int]) -> None:
+        """The one sandbox of a caller who wants no other needs no process between us and its calls, nor a copy of the template.
+
+        Until its end we hear nothing else: that the caller has gone shows by its hub, as it does to any warden.
+        """
+        sandbox.lock = os.dup(fds["lock"])  # which is given back when leaf and folder have gone
+        instruction["baseline"] = self.baseline
+        recipe, kept = self.recipes[instruction["recipe_number"]], list[int]()
+        try:
+            warden.serve_sandbox(recipe, instruction, fds, self.host_namespace, self.link_socket, kept, None)
+        finally:
+            self.over(sandbox)
 
     def clone_warden(self) -> Warden:
         ours, theirs = channel.pair()
