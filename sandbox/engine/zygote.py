@@ -76,6 +76,7 @@ CALLS = (
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # Seconds that the wardens get to end by themselves when the caller has gone.
 GRACE = 0.5
+LINK = "zygote: network namespace of the link's outer end"
 MEETING_SECONDS = 0.0005  # between two attempts to reach the caller
 # Between looks whether what a killed warden has left has died.
 REAP_MS = 20
@@ -218,11 +219,10 @@ class Zygote:
         sc.resolve(*CALLS)
         # The memory keeps the outer user namespace as its owner; not dumpable, nobody of the same id may look into it.
         sc.prctl(sc.PR_SET_DUMPABLE, 0)
-        if instruction["link"]:
-            try:
-                self.link_socket = network.helper_namespace()
-            except OSError as error:
-                raise mounts.LineFailed("zygote: network namespace of the link's outer end", error) from None
+        try:
+            helper = network.begin_helper() if instruction["link"] else None  # which has its time
+        except OSError as error:
+            raise mounts.LineFailed(LINK, error) from None
         template = instruction["template"]
         if template is not None:
             try:
@@ -232,6 +232,11 @@ class Zygote:
                     self.template = mounts.current_namespace()
             except OSError as error:
                 raise mounts.LineFailed("zygote: mount namespace", error) from None
+        if helper is not None:
+            try:
+                self.link_socket = network.helper_namespace(*helper)
+            except OSError as error:
+                raise mounts.LineFailed(LINK, error) from None
         freeze()
         self.baseline = anonymous_memory()
         channel.send(self.control, "ready", {})
