@@ -48,7 +48,7 @@ bench: .venv/bench
 
 # The venv may be used by other users (the tests start an unprivileged one), and has its bytecode compiled whatever
 # PYTHONDONTWRITEBYTECODE says.
-.venv/ready: pyproject.toml sandbox/version.py
+.venv/ready: pyproject.toml sandbox/version.py bin/psie bin/psie-python
 	PACKAGES="$(APT)" ./tools/apt-install
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'

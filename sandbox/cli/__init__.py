@@ -48,14 +48,22 @@ def main() -> None:
 
         print(f"psie {__version__}")
         return
+    if sys.flags.no_site:
+        from sandbox.cli import late
+
+        late.begin()
     if arguments[:1] == ["run"]:
         from sandbox.cli import options
+        from sandbox.engine import spawn
 
+        promised = spawn.promised()
         given = options.parse(arguments[1:], options.RUN)
         if given is not None:
             from sandbox.cli import run
 
-            leave(guarded(lambda: run.run(given)))
+            leave(guarded(lambda: run.run(given, promised)))
+        if promised is not None:
+            promised.leave()
     from sandbox.cli import app
 
     sys.exit(guarded(lambda: app.main(arguments)))

@@ -1,7 +1,8 @@
 """Recipes of earlier runs: compiling one costs 35 ms of imports, which a run with the same options need not pay again.
 
 An entry is a recipe with its wire form and the limits that it is for, kept under a key of everything that compile() looks at:
-the options, variables and config file, the host and its namespaces, and psie's own files. When a set-up fails, all entries are
+the options, variables and config file, the host and its namespaces, and psie's own files; it counts while the folders of
+installed packages are what they were. When a set-up fails, all entries are
 dropped.
 """
 
@@ -12,6 +13,7 @@ import os
 import zlib
 
 from sandbox import state
+from sandbox.cli import late
 from sandbox.engine import client
 from sandbox.recipe_data import Recipe
 
@@ -37,22 +39,29 @@ NOT_SETTINGS = (
     "ask",
 )
 ENTRIES = 256  # kept at once
-SOURCES = ("recipe.py", "recipe_data.py", "config.py", "network.py", "host.py", "engine/client.py", "seccomp/filter.py")
+SOURCES = (
+    *("recipe.py", "recipe_data.py", "config.py", "network.py", "host.py"),
+    *("engine/client.py", "engine/zygote.py", "seccomp/filter.py"),
+)
 
 
-def recipe_for(given: dict[str, Any], read_only: Sequence[str]) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
-    """(recipe, wire form, limits by name) for these options. Raises what compiling it raises."""
+def recipe_for(
+    given: dict[str, Any], read_only: Sequence[str]
+) -> tuple[Recipe, dict[str, Any], dict[str, Any], dict[str, int]]:
+    """(recipe, wire form, limits by name, numbers of system calls) for these options. Raises what compiling it raises."""
     key = repr(_key(given, read_only)).encode()
     cache = state.Cache("recipes")
     name = f"{zlib.crc32(key):08x}"
     stored = cache.read(name)
     if stored is not None and not given.get("config"):  # a file may block folders, whose links have to be followed anew
         try:
-            kept_key, data, wire, asked = marshal.loads(stored)
-            if kept_key == key:
-                return Recipe.from_dict(data), wire, asked
+            kept_key, packages, data, wire, asked, calls = marshal.loads(stored)
+            if kept_key == key and packages == stamps([path for path, *_ in packages]):
+                return Recipe.from_dict(data), wire, asked, calls
         except (ValueError, TypeError, EOFError, KeyError):
             cache.remove(name)
+    late.make_up()
+    packages = stamps(late.places())
     from sandbox import host, recipe
     from sandbox.cli import settings
 
@@ -60,24 +69,41 @@ def recipe_for(given: dict[str, Any], read_only: Sequence[str]) -> tuple[Recipe,
     compiled = recipe.compile(config, limits, permissions, host.facts(), read_only=read_only)
     wire = client.wire_form(compiled)
     cache.trim(ENTRIES)
-    asked = dict(vars(limits))
-    cache.write(name, marshal.dumps((key, compiled.to_dict(), wire, asked)))
-    return compiled, wire, asked
+    asked, calls = dict(vars(limits)), system_calls()
+    cache.write(name, marshal.dumps((key, packages, compiled.to_dict(), wire, asked, calls)))
+    return compiled, wire, asked, calls
+
+
+def system_calls() -> dict[str, int]:
+    """The numbers of those that a zygote looks up; none where it will have to say why that cannot be done."""
+    try:
+        from sandbox.engine import zygote
+        from sandbox.ns import syscalls
+
+        return syscalls.resolved(*zygote.CALLS)
+    except (OSError, ImportError):
+        return {}
 
 
 def _key(given: dict[str, Any], read_only: Sequence[str]) -> list[object]:
     own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     options = sorted((name, value) for name, value in given.items() if name not in NOT_SETTINGS)
-    variables = sorted((name, value) for name, value in os.environ.items() if name.startswith("SANDBOX_"))
+    chosen = {name for name in os.environ if name.startswith("SANDBOX_")} | {*late.VARIABLES}
+    variables = [(name, os.environ.get(name)) for name in sorted(chosen)]
     files = [os.path.join(own, source) for source in SOURCES]
     files += [os.path.join(own, "seccomp", profile + ".toml") for profile in ("denylist", "allowlist", "tight")]
     if given.get("config"):
         files.append(os.path.abspath(given["config"]))
-    stamps: list[object] = []
-    for path in files:
+    return [state.host_key(), options, variables, stamps(files), list(read_only)]
+
+
+def stamps(paths: Sequence[str]) -> list[tuple[object, ...]]:
+    """What tells that a file or a folder is what it was: (path, ...) for each."""
+    told: list[tuple[object, ...]] = []
+    for path in paths:
         try:
             found = os.stat(path)
-            stamps.append((path, found.st_mtime_ns, found.st_size, found.st_ino))
+            told.append((path, found.st_mtime_ns, found.st_size, found.st_ino))
         except OSError:
-            stamps.append((path, None))
-    return [state.host_key(), options, variables, stamps, list(read_only)]
+            told.append((path, None))
+    return told

@@ -13,7 +13,6 @@ from sandbox.engine import spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import _socket
     from typing import Any
 
 FAILED = 125
@@ -29,9 +28,9 @@ class Failed(Exception):
     """psie itself cannot do it: one sentence, status 125."""
 
 
-def run(given: dict[str, Any]) -> int:
+def run(given: dict[str, Any], promised: spawn.Early | None = None) -> int:
     """Run it and return the exit status."""
-    started = spawn_early(given["level"])
+    started = spawn_early(given["level"], promised)
     from sandbox.cli import session
 
     try:
@@ -40,12 +39,16 @@ def run(given: dict[str, Any]) -> int:
         return session.complain(failure)
 
 
-def spawn_early(level: str | None) -> tuple[int, _socket.socket, bool] | None:
+def spawn_early(level: str | None, promised: spawn.Early | None = None) -> spawn.Early | None:
     """A zygote before the recipe is known: its one question is whether it needs an outer user namespace."""
     level = level or os.environ.get("SANDBOX_ISOLATION_LEVEL") or "standard"
     outer = os.getuid() != 0 and level.lower() != "minimal"
+    if promised is not None:
+        if promised.outer == outer and promised.listen():
+            return promised
+        promised.leave()
     try:
-        return (*spawn.spawn_zygote(sys.executable, outer_user_namespace=outer), outer)
+        return spawn.Early(*spawn.spawn_zygote(sys.executable, outer_user_namespace=outer), outer=outer)
     except OSError:
         return None  # tried again when there is a recipe, and then told
 

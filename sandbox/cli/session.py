@@ -22,7 +22,6 @@ from sandbox.text import TerminalEscaper, escape_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import _socket
     from collections.abc import Callable
     from typing import Any
 
@@ -61,7 +60,7 @@ def complain(error: Exception) -> int:
     return FAILED
 
 
-def run(given: dict[str, Any], started: tuple[int, _socket.socket, bool] | None) -> int:
+def run(given: dict[str, Any], started: spawn.Early | None) -> int:
     """`psie run`. Returns the exit status."""
 
     def work() -> int:
@@ -88,7 +87,7 @@ def guarded(work: Callable[[], int]) -> int:
 
 def remember(
     given: dict[str, Any],
-    started: tuple[int, _socket.socket, bool] | None,
+    started: spawn.Early | None,
     plugin_id: str,
     path: str,
     source: bytes,
@@ -113,15 +112,13 @@ def remember(
 class Session:
     """A recipe, a zygote, one sandbox, one call."""
 
-    def __init__(
-        self, given: dict[str, Any], started: tuple[int, _socket.socket, bool] | None, *, read_only: list[str]
-    ) -> None:
+    def __init__(self, given: dict[str, Any], started: spawn.Early | None, *, read_only: list[str]) -> None:
         self.given = given = {**given, "rw": inputs.writable(given.get("rw", ()))}
         self.start, self.begun = time(), monotonic()
         self.environment = inputs.environment(given["env"])
         folders = inputs.readable(given["ro"])
         self.result_file = check_result_file(given["result_file"])
-        self.recipe, self.wire, self.limits = cached.recipe_for(given, [*read_only, *folders])
+        self.recipe, self.wire, self.limits, self.numbers = cached.recipe_for(given, [*read_only, *folders])
         self.settled: Settled | None = None  # what became of changes in granted folders
         if self.recipe.granted:
             self._check_granted()
@@ -150,23 +147,21 @@ class Session:
         self.error: SandboxException | None = None  # what its end was, and all that it ran into
         self.found: list[SandboxViolation] = []
 
-    def _zygote(self, started: tuple[int, _socket.socket, bool] | None) -> client.Zygote:
+    def _zygote(self, started: spawn.Early | None) -> client.Zygote:
         """The one that was started early, if it was started as this recipe needs it."""
         outer = self.recipe.outer_user_namespace
         executable = str(self.recipe.interpreter["executable"])
-        if started is not None and started[2] == outer:
-            return client.Zygote(self.loop, started[0], started[1])
         if started is not None:
-            started[1].close()
-            try:
-                os.waitpid(started[0], 0)
-            except ChildProcessError:
-                pass  # SIGCHLD is ignored
+            control = started.connection() if started.outer == outer else None
+            if control is not None:
+                return client.Zygote(self.loop, started.pid, control)
+            started.leave()
         return client.Zygote(self.loop, *spawn.spawn_zygote(executable, outer_user_namespace=outer))
 
     def finish(self, job: dict[str, object], payload: bytes) -> int:
         """Set up, run, tear down; the exit status."""
-        self.zygote.set_up(self.recipe, client.VALUE_MODULES if job["kind"] == "function" else ())
+        modules = client.VALUE_MODULES if job["kind"] == "function" else ()
+        self.zygote.set_up(self.recipe, modules, single=True, calls=self.numbers)
         sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, "run", self._resolve())
         sandbox.on_network = self._network_operation
         sandbox.begin_lifetime()
@@ -301,11 +296,11 @@ class Session:
 
         def send(sealed: client.Call) -> None:
             self.job_sent = monotonic()
-            self._begin_recording(sealed)
             sealed.send_job(instruction, payload, self.recipe.limits["seconds"])
             if self.recipe.monitoring["real_time"]:
                 self.loop.call_later(client.WATCH_AFTER, self._begin_watch)
 
+        sandbox.on_opened = lambda: self._begin_recording(call)
         call.on_sealed = send
         call.on_violation = self._violation
 

@@ -26,7 +26,7 @@ from sandbox.recipe_data import differences
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from sandbox.engine.loop import Loop, Timer
@@ -182,6 +182,7 @@ class Zygote:
         self.recipes: dict[int, dict[str, Any]] = {}  # what it has learned, by number
         self.error: SandboxException | None = None
         self.closed = False
+        self.is_warden = False  # of its one sandbox
         self.swept = False  # whether stale workspaces were looked for
         self.leaves = -1  # fd of the folder with the cgroups of its sandboxes, once there is one
         self.handed_down: set[str] = set()  # controllers that those cgroups get
@@ -191,10 +192,19 @@ class Zygote:
         self._leaving: Timer | None = None
         loop.add_reader(self.control.fileno(), self._readable)
 
-    def set_up(self, recipe: Recipe, modules: Sequence[str], *, spare: bool = False) -> None:
+    def set_up(
+        self,
+        recipe: Recipe,
+        modules: Sequence[str],
+        *,
+        spare: bool = False,
+        single: bool = False,
+        calls: Mapping[str, int] | None = None,
+    ) -> None:
         """Send it what it prepares once. Sandboxes may be opened at once: they wait in the socket.
 
-        With `spare` it always has a warden ready for the next sandbox.
+        With `spare` it always has a warden ready for the next sandbox; with `single` there will be one sandbox, whose warden
+        it is itself. `calls` are the numbers of system calls that it need not look up.
         """
         instruction = {
             "path": recipe.interpreter["path"],
@@ -204,7 +214,10 @@ class Zygote:
             "link": recipe.network["mode"] == "veth",
             "template": recipe.template,
             "spare": spare,
+            "single": single,
+            "calls": dict(calls or {}),
         }
+        self.is_warden = single
         self._hand_over({}, instruction)
 
     def teach(self, wire: dict[str, Any]) -> int:
@@ -422,6 +435,7 @@ class Sandbox:
         self.granted_kinds = ""  # what became of them, as the warden says
         self.on_network: Callable[[dict[str, str]], None] | None = None  # for each network operation of a call
         self.layers: int | None = None  # O_PATH fd of the folder with what the plugin has changed in them
+        self.on_opened: Callable[[], None] | None = None
         self.on_renewed: Callable[[], None] | None = None
         self.cut: dict[str, int] = {}  # what became of its links and connections when it was cut off
         self.error: SandboxException | None = None
@@ -596,6 +610,9 @@ class Sandbox:
         silent = f"did not answer for {seconds:g} s (watchdog_timeout_seconds) when {what}, and was killed"
         self._unanswered = ResourceError(f"the sandbox's warden {silent}: open a new sandbox")
         error = ResourceError(f"the zygote {silent}: its sandboxes are gone; open new ones")
+        if self.zygote.is_warden:
+            self.zygote.kill(self._unanswered)
+            return
         self.zygote.kill_warden(self.name)
         self.loop.call_later(GRACE, lambda: None if self.is_gone else self.zygote.kill(error))
 
@@ -660,6 +677,8 @@ class Sandbox:
             self.layers = fds.pop() if len(fds) > 1 else None
             self.workspace = fds.pop() if fds else None
             self.granted_kinds = fields["granted"]
+            if self.on_opened is not None:
+                self.on_opened()
         elif kind == "renewed":
             for folder in self.granted:
                 folder.begin()

@@ -29,7 +29,9 @@ def main() -> None:
         sc.resolve("clone3")
         try:
             network.set_up("lo")
-            link = network.helper_namespace() if instruction["link"] else None  # its outer end goes with us
+            link = (
+                network.helper_namespace(*network.begin_helper()) if instruction["link"] else None
+            )  # its outer end goes with us
             if link is not None:
                 network.add_link(link, instruction["link"], os.getpid())  # type: ignore[arg-type]
             namespace = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)

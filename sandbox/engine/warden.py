@@ -16,7 +16,7 @@ import sys
 from time import monotonic
 
 from sandbox.cgroups import leaf
-from sandbox.engine import channel, init, supervisor
+from sandbox.engine import channel, init
 from sandbox.ns import granted, mounts, network, privileges, processes, workspace
 from sandbox.ns import syscalls as sc
 from sandbox.ns.processes import read
@@ -34,6 +34,7 @@ NAMESPACES = {
     "cgroup": sc.CLONE_NEWCGROUP,
     "net": sc.CLONE_NEWNET,
 }
+SUPERVISOR = "sandbox.engine.supervisor"
 STATUS_LINES = (
     *("Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Seccomp_filters", "NSpid"),
     *("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"),
@@ -92,6 +93,7 @@ class Warden:
         self.supervisor: tuple[int, int, _socket.socket] | None = None  # pid, pidfd, socket
         self.tasks_for = 1  # calls that pids.max allows for
         self.sample_at = 0.0  # when memory is looked at next
+        self.host_namespace: int | None = None
         self.is_cut_off = False  # from the network, for the rest of the sandbox's life
         self.granted = granted.Granted(
             recipe["granted"],
@@ -110,6 +112,7 @@ class Warden:
     def set_up(self, host_namespace: int | None) -> None:
         """Attach what the whole sandbox shares: the workspace and the caller's folders."""
         wanted = self.recipe["workspace"]
+        self.host_namespace = host_namespace
         if self.instruction["resolved"] and "mnt" in self.recipe["namespaces"]:
             mounts.carry_out("", [["cover", self.instruction["resolved"]["files"]]], "sandbox")
         ways = []
@@ -221,6 +224,13 @@ class Warden:
             if call.cause != "failed":  # else init has ended over a line of its own, and this only follows from that
                 self.report_failure(mounts.LineFailed("call: id maps and link", error), number)
             self.kill(call, "failed")
+        self.learn_to_supervise()
+
+    def learn_to_supervise(self) -> None:
+        """Where our zygote has put that off: while a worker comes up there is time for it. In a sandbox psie's files are not
+        to be seen."""
+        if SUPERVISOR not in sys.modules:
+            mounts.visit(self.host_namespace, lambda: __import__(SUPERVISOR))
 
     def bless(self, call: Call) -> None:
         """What only a parent can do for its child: the id maps, and the link's inner end."""
@@ -267,6 +277,8 @@ class Warden:
         pid, pidfd = sc.clone3(0)
         if pid == 0:
             wanted = {**self.recipe["network"], "access": None} if self.is_cut_off else self.recipe["network"]
+            from sandbox.engine import supervisor  # the zygote has it, or we have it since the first call
+
             supervisor.run(there, self.fds["violations"], own_pid, wanted, self.instruction["resolved"])
         there.close()
         self.supervisor = pid, pidfd, here

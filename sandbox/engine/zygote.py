@@ -1,6 +1,6 @@
 """The zygote: a clean, single-threaded Python that forks sandboxes, so that no call pays for starting an interpreter.
 
-Executed once per (interpreter, preload, template) by `python -I -S -c`; serves one caller and dies with it. It holds the
+Executed once per (interpreter, preload, template) by `python -I -S`; serves one caller and dies with it. It holds the
 template mount tree, gives each sandbox a warden (one that is idle, or a new clone), and does the last cleaning when the caller
 has gone.
 Rootless it is executed *inside* an outer user namespace: after a mere unshare(2) the kernel would keep the memory's old
@@ -32,6 +32,9 @@ A part that is stopped (SIGSTOP) rather than killed: init and worker die at the 
 waits for a stopped supervisor until then. A warden that does not answer within watchdog_timeout_seconds is killed by its zygote
 when the caller says so, and a zygote that does not do that by the caller.
 
+Where there will be one sandbox only, as for the command, the zygote is the warden itself. Then both lines are one: it sees that
+the caller has gone by the hub, and the caller kills it where it does not answer.
+
 Must not import anything heavy, and nothing of the host's side.
 """
 
@@ -41,16 +44,17 @@ import _signal as signal
 import _socket
 import builtins
 import errno
+import fcntl
 import gc
 import io
 import os
 import resource
 import select
 import sys
-from collections import deque
+from _collections import deque  # collections makes its classes by exec, for a millisecond
 
 from sandbox.cgroups import leaf
-from sandbox.engine import channel, forkhooks, sockets, warden, worker
+from sandbox.engine import channel, forkhooks, warden, worker
 from sandbox.ns import mounts, network, processes, workspace
 from sandbox.ns import syscalls as sc
 
@@ -65,10 +69,15 @@ if TYPE_CHECKING:
 CALLS = (
     *("clone3", "pivot_root", "open_tree", "move_mount", "mount_setattr", "seccomp"),
     *("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"),
-    *("close_range", "openat2", "pidfd_getfd", *sockets.OPERATIONS),
+    *("close_range", "openat2", "pidfd_getfd"),
+    *("socket", "connect", "bind", "listen", "sendto", "sendmsg", "sendmmsg", "setsockopt"),  # see sandbox.engine.sockets
 )
+# For the preloads: a process with threads cannot be forked safely.
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # Seconds that the wardens get to end by themselves when the caller has gone.
 GRACE = 0.5
+LINK = "zygote: network namespace of the link's outer end"
+MEETING_SECONDS = 0.0005  # between two attempts to reach the caller
 # Between looks whether what a killed warden has left has died.
 REAP_SECONDS = 0.02
 # Wardens without a sandbox that are kept for the next ones.
@@ -190,6 +199,7 @@ class Zygote:
         self.orphans = False  # whether there may be children that are not wardens
         self.finishing = False  # the caller has gone
         self.spare = False  # whether a warden more than needed is kept ready
+        self.single = False  # whether there will be one sandbox only
         self.wardens: dict[int, Warden] = {}  # by pidfd
         self.at_work: dict[int, Warden] = {}  # by the fd of `tasks`, while it has a sandbox
         self.idle: deque[Warden] = deque()
@@ -205,15 +215,17 @@ class Zygote:
             raise mounts.LineFailed("zygote: preload", ValueError(f"{type(error).__name__}: {error}")) from None
         open_streams()
         set_environment(instruction["environment"])
+        self.spare, self.single = instruction["spare"], instruction["single"]
+        if not self.single:
+            __import__(warden.SUPERVISOR)  # now, where it can be reached
+        sc.know(instruction["calls"])
         sc.resolve(*CALLS)
-        self.spare = instruction["spare"]
         # The memory keeps the outer user namespace as its owner; not dumpable, nobody of the same id may look into it.
         sc.prctl(sc.PR_SET_DUMPABLE, 0)
-        if instruction["link"]:
-            try:
-                self.link_socket = network.helper_namespace()
-            except OSError as error:
-                raise mounts.LineFailed("zygote: network namespace of the link's outer end", error) from None
+        try:
+            helper = network.begin_helper() if instruction["link"] else None  # which has its time
+        except OSError as error:
+            raise mounts.LineFailed(LINK, error) from None
         template = instruction["template"]
         if template is not None:
             try:
@@ -223,6 +235,11 @@ class Zygote:
                     self.template = mounts.current_namespace()
             except OSError as error:
                 raise mounts.LineFailed("zygote: mount namespace", error) from None
+        if helper is not None:
+            try:
+                self.link_socket = network.helper_namespace(*helper)
+            except OSError as error:
+                raise mounts.LineFailed(LINK, error) from None
         self.nest = os.dup(0)
         self.shared = 1 + max(self.nest, *self.kept())
         freeze()
@@ -236,6 +253,9 @@ class Zygote:
         folder = (given.pop("folder_parent"), instruction["folder"]) if "folder_parent" in given else None
         sandbox = Sandbox(instruction["sandbox"], given["lock"], leaf, folder)
         instruction["fds"] = list(given)
+        if self.single:
+            self.be_warden(sandbox, instruction, given)
+            return
         try:
             while True:
                 fresh = not self.idle
@@ -264,6 +284,19 @@ class Zygote:
         """Descriptors that every warden has of us."""
         link = self.link_socket.fileno() if self.link_socket is not None else None
         return [self.nest, *(fd for fd in (self.template, self.host_namespace, link) if fd is not None)]
+
+    def be_warden(self, sandbox: Sandbox, instruction: dict[str, Any], fds: dict[str, int]) -> None:
+        """The one sandbox of a caller who wants no other needs no process between us and its calls, nor a copy of the template.
+
+        Until its end we hear nothing else: that the caller has gone shows by its hub, as it does to any warden.
+        """
+        sandbox.lock = os.dup(fds["lock"])  # which is given back when leaf and folder have gone
+        instruction["baseline"] = self.baseline
+        recipe, kept = self.recipes[instruction["recipe_number"]], list[int]()
+        try:
+            warden.serve_sandbox(recipe, instruction, fds, self.host_namespace, self.link_socket, kept, None)
+        finally:
+            self.over(sandbox)
 
     def clone_warden(self) -> Warden:
         """It begins with our table of descriptors and takes a copy of its first few: to copy and to close all, among them
@@ -440,6 +473,35 @@ class Zygote:
                     sc.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
+def come() -> None:
+    """main() of a zygote that the script `psie` has started beside the command: it goes to its caller for the socket.
+
+    Whoever is there must be the caller: a name of a socket is anyone's.
+    """
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGINT}:  # the last one main() ignores
+        signal.signal(number, signal.SIG_IGN if number in (signal.SIGPIPE, signal.SIGXFSZ) else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    pid = int(sys.argv[2])
+    caller = os.pidfd_open(pid)
+    control = channel.from_fd()
+    control.setblocking(False)
+    while True:
+        if os.getppid() != pid:
+            os._exit(0)
+        try:
+            control.connect(channel.meeting_point(pid))
+            break
+        except (ConnectionRefusedError, BlockingIOError):  # it is not there yet, or others stand before it
+            select.select([], [], [], MEETING_SECONDS)
+    if channel.peer(control) != pid:
+        os._exit(1)
+    control.setblocking(True)
+    place = [fcntl.fcntl(fd, fcntl.F_DUPFD, CALLER + 1) for fd in (control.detach(), caller)]
+    for source, target in zip(place, (CONTROL, CALLER), strict=True):
+        os.dup2(source, target)
+    main()
+
+
 def main() -> None:
     """Never returns. Fds 3 and 4 are the control socket and the caller's pidfd; everything else is closed."""
     channel.keep_only([CONTROL, CALLER])
@@ -447,6 +509,7 @@ def main() -> None:
         os.set_inheritable(fd, False)
     os.setsid()
     os.umask(0o022)
+    os.environ.update(ONE_THREAD)
     allow_core_limit()
     allow_descriptors()
     sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)

@@ -15,6 +15,10 @@ import stat
 
 from sandbox.ns import syscalls as sc
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # An empty directory of the host that is never a source of a bind: the new root is put together on top of it.
 STAGING = "/sys"
 
@@ -335,23 +339,35 @@ def open_ways(paths: list[str]) -> list[str]:
 
 def take_from(host_namespace: int, binds: list[tuple[str, str]], *, recursive: bool = True) -> list[int]:
     """Detached copies of the caller's folders (source, flags), by a visit to the caller's mount namespace."""
-    here = current_namespace()
     trees: list[int] = []
+
+    def take_all() -> None:
+        for source, flags in binds:
+            try:
+                trees.append(take_without_links(source, flags, recursive=recursive))
+            except OSError as error:
+                for tree in trees:
+                    os.close(tree)
+                raise LineFailed(f"sandbox: bind {source}", error) from None
+
+    visit(host_namespace, take_all)
+    return trees
+
+
+def visit(host_namespace: int | None, action: Callable[[], object]) -> None:
+    """Do it in the caller's mount namespace; None: that is where we are."""
+    if host_namespace is None:
+        action()
+        return
+    here = current_namespace()
     try:
         sc.setns(host_namespace, sc.CLONE_NEWNS)
         try:
-            for source, flags in binds:
-                try:
-                    trees.append(take_without_links(source, flags, recursive=recursive))
-                except OSError as error:
-                    for tree in trees:
-                        os.close(tree)
-                    raise LineFailed(f"sandbox: bind {source}", error) from None
+            action()
         finally:
             sc.setns(here, sc.CLONE_NEWNS)
     finally:
         os.close(here)
-    return trees
 
 
 def attach_from(host_namespace: int, binds: list[tuple[str, str, str]]) -> None:

@@ -30,11 +30,11 @@ COUNTERS = {"rx_bytes": 0, "rx_packets": 1, "tx_bytes": 8, "tx_packets": 9}  # c
 PID_PLACEHOLDER = 0x7EEDF00D
 
 
-def helper_namespace() -> _socket.socket:
-    """A netlink socket in a new network namespace that it alone keeps alive: the place of the outer ends.
+def begin_helper() -> tuple[int, int, _socket.socket]:
+    """Start what `helper_namespace` waits for: a child, as pid, pidfd and socket.
 
-    A child goes there and hands it back: for us there would be no way back, since, rootless, the host's namespace belongs
-    to a user namespace that is not ours, and supervisors connect from the host's.
+    It goes there and hands a socket back: for us there would be no way back, since, rootless, the host's namespace belongs to a
+    user namespace that is not ours, and supervisors connect from the host's.
     """
     here, there = channel.pair()
     pid, pidfd = sc.clone3(sc.CLONE_NEWNET)
@@ -47,6 +47,11 @@ def helper_namespace() -> _socket.socket:
         finally:
             os._exit(0)
     there.close()
+    return pid, pidfd, here
+
+
+def helper_namespace(pid: int, pidfd: int, here: _socket.socket) -> _socket.socket:
+    """A netlink socket in a new network namespace that it alone keeps alive: the place of the outer ends."""
     said, fds, _ = channel.receive_bytes(here, 16, 1)
     here.close()
     os.close(pidfd)

@@ -1,7 +1,8 @@
 """Giving privileges away, for good: ids, capabilities, securebits, no_new_privs, rlimits.
 
-Runs in a sandbox's init, before anything foreign. Uses python-prctl; the ambient set is by prctl(2) directly, which
-python-prctl does not know. Sources: capabilities(7), prctl(2), setrlimit(2).
+Runs in a sandbox's init, before anything foreign. Uses the C part of python-prctl, without the objects that its Python part
+makes of each capability, which takes a millisecond; the ambient set is by prctl(2) directly, which it does not know.
+Sources: capabilities(7), prctl(2), setrlimit(2).
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ import resource
 from sandbox.ns import syscalls as sc
 
 try:
-    import prctl
+    import _prctl
 except ImportError as import_error:  # absent, or built against headers with a newer capability than this kernel's
     raise ImportError(
         f"python-prctl cannot be loaded ({import_error}): install gcc, python3-dev and libcap-dev, then "
         "pip install --force-reinstall --no-binary :all: python-prctl"
     ) from None
 
+ALL_CAPS = list(range(_prctl.CAP_LAST_CAP + 1))
+
 
 def die_with_parent() -> None:
     """SIGKILL when the parent dies. A change of ids clears it, so call it again after one (prctl(2), PR_SET_PDEATHSIG)."""
-    prctl.set_pdeathsig(signal.SIGKILL)
+    _prctl.prctl(_prctl.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def become(uid: int, gid: int, may_keep_groups: bool) -> None:
@@ -65,24 +68,26 @@ def empty_bounding_set() -> None:
 
     Without CAP_SETPCAP (rootless, no user namespace) this is moot: no_new_privs forbids the gain.
     """
-    if not prctl.cap_permitted.setpcap:
+    own = [_prctl.CAP_SETPCAP]
+    if not _prctl.get_caps([], own, [])[_prctl.CAP_PERMITTED][_prctl.CAP_SETPCAP]:
         return
-    prctl.cap_effective.setpcap = True
-    for capability in prctl.ALL_CAPS:
-        prctl.capbset_drop(capability)
-    prctl.set_securebits(
-        prctl.SECBIT_NOROOT
-        | prctl.SECBIT_NOROOT_LOCKED
-        | prctl.SECBIT_NO_SETUID_FIXUP
-        | prctl.SECBIT_NO_SETUID_FIXUP_LOCKED
-        | prctl.SECBIT_KEEP_CAPS_LOCKED
+    _prctl.set_caps(own, [], [], [], [], [])
+    for capability in ALL_CAPS:
+        _prctl.prctl(_prctl.PR_CAPBSET_DROP, capability)
+    _prctl.prctl(
+        _prctl.PR_SET_SECUREBITS,
+        _prctl.SECBIT_NOROOT
+        | _prctl.SECBIT_NOROOT_LOCKED
+        | _prctl.SECBIT_NO_SETUID_FIXUP
+        | _prctl.SECBIT_NO_SETUID_FIXUP_LOCKED
+        | _prctl.SECBIT_KEEP_CAPS_LOCKED,
     )
 
 
 def no_new_privs() -> None:
-    prctl.set_no_new_privs(1)
+    _prctl.prctl(_prctl.PR_SET_NO_NEW_PRIVS, 1)
 
 
 def drop_capabilities() -> None:
     sc.prctl(sc.PR_CAP_AMBIENT, sc.PR_CAP_AMBIENT_CLEAR_ALL)
-    prctl.set_caps((prctl.ALL_CAPS, prctl.ALL_FLAGS, False))
+    _prctl.set_caps([], [], [], ALL_CAPS, ALL_CAPS, ALL_CAPS)  # to set in each set: none; to clear: all

@@ -5,9 +5,12 @@ Must not know what any single test is about.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import fcntl
+import functools
+import importlib.util
 import os
 import select
 import shutil
@@ -15,6 +18,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import textwrap
 import time
@@ -62,6 +66,7 @@ class Caller:
     prefix: tuple[str, ...]
     environment: dict[str, str]
     uid: int
+    script: str = ""  # `psie` as it is installed; else it is run as a module
 
     @property
     def is_root(self) -> bool:
@@ -117,7 +122,12 @@ class Caller:
                 process.kill()
 
     def command(self, *arguments: str | Path) -> list[str]:
-        return [*self.prefix, "-m", "sandbox.cli", *map(str, arguments)]
+        program = [*self.prefix[:-1], self.script] if self.script else [*self.prefix, "-m", "sandbox.cli"]
+        return [*program, *map(str, arguments)]
+
+    def as_module(self) -> Caller:
+        """The same one, with the command in an interpreter that it may give options to."""
+        return dataclasses.replace(self, script="")
 
     def surroundings(self, how: dict[str, Any]) -> dict[str, Any]:
         """Arguments of Popen: `how`, where `env` adds to the caller's own environment."""
@@ -147,13 +157,46 @@ def remembering(caller: Caller, place: Path) -> Caller:
     return dataclasses.replace(caller, environment=environment, prefix=prefix)
 
 
+def install(place: Path, interpreter: str, packages: str | Path, repository: Path) -> str:
+    """The script `psie`, as an editable install leaves it in a virtual environment at `place`, with links to these packages."""
+    site = place / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    programs = place / "bin"
+    for folder in (site, programs):
+        folder.mkdir(parents=True)
+    for entry in os.scandir(packages):
+        if not entry.name.endswith(".pth"):
+            (site / entry.name).symlink_to(entry.path)
+    (site / "_editable_impl_psie.pth").write_text(str(repository))
+    for name in ("psie", "psie-python"):
+        source = (harness.REPOSITORY / "bin" / name).read_text()
+        (programs / name).write_text(source.replace("#!python\n", f"#!{interpreter}\n"))
+        (programs / name).chmod(0o755)
+    return str(programs / "psie")
+
+
+@functools.cache
+def own_script() -> str:
+    base = Path(tempfile.mkdtemp(prefix="psie-script-"))
+    atexit.register(shutil.rmtree, base)
+    base.chmod(0o755)
+    return install(base / TOKEN.lstrip("/"), sys.executable, packages(), harness.REPOSITORY)
+
+
+def packages() -> str:
+    """The folder with what psie depends on."""
+    spec = importlib.util.find_spec("_prctl")
+    assert spec is not None
+    assert spec.origin is not None
+    return os.path.dirname(spec.origin)
+
+
 def privileged(level: str, folder: Path) -> Caller:
     """The one who runs the tests: root, mostly."""
     names = ("PATH", "HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_STATE_HOME")
     environment = {name: os.environ[name] for name in names if name in os.environ}
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(harness.REPOSITORY), TOKEN]))
     more = {"LANG": "C.UTF-8", "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "API_TOKEN": SECRET}
-    return Caller(level, folder, (sys.executable,), {**environment, **FORGIVING, **more}, os.getuid())
+    return Caller(level, folder, (sys.executable,), {**environment, **FORGIVING, **more}, os.getuid(), own_script())
 
 
 def unprivileged(level: str, user: User) -> Caller:
@@ -162,7 +205,11 @@ def unprivileged(level: str, user: User) -> Caller:
     os.chown(folder, user.uid, user.uid)
     path = os.pathsep.join(filter(None, [user.path, str(user.repository), TOKEN]))
     environment = {**user.environment(), **FORGIVING, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "API_TOKEN": SECRET}
-    return Caller(level, folder, tuple(user.command(user.interpreter)), environment, user.uid)
+    place = user.home / TOKEN.lstrip("/")
+    script = place / "bin" / "psie"
+    if not script.exists():
+        install(place, user.interpreter, user.path or packages(), user.repository)
+    return Caller(level, folder, tuple(user.command(user.interpreter)), environment, user.uid, str(script))
 
 
 def read_until(fd: int, wanted: bytes, seen: bytes = b"", seconds: float = SECONDS) -> bytes:

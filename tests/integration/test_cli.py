@@ -1301,6 +1301,7 @@ def test_help(caller: Caller) -> None:
 # -- how light it is ----------------------------------------------------------------------------------------------------
 
 HEAVY = {
+    "site",
     "click",
     "asyncio",
     "dataclasses",
@@ -1318,7 +1319,8 @@ HEAVY = {
 
 def imported(caller: Caller) -> set[str]:
     path = caller.write("plugin.py", "print('x')")
-    words = [*caller.prefix, "-X", "importtime", "-m", "sandbox.cli", "run", "-q", "--level", caller.level, str(path)]
+    start = [*caller.prefix, "-I", "-S", "-X", "importtime", caller.script + "-python"]  # as the script does it
+    words = [*start, "run", "-q", "--level", caller.level, str(path)]
     # On a slow machine the plugin could run for long enough to be watched, which is not the start.
     around = caller.surroundings({"env": {"SANDBOX_MONITORING_ENABLED": "no"}})
     done = subprocess.run(words, capture_output=True, text=True, timeout=cli_harness.SECONDS, check=True, **around)

@@ -526,7 +526,8 @@ def test_the_command_does_not_wait_for_a_stopped_warden(plugin: Path) -> None:
     with psie(code, "run", "--quiet", "--config", str(config), str(plugin)) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        with stopped(*harness.roles(process.pid, harness.TOKEN + "-cli")["warden"]):
+        # The warden of the command's only sandbox is the zygote.
+        with stopped(*harness.roles(process.pid, harness.TOKEN + "-cli")["zygote"]):
             _, errors = process.communicate(timeout=WAIT + 1 + harness.SETTLE)
             assert harness.wait_until(lambda: gone(harness.TOKEN + "-cli"))
     assert process.returncode == 125, errors
@@ -551,7 +552,7 @@ def test_a_question_that_nobody_answers(tmp_path: Path) -> None:
     folder = tmp_path / "granted"
     folder.mkdir()
     caller = cli_harness.privileged("strict", tmp_path)
-    caller = dataclasses.replace(caller, prefix=(*caller.prefix, "-c", ASKED.format(1.0 * harness.PATIENCE)))
+    caller = dataclasses.replace(caller.as_module(), prefix=(*caller.prefix, "-c", ASKED.format(1.0 * harness.PATIENCE)))
     file = caller.write("plugin.py", "import sys\nopen(sys.argv[1] + '/made', 'w').close()\n")
     line = ("run", "--quiet", "--level", "strict", "--ask", "--rw", str(folder), str(file), str(folder))
     with cli_harness.Session(caller, *line) as session:
