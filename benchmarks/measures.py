@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 import multiprocessing
 import os
 import resource
@@ -44,8 +43,6 @@ HELLO = str(peers.ROOT / "examples" / "hello.py")
 STRICT, MAXIMUM = IsolationLevel.STRICT, IsolationLevel.MAXIMUM
 PAUSE = 0.03  # seconds between two samples: what one leaves to do is not the next one's cost
 CALLERS = 8
-MADV_POPULATE_WRITE = 23  # madvise(2), from Linux 5.14 on
-PIECE = 6 << 20  # bytes, a little more than a sandbox takes
 
 
 @dataclass
@@ -489,31 +486,14 @@ async def standing(bench: Bench) -> Figures:
     return figures
 
 
-class Ballast:
-    """As much memory as so many sandboxes take, which makes way for them one by one.
-
-    The host of a virtual machine gives it memory when that is touched first, and a page then costs five times as much: those
-    who come when all that was touched before is used up would seem slower.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.pieces = mmap.mmap(-1, count * PIECE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.pieces.madvise(MADV_POPULATE_WRITE)
-
-    def give(self, number: int) -> None:
-        self.pieces.madvise(mmap.MADV_DONTNEED, number * PIECE, PIECE)
-
-
 async def stand(count: int) -> tuple[list[float], float]:
     """(milliseconds that each took to make, seconds until all had gone)"""
     async with new_sandbox(STRICT, 16) as sandbox:  # starts the zygote
         same(await sandbox.execute_plugin_safe(echo, 7), 7)
     took = []
     sandboxes = [new_sandbox(STRICT, 16) for _ in range(count)]
-    ballast = Ballast(count)
     try:
-        for number, sandbox in enumerate(sandboxes):
-            ballast.give(number)
+        for sandbox in sandboxes:
             begin = perf_counter()
             await sandbox.__aenter__()
             took.append((perf_counter() - begin) * 1000)
