@@ -13,7 +13,7 @@ import types
 
 from sandbox import transport
 from sandbox.engine import channel, codec, outcome
-from sandbox.errors import PluginExecutionError, SandboxException
+from sandbox.errors import PluginExecutionError, SandboxException, SecurityViolationError
 from sandbox.remembered import Remembered
 
 TYPE_CHECKING = False
@@ -93,7 +93,8 @@ class Session:
     A plain function travels once for each process: what it refers to is as it was then, and what it leaves in its globals is
     there at its next call. Closures, bound methods and other callables travel each time.
 
-    While the process lives, changes of granted folders can be neither looked at nor committed, as with any call that runs.
+    While the process lives, changes of granted folders can be neither looked at nor committed, as with any call that runs; if a
+    violation has ended one of its calls, they are discarded at its end.
     """
 
     def __init__(
@@ -197,8 +198,9 @@ class Session:
             return await self._waiting
         except asyncio.CancelledError:
             process, self._waiting = self._process, None
-            process.cancel()
-            await asyncio.wait([process])
+            if process is not None:  # else it has just ended by itself
+                process.cancel()
+                await asyncio.wait([process])
             raise
         finally:
             self._waiting = None
@@ -228,10 +230,14 @@ class Session:
         assert self._conversation is not None
         violations = self._conversation.violations[before:]
         if violations or answer.reply_kind != channel.REPLY_VALUE:
+            told = len(violations)
             outcome.locate(answer, violations)
+            self._conversation.violations.extend(violations[told:])
             if self._conversation.run is not None:
                 self._sandbox._see_violations(self._conversation.run)
             error = outcome.reply_error(answer, violations)
+            if isinstance(error, SecurityViolationError):
+                self._sandbox._tainted = str(error).splitlines()[0]
             if error is not None:
                 raise error
         try:

@@ -197,7 +197,7 @@ def keep_memory() -> None:
                     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         return head, memory
 
-    channel.receive_instruction = receive_and_keep
+    channel.receive_instruction = receive_and_keep  # type: ignore[assignment]
     sys.kept_memory = kept  # type: ignore[attr-defined]
 
 
