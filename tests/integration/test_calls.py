@@ -434,6 +434,23 @@ def test_a_violation_is_recorded(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
+def test_a_handler_that_raises_loses_no_row(level: IsolationLevel) -> None:
+    class Broken:
+        def on_violation_detected(self, violation: SandboxViolation) -> None:
+            raise ValueError("of the handler")
+
+    async def main() -> str:
+        async with harness.open_sandbox(level, monitoring_handler=Broken()) as sandbox:
+            with pytest.raises(ValueError, match="of the handler"):
+                await sandbox.execute_plugin_safe(plugins.connect_out)
+            return sandbox.sandbox_id
+
+    identity = asyncio.run(main())
+    with Store(private.default_folder()) as store:
+        store.collect()
+        assert [run.sandbox_id for run in store.runs(limit=1000)].count(identity) == 1
+
+
 NAMESPACES = ("user", "mnt", "pid", "ipc", "uts", "cgroup", "net")
 
 
