@@ -401,6 +401,13 @@ class EnhancedPluginSandbox:
                 self._hear()
             self._ended(run)
 
+    def _tell_end(self, run: _Run) -> None:
+        assert self._loop is not None
+        if self._loop.is_closed():
+            self._ended(run)  # it is remembered all the same
+        else:
+            self._tell(self._ended, run)
+
     def _ended(self, run: _Run) -> None:
         """All of a call that had replied before has gone."""
         remembered = self._ending.pop(run, None)
@@ -558,7 +565,7 @@ class EnhancedPluginSandbox:
         finally:
             if run.has_value:
                 self._ending[run] = remembered
-                run.then(lambda: self._tell(self._ended, run))
+                run.then(lambda: self._tell_end(run))
             else:
                 outcome.locate(run.call, run.violations)
                 self._record(run, remembered)

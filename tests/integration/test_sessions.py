@@ -259,6 +259,28 @@ def test_a_call_that_is_cancelled_as_its_process_ends(level: IsolationLevel) -> 
     run(level, work)
 
 
+class Unloadable:
+    def __reduce__(self) -> Any:
+        return int, ("none",)
+
+
+UNLOADABLE = Unloadable()
+
+
+def uses_unloadable() -> Any:
+    return UNLOADABLE
+
+
+def test_a_function_that_cannot_be_loaded_says_so_each_time(level: IsolationLevel) -> None:
+    async def work(session: Any, _: EnhancedPluginSandbox) -> None:
+        for _i in range(3):
+            with pytest.raises(PluginExecutionError, match="ValueError: invalid literal"):
+                await session.call(uses_unloadable)
+        assert await session.call(use_state) == 1
+
+    run(level, work)
+
+
 def test_callers_are_served_in_order(level: IsolationLevel) -> None:
     async def work(session: Any, sandbox: EnhancedPluginSandbox) -> None:
         assert await asyncio.gather(*(session.call(use_state) for _ in range(20))) == list(range(1, 21))
