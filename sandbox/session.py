@@ -150,6 +150,8 @@ class Session:
             raise RuntimeError("the session is not open: use it inside `async with`")
         self._check_loop()
         async with self._turn:
+            if self._process is not None and self._conversation is None:  # who has had it killed did not wait for its end
+                await asyncio.wait([self._process])
             if self._process is None:
                 await self._start()
             assert self._conversation is not None
@@ -197,7 +199,7 @@ class Session:
         try:
             return await self._waiting
         except asyncio.CancelledError:
-            process, self._waiting = self._process, None
+            process, self._waiting, self._conversation = self._process, None, None
             if process is not None:  # else it has just ended by itself
                 process.cancel()
                 await asyncio.wait([process])
@@ -220,9 +222,10 @@ class Session:
 
     async def _end(self) -> None:
         process = self._process
-        if process is None or self._conversation is None:
+        if process is None:
             return
-        self._sandbox._post(self._conversation.end)
+        if self._conversation is not None:
+            self._sandbox._post(self._conversation.end)
         await asyncio.wait([process])
 
     def _value(self, answer: Answer, before: int, types_: Mapping[str, type]) -> Any:

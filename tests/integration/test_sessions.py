@@ -259,6 +259,23 @@ def test_a_call_that_is_cancelled_as_its_process_ends(level: IsolationLevel) -> 
     run(level, work)
 
 
+def test_who_is_cancelled_twice_spoils_no_call_of_others(level: IsolationLevel) -> None:
+    """The second time keeps it from waiting for the process that has been killed."""
+
+    async def work(session: Any, _: EnhancedPluginSandbox) -> None:
+        for _number in range(5):
+            call = asyncio.create_task(session.call(sleep, 20.0))
+            await asyncio.sleep(0.05)
+            for _again in range(2):
+                call.cancel()
+                await asyncio.sleep(0)
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert await session.call(use_state) == 1
+
+    run(level, work)
+
+
 class Unloadable:
     def __reduce__(self) -> Any:
         return int, ("none",)
