@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import concurrent.futures.thread  # what it has to do at the interpreter's end comes after `_finish`, which needs its threads
 import contextlib
 import copy
 import functools
@@ -38,23 +39,26 @@ class SandboxFuture(concurrent.futures.Future["T"]):
     def __init__(self, kill: Callable[[SandboxFuture[T]], None]) -> None:
         super().__init__()
         self._kill = kill
-        self._is_killed = False
+        self._is_killed = self._is_over = False
 
     def cancel(self) -> bool:
         """True unless it is over already. One that runs is killed; the Future is cancelled when nothing of it is left."""
         if super().cancel():
             return True
         with self._condition:
-            if self._state != RUNNING:
+            if self._state != RUNNING or self._is_over:
                 return False
-            self._is_killed = True
-        self._kill(self)
+            is_first, self._is_killed = not self._is_killed, True
+        if is_first:
+            self._kill(self)
         return True
 
-    def _end(self, value: T | None, error: BaseException | None) -> None:
-        """What came of the call; whoever has killed it gets no result, also where it came first."""
+    def _end(self, value: T | None, error: BaseException | None, *, is_left: bool = False) -> None:
+        """What came of the call; whoever has killed it gets no result, also where it came first, and not while it `is_left`."""
         with self._condition:
-            is_killed = self._is_killed
+            if self._is_killed and is_left:
+                return
+            is_killed, self._is_over = self._is_killed, True
             if is_killed:  # a Future that runs cannot be cancelled otherwise
                 self._state = CANCELLED_AND_NOTIFIED
                 for waiter in self._waiters:
@@ -87,7 +91,8 @@ class SandboxExecutor(concurrent.futures.Executor):
         level: in place of the level that `config` has.
         limits, permissions, config: as for EnhancedPluginSandbox; their defaults if None.
         timeout: seconds that a call may run, in place of the limit that `limits` have.
-        max_waiting: `submit` waits while so many calls wait for a sandbox; None: it never does.
+        max_waiting: `submit` waits while so many calls wait for a sandbox, but not in a callback of a Future, which holds
+            them up; None: it never does.
         environment: further environment variables of the calls.
 
     What a call raises comes out of its Future as it comes out of `execute_plugin_safe`. Any thread may use it, and any event
@@ -127,7 +132,8 @@ class SandboxExecutor(concurrent.futures.Executor):
         self._new_sandbox()  # mistakes in the settings are told here
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._room = threading.Semaphore(max_waiting) if max_waiting is not None else None
+        self._room = threading.Condition(self._lock)
+        self._max_waiting = max_waiting
         self._waiting: deque[Work] = deque()
         self._running: dict[concurrent.futures.Future[Any], Work] = {}
         self._is_shut = False
@@ -149,12 +155,11 @@ class SandboxExecutor(concurrent.futures.Executor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> SandboxFuture[T]:
         """Have `fn(*args, **kwargs)` called in a sandbox. Raises RuntimeError after `shutdown`, and in a fork."""
         self._check()
-        if self._room is not None:
-            self._room.acquire()
         future: SandboxFuture[T] = SandboxFuture(self._kill)
         with self._lock:
+            while self._is_full():
+                self._room.wait()
             if self._is_shut:
-                self._has_room()
                 raise RuntimeError("the executor was shut down: make a new one")
             self._waiting.append(Work(future, fn, args, kwargs))
             loop = self._started()
@@ -184,8 +189,11 @@ class SandboxExecutor(concurrent.futures.Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no further calls; with `cancel_futures` those that wait are cancelled. What runs is finished."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             self._is_shut = True
+            self._room.notify_all()
             cancelled = list(self._waiting) if cancel_futures else []
             if cancel_futures:
                 self._waiting.clear()
@@ -193,8 +201,7 @@ class SandboxExecutor(concurrent.futures.Executor):
         for work in cancelled:
             work.future.cancel()
             work.future.set_running_or_notify_cancel()
-            self._has_room()
-        if loop is None or thread is None or os.getpid() != self._pid:
+        if loop is None or thread is None:
             return
         with contextlib.suppress(RuntimeError):  # it has ended
             loop.call_soon_threadsafe(self._more)
@@ -205,9 +212,10 @@ class SandboxExecutor(concurrent.futures.Executor):
         if os.getpid() != self._pid:
             raise RuntimeError("this executor belongs to the process that made it: after a fork make a new one")
 
-    def _has_room(self) -> None:
-        if self._room is not None:
-            self._room.release()
+    def _is_full(self) -> bool:
+        """Whether `submit` has to wait. The thread that makes room cannot."""
+        is_bound = self._max_waiting is not None and len(self._waiting) >= self._max_waiting
+        return is_bound and not self._is_shut and threading.current_thread() is not self._thread
 
     def _started(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
@@ -231,9 +239,9 @@ class SandboxExecutor(concurrent.futures.Executor):
         while len(self._running) < self._max_workers:
             with self._lock:
                 work = self._waiting.popleft() if self._waiting else None
+                self._room.notify()
             if work is None:
                 break
-            self._has_room()
             if work.future.set_running_or_notify_cancel():
                 self._running[work.future] = work
                 work.task = asyncio.get_running_loop().create_task(self._run(work))
@@ -249,14 +257,19 @@ class SandboxExecutor(concurrent.futures.Executor):
 
     async def _run(self, work: Work) -> None:
         """Its caller has the value while the sandbox goes; the next call begins when that has gone."""
+        error = None
         try:
             async with self._new_sandbox() as sandbox:
-                value = await sandbox._call(work.function, work.args, work.kwargs)
-                work.future._end(value, None)
-        except BaseException as error:
+                try:
+                    value = await sandbox._call(work.function, work.args, work.kwargs)
+                finally:
+                    work.task = None  # it is over: a cancellation from now on waits for the end of what is left
+                work.future._end(value, None, is_left=True)
+        except BaseException as raised:
+            error = raised
+        finally:
             if not work.future.done():
                 work.future._end(None, error)
-        finally:
             del self._running[work.future]
             self._more()
 

@@ -14,6 +14,7 @@ import os
 import sys
 import uuid
 import weakref
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -128,6 +129,7 @@ class EnhancedPluginSandbox:
         self._wire: dict[str, Any] = {}
         self._opened = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._told: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()  # by the engine's thread, to the loop
         self._standby: _Run | None = None
         self._gone: concurrent.futures.Future[None] | None = None
         self._watch: SandboxWatch | None = None  # the engine thread's
@@ -144,6 +146,7 @@ class EnhancedPluginSandbox:
         self._operations: dict[str, int] = {}  # of the network, by call
         self._output_tail = bytearray()
         self._is_recorded = True  # each call: not where whoever uses it does that
+        self._returns_early = True  # a call, with its value: not where what it does later could be seen, or has to be judged
         self._has_told = False  # that they cannot be
         self._plain_limits: dict[str, Any] = {}
         self._plugins: dict[int, str] = {}  # names, by call
@@ -190,6 +193,8 @@ class EnhancedPluginSandbox:
                 protection="network namespace",
                 mend="use level standard, or leave out network",
             )
+        if any(folder["kind"] != "read" for folder in self.recipe.granted):
+            self._returns_early = False
         if self.recipe.granted and journals():
             await asyncio.to_thread(recover)
         if self.recipe.network["looks"]:
@@ -299,6 +304,11 @@ class EnhancedPluginSandbox:
             self._recorder.on_violation = self._seen
         self._recorder.open()
 
+    def _recording_catches_up(self) -> None:
+        """In the engine's thread: a call has a value, and what it has done until now counts."""
+        if self._recorder is not None:
+            self._recorder.catch_up()
+
     def _recording_ends(self, run: Recorded) -> None:
         """In the engine's thread: the call has ended."""
         if self._recorder is not None:
@@ -332,12 +342,19 @@ class EnhancedPluginSandbox:
                 counted[name] = counted.get(name, 0) + int(value)
 
     def _tell(self, callback: Callable[..., None], *args: object) -> None:
-        """Call back on the caller's loop."""
+        """Call back on the caller's loop, one after the other."""
         assert self._loop is not None
+        self._told.append((callback, args))
         try:
-            self._loop.call_soon_threadsafe(callback, *args)
+            self._loop.call_soon_threadsafe(self._hear)
         except RuntimeError:
-            return  # it is closed: nobody listens any more
+            self._told.clear()  # it is closed: nobody listens any more
+
+    def _hear(self) -> None:
+        """On the caller's loop: what has been told so far."""
+        while self._told:
+            callback, args = self._told.popleft()
+            callback(*args)
 
     def _sampled(self, sample: dict[str, Any]) -> None:
         if self.config.telemetry_enabled:
@@ -383,9 +400,20 @@ class EnhancedPluginSandbox:
 
     def _see_ends(self) -> None:
         """The same for who cannot wait otherwise: it takes some milliseconds."""
+        if self._service is not None and self._service.loop.is_here():
+            return
         for run in self._endings:
             run.wait_for_end(self._longest)
+            if running_loop() is self._loop:
+                self._hear()
             self._ended(run)
+
+    def _tell_end(self, run: _Run) -> None:
+        assert self._loop is not None
+        if self._loop.is_closed():
+            self._ended(run)  # it is remembered all the same
+        else:
+            self._tell(self._ended, run)
 
     def _ended(self, run: _Run) -> None:
         """All of a call that had replied before has gone."""
@@ -432,7 +460,8 @@ class EnhancedPluginSandbox:
         come back is listed in `sandbox.engine.codec`. Cancelling the awaiting task kills the call.
 
         The value comes when it is there. Its process and all below it then have a second to be gone; whoever looks at the
-        workspace, telemetry or records, calls again or closes the sandbox sees the state after its end.
+        workspace, telemetry or records, calls again or closes the sandbox sees the state after its end. Where it may change
+        granted folders, or `temp_directory` has been asked for, the value comes after that end.
 
         Raises:
             PluginExecutionError: the plugin raised, or died, or something cannot travel in or out.
@@ -543,7 +572,7 @@ class EnhancedPluginSandbox:
         finally:
             if run.has_value:
                 self._ending[run] = remembered
-                run.then(lambda: self._tell(self._ended, run))
+                run.then(lambda: self._tell_end(run))
             else:
                 outcome.locate(run.call, run.violations)
                 self._record(run, remembered)
@@ -629,6 +658,14 @@ class EnhancedPluginSandbox:
         return value
 
     def _record(self, run: _Run, remembered: Remembered) -> None:
+        """Of a call that has ended. Where a handler of the caller's raises, it is remembered all the same."""
+        try:
+            self._measure(run, remembered)
+            self._see_violations(run)
+        finally:
+            remembered.ends()
+
+    def _measure(self, run: _Run, remembered: Remembered) -> None:
         telemetry = self._telemetry
         telemetry.end_time = telemetry.start_time + timedelta(seconds=monotonic() - self._opened)  # a clock may be set
         seen = run.call.outcome or {}
@@ -650,8 +687,6 @@ class EnhancedPluginSandbox:
             for violation in outcome.counted(run.call):
                 self._violated(violation)
         telemetry.peak_memory_mb = max(telemetry.peak_memory_mb, *peaks)
-        self._see_violations(run)
-        remembered.ends()
 
     def _count_operations(self) -> None:
         if self._recorder is not None:
@@ -665,7 +700,11 @@ class EnhancedPluginSandbox:
 
     def _notify(self, name: str, value: object) -> None:
         handler = getattr(self.monitoring_handler, name, None)
-        if handler is not None:
+        if handler is None:
+            return
+        if running_loop() is None and self._loop is not None and not self._loop.is_closed():
+            self._tell(handler, value)  # another thread has looked
+        else:
             handler(value)
 
     # -- recovery ----------------------------------------------------------------------------------------------------
@@ -1013,6 +1052,7 @@ class EnhancedPluginSandbox:
         Records with the operation "resolve" come from the plugin's interpreter, which can leave them out and forge them: names
         of hosts that it has asked for (`address`, without `pid`).
         """
+        self._see_ends()
         return list(self._activity)
 
     @property
@@ -1032,6 +1072,7 @@ class EnhancedPluginSandbox:
         """The workspace as a path that this process can use while the sandbox is open. Raises RuntimeError otherwise."""
         if self._sandbox is None or self._sandbox.closing:
             raise RuntimeError(f"sandbox {self.sandbox_id} is not open: it has no workspace")
+        self._returns_early = False  # whoever has the path looks there unasked
         self._see_ends()
         if self._sandbox.folder is not None:
             return Path(self._sandbox.folder) / "files"
@@ -1182,15 +1223,15 @@ class _Run:
 
     def _on_reply(self, call: client.Call) -> None:
         """A value is there, and what it has cost until now is counted: its caller need not wait for the end, unless there is
-        more to be told, or layers to be looked at."""
+        more to be told, or somebody could see what it does meanwhile."""
         assert self.worker is not None
         call.sandbox.drain_violations()
         self.worker.streams.catch_up()
-        if call.reply_kind != channel.REPLY_VALUE or self.violations or call.cause or call.done or self.owner._has_layers():
+        if call.reply_kind != channel.REPLY_VALUE or self.violations or call.cause or call.done:
             return
-        recorded, self._recorded = self._recorded, None
-        if recorded is not None:
-            self.owner._recording_ends(recorded)
+        if not self.owner._returns_early:
+            return
+        self.owner._recording_catches_up()
         if not call.cause:
             self._lingers = call.loop.call_later(LINGER, call.kill, "returned")
             self.has_value = True
@@ -1225,6 +1266,14 @@ class _Run:
             self.call.kill("violations")
         else:
             self.owner._react(violation, self.call.offences if fields["nr"] not in client.TOLD else 0)
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that we are called on."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def promise() -> concurrent.futures.Future[None]:

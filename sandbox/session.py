@@ -13,7 +13,7 @@ import types
 
 from sandbox import transport
 from sandbox.engine import channel, codec, outcome
-from sandbox.errors import PluginExecutionError, SandboxException
+from sandbox.errors import PluginExecutionError, SandboxException, SecurityViolationError
 from sandbox.remembered import Remembered
 
 TYPE_CHECKING = False
@@ -93,7 +93,8 @@ class Session:
     A plain function travels once for each process: what it refers to is as it was then, and what it leaves in its globals is
     there at its next call. Closures, bound methods and other callables travel each time.
 
-    While the process lives, changes of granted folders can be neither looked at nor committed, as with any call that runs.
+    While the process lives, changes of granted folders can be neither looked at nor committed, as with any call that runs; if a
+    violation has ended one of its calls, they are discarded at its end.
     """
 
     def __init__(
@@ -149,6 +150,8 @@ class Session:
             raise RuntimeError("the session is not open: use it inside `async with`")
         self._check_loop()
         async with self._turn:
+            if self._process is not None and self._conversation is None:  # who has had it killed did not wait for its end
+                await asyncio.wait([self._process])
             if self._process is None:
                 await self._start()
             assert self._conversation is not None
@@ -196,9 +199,10 @@ class Session:
         try:
             return await self._waiting
         except asyncio.CancelledError:
-            process, self._waiting = self._process, None
-            process.cancel()
-            await asyncio.wait([process])
+            process, self._waiting, self._conversation = self._process, None, None
+            if process is not None:  # else it has just ended by itself
+                process.cancel()
+                await asyncio.wait([process])
             raise
         finally:
             self._waiting = None
@@ -218,9 +222,10 @@ class Session:
 
     async def _end(self) -> None:
         process = self._process
-        if process is None or self._conversation is None:
+        if process is None:
             return
-        self._sandbox._post(self._conversation.end)
+        if self._conversation is not None:
+            self._sandbox._post(self._conversation.end)
         await asyncio.wait([process])
 
     def _value(self, answer: Answer, before: int, types_: Mapping[str, type]) -> Any:
@@ -228,10 +233,14 @@ class Session:
         assert self._conversation is not None
         violations = self._conversation.violations[before:]
         if violations or answer.reply_kind != channel.REPLY_VALUE:
+            told = len(violations)
             outcome.locate(answer, violations)
+            self._conversation.violations.extend(violations[told:])
             if self._conversation.run is not None:
                 self._sandbox._see_violations(self._conversation.run)
             error = outcome.reply_error(answer, violations)
+            if isinstance(error, SecurityViolationError):
+                self._sandbox._tainted = str(error).splitlines()[0]
             if error is not None:
                 raise error
         try:

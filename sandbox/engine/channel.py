@@ -38,7 +38,8 @@ Two forms, one per direction of trust:
 
 What is larger lies in memory files that the host makes (memfd_create(2)), so that it is counted as the host's and cannot
 change while it is read: a job in one that is sealed (F_ADD_SEALS, fcntl(2)), a value in one that the worker asks for by
-REPLY_SIZE and that is sealed before the host looks into it.
+REPLY_SIZE and that is sealed before the host looks into it. A session could keep those, of each of its calls: its files are
+lent, a value is copied out of one, and all are emptied when the reply is there.
 
 Both `_socket` and `marshal` are used bare: `socket` would cost every sandbox 9 ms of imports. Must not import anything
 else of psie.
@@ -217,10 +218,7 @@ def sealed(parts: Sequence[bytes]) -> int:
     """An fd of a memory file with `parts`, which nobody can change any more."""
     fd = os.memfd_create("psie", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        for part in parts:
-            view = memoryview(part)
-            while view:
-                view = view[os.write(fd, view) :]
+        write(fd, parts)
         seal(fd)
     except BaseException:
         os.close(fd)
@@ -228,17 +226,43 @@ def sealed(parts: Sequence[bytes]) -> int:
     return fd
 
 
-def shared(size: int) -> int:
-    """An fd of a memory file of so many bytes, all of them ours, that a worker may write to and do nothing else with."""
+def write(fd: int, parts: Sequence[bytes]) -> None:
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            view = view[os.write(fd, view) :]
+
+
+def shared(size: int, *, lent: bool = False) -> int:
+    """An fd of a memory file of so many bytes, all of them ours, that a worker may write to and do nothing else with.
+
+    One that is lent can be emptied, by `take_back`, and nobody can add a seal that is against it.
+    """
     fd = os.memfd_create("psie", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.fchmod(fd, 0o600)  # no program either
         os.posix_fallocate(fd, 0, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | (fcntl.F_SEAL_SEAL if lent else fcntl.F_SEAL_SHRINK))
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def take_back(fd: int) -> None:
+    """Nothing of a lent file is left, whoever has it open or mapped, and nothing can be put there; closes the fd."""
+    try:
+        os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def copied(fd: int, size: int) -> memoryview:
+    """The first `size` bytes of a file, as they are now; fewer where it has no more."""
+    view, read = memoryview(bytearray(size)), 0
+    while count := os.preadv(fd, [view[read:]], read):
+        read += count
+    return view[:read]
 
 
 def seal(fd: int) -> None:

@@ -893,6 +893,7 @@ class Call:
         self.source_file = ""  # where the caller's own code of this call lies, for its traceback
         self.done = False
         self._memory, self._memory_size = -1, 0  # fd of the file in which the value will be, if it is large; its bytes
+        self._lent: list[int] = []  # fds of a session's large jobs: see sandbox.engine.channel
         self._waiting: loops.Patience | None = None  # for the warden
         self.loop.add_reader(self.job.fileno(), self._job_readable)
 
@@ -978,10 +979,14 @@ class Call:
         size = len(header) + len(payload)
         memory: list[int] = []
         try:
-            if size > channel.SMALL:
+            if size > channel.SMALL and self._is_session:
+                self._lent.append(channel.shared(size, lent=True))
+                channel.write(self._lent[-1], (header, payload))
+            elif size > channel.SMALL:
                 memory.append(channel.sealed((header, payload)))
-            head = {"header": len(header), "size": size, "data": b"" if memory else header + payload}
-            channel.instruct(self.job, head, memory)
+            fds = [*memory, *self._lent]
+            head = {"header": len(header), "size": size, "data": b"" if fds else header + payload}
+            channel.instruct(self.job, head, fds)
         except OSError as error:
             self._unsent(error)
         finally:
@@ -1056,7 +1061,8 @@ class Call:
                 self.kill("result")
             return True
         try:
-            self._memory, self._memory_size = channel.shared(size + channel.ALIGNMENT), size
+            self._memory = channel.shared(size + channel.ALIGNMENT, lent=self._is_session)
+            self._memory_size = size
             channel.instruct(self.job, {}, [self._memory])
         except OSError as error:
             self._unsent(error)
@@ -1067,10 +1073,12 @@ class Call:
         from sandbox.ns import syscalls as sc
 
         try:
-            channel.seal(self._memory)
+            if not self._is_session:
+                channel.seal(self._memory)
             if len(place) == 1 and place[0] < channel.ALIGNMENT:
-                mapped = sc.map_privately(self._memory, self._memory_size + channel.ALIGNMENT)
-                self.reply = mapped[place[0] : place[0] + self._memory_size]
+                take = channel.copied if self._is_session else sc.map_privately
+                taken = take(self._memory, self._memory_size + channel.ALIGNMENT)
+                self.reply = taken[place[0] : place[0] + self._memory_size]
                 self.reply_size = self._memory_size
         except OSError:
             pass  # somebody in the sandbox has it mapped still
@@ -1078,8 +1086,14 @@ class Call:
 
     def _forget_memory(self) -> None:
         if self._memory >= 0:
-            os.close(self._memory)
+            (channel.take_back if self._is_session else os.close)(self._memory)
             self._memory = -1
+        while self._lent:
+            channel.take_back(self._lent.pop())
+
+    @property
+    def _is_session(self) -> bool:
+        return self.clock >= 0
 
     def _note(self, data: bytes) -> bool:
         """What the interpreter has refused: a record like the kernel's, which the plugin could forge or leave out."""

@@ -78,6 +78,14 @@ class Recorder:
             except OSError:
                 continue
 
+    def catch_up(self) -> None:
+        """What calls have done until now counts; they go on."""
+        if self._is_listening():
+            for tree in self.trees:
+                tree.catch_up()
+        else:
+            self._look(report=not any(run.is_over for run in self.running))
+
     def end(self, run: Recorded) -> None:
         """The call has ended: what it did until then counts. After the last one it is quiet."""
         is_last, report = len(self.running) == 1, not run.is_over

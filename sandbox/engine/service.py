@@ -57,6 +57,10 @@ class ThreadLoop(PollLoop):
         except BlockingIOError:
             pass  # it has enough reasons to wake already
 
+    def is_here(self) -> bool:
+        """Whether this is its thread, which must wait for nothing that it has to do itself."""
+        return threading.current_thread() is self.thread
+
     def _woken(self) -> None:
         os.read(self.wake_reader, 4096)
         while self.posted:

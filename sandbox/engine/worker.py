@@ -406,6 +406,7 @@ def run_session(job: _socket.socket, instruction: dict[str, Any], payload: bytea
     module: Any = None
     runner: Any = None
     known: dict[int, Callable[..., object]] = {}
+    codes: dict[int, bytes] = {}  # of functions that are not known yet: one that cannot be loaded is tried again
     most = instruction["max_bytes"]
 
     def awaited(result: Any) -> object:
@@ -434,9 +435,13 @@ def run_session(job: _socket.socket, instruction: dict[str, Any], payload: bytea
             if callable(function):
                 return function
             raise AttributeError(f"{instruction['path']} has no function {request['name']}")
+        number = request["function"]
         if request["code"]:
-            known[request["function"]] = pickle.loads(request["code"])[0]
-        return known[request["function"]] if request["keeps"] else known.pop(request["function"])
+            codes[number] = request["code"]
+        if number in codes:
+            known[number] = pickle.loads(codes[number])[0]
+            del codes[number]
+        return known[number] if request["keeps"] else known.pop(number)
 
     def serve(request: dict[str, Any], pickled: bytearray) -> object:
         function = function_of(request)

@@ -441,6 +441,7 @@ class EnhancedPluginFramework:
             permissions.blocked_directories = [*permissions.blocked_directories, hidden]
         sandbox = EnhancedPluginSandbox(load.limits, permissions, load.config, read_only=(ready.staged.root,))
         sandbox._is_recorded = False  # the load is
+        sandbox._returns_early = False  # and what it did in all of its call decides about quarantine
         return sandbox
 
     @staticmethod

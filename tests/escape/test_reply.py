@@ -7,8 +7,10 @@ send are in test_host.py and, for the codec alone, in tests/test_codec.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from escape import kit
 from sandbox.config import IsolationLevel
 from sandbox.errors import PluginExecutionError, ResourceLimitExceededError, SandboxException
 from sandbox.selftest import trial
-from sandbox.selftest.attacks import ALL, MINIMAL, NAMESPACED, PATIENCE, ROOT, STRICT, socket_to_the_caller
+from sandbox.selftest.attacks import ALL, MINIMAL, NAMESPACED, PATIENCE, ROOT, STRICT, place, socket_to_the_caller
 
 LIMIT = 0.5 * PATIENCE  # seconds that the plugin has
 BOUND = 4.0 * PATIENCE  # in which the host has answered
@@ -531,6 +533,55 @@ def count_that_stands() -> str:
     before = content()
     time.sleep(0.1)
     return "it stands" if content() == before else "it goes on"
+
+
+def replies_and_writes(folder: str) -> None:
+    """Its value is there before it has done most of what it does."""
+    from sandbox.engine import codec
+
+    socket_to_the_caller().send(b"V" + codec.encode(7))
+    number = 0
+    while True:
+        number += 1
+        with open(f"{folder}/count{number % 50}", "w") as file:
+            file.write(str(number))
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_file_operations_count_after_the_reply(level: IsolationLevel) -> None:
+    async def go() -> None:
+        async with trial.open_sandbox(level, {"max_file_operations": 100}) as one:
+            assert await one.execute_plugin_safe(replies_and_writes, ".") == 7
+            limits = [violation.details.get("limit") for violation in one.get_violations()]
+            assert limits == ["file_operations"]
+            assert one.get_telemetry().file_operations_count > 100
+
+    if kit.why_closed(level):
+        pytest.skip(f"level {level.value} cannot be opened: {kit.why_closed(level)}")
+    trial.bounded(go())
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_what_can_be_seen_unasked_changes_no_more_when_the_value_is_there(level: IsolationLevel) -> None:
+    """Granted folders of the host, and the workspace for who has its path from before."""
+
+    async def go(folder: Path) -> None:
+        limits = {"max_execution_time_seconds": LIMIT}
+        for granted in ([], [str(folder)]):
+            async with trial.open_sandbox(level, limits, {"allowed_directories": granted}) as one:
+                where = folder if granted else one.temp_directory
+                with contextlib.suppress(SandboxException):
+                    assert await one.execute_plugin_safe(replies_and_writes, granted[0] if granted else ".") == 7
+                before = [path.read_bytes() for path in sorted(where.iterdir())]
+                assert before or level is not MINIMAL
+                await asyncio.sleep(0.1)
+                assert [path.read_bytes() for path in sorted(where.iterdir())] == before
+
+    if kit.why_closed(level):
+        pytest.skip(f"level {level.value} cannot be opened: {kit.why_closed(level)}")
+    with tempfile.TemporaryDirectory(dir=place()) as name:
+        os.chmod(name, 0o777)
+        trial.bounded(go(Path(name)))
 
 
 @pytest.mark.parametrize("level", ALL if ROOT else NAMESPACED)

@@ -174,3 +174,104 @@ def test_limits_are_not_renewed_by_calls(level: IsolationLevel) -> None:
         assert await session.call(give_back, 1) == 1
 
     talk(level, work, max_memory_mb=64.0, max_execution_time_seconds=10.0)
+
+
+def keep_memory() -> None:
+    """From now on, keep each memory file that the host gives, and keep the host from taking it back."""
+    import contextlib
+    import fcntl
+    import mmap
+    import os
+    import sys
+
+    from sandbox.engine import channel
+
+    receive, kept = channel.receive_instruction, []
+
+    def receive_and_keep(sock: Any, most: int = 16) -> Any:
+        head, memory = receive(sock, most)
+        for fd in memory:
+            kept.append((os.dup(fd), mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)))
+            for seals in (fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_SEAL):
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        return head, memory
+
+    channel.receive_instruction = receive_and_keep  # type: ignore[assignment]
+    sys.kept_memory = kept  # type: ignore[attr-defined]
+
+
+def kept_megabytes() -> tuple[int, float]:
+    """How many files it has, and how much memory they hold, after a try to fill them again."""
+    import contextlib
+    import os
+    import sys
+
+    kept = sys.kept_memory  # type: ignore[attr-defined]
+    for fd, _ in kept:
+        with contextlib.suppress(OSError):
+            os.pwrite(fd, b"x" * (1 << 16), 0)
+        with contextlib.suppress(OSError):
+            os.posix_fallocate(fd, 0, 1 << 20)
+    return len(kept), sum(os.fstat(fd).st_blocks for fd, _ in kept) / 2048
+
+
+@pytest.mark.parametrize("level", HOST_SIDE)
+def test_memory_that_was_given_for_a_call_is_not_kept_for_the_next(level: IsolationLevel) -> None:
+    """It is the host's: by large values and jobs, one call after the other, a session would fill it."""
+    data = b"x" * (1 << 20)
+
+    async def work(session: Any) -> None:
+        await session.call(keep_memory)
+        for _ in range(4):
+            assert await session.call(give_back, data) == data
+        assert await session.call(kept_megabytes) == (8, 0.0)
+        assert await session.call(give_back, data) == data
+
+    talk(level, work, max_execution_time_seconds=10.0)
+
+
+@pytest.mark.parametrize("level", HOST_SIDE)
+def test_a_value_of_a_session_does_not_change_once_it_is_there(level: IsolationLevel) -> None:
+    """Nor does who takes its memory away while it is read do more than spoil a call."""
+    pytest.importorskip("numpy")
+
+    def changes_it() -> None:
+        import contextlib
+        import os
+        import socket
+
+        import numpy
+
+        from sandbox.engine import channel, codec
+
+        data = codec.encode(numpy.zeros(1 << 18, "u1"))
+        job = socket_to_the_caller()
+        job.send(b"S" + channel.SIZE.pack(len(data)))
+        _, (memory,), _, _ = socket.recv_fds(job, 65536, 1)
+        os.pwrite(memory, data, 0)
+
+        def change() -> None:
+            number = 0
+            while True:
+                number = (number + 1) % 256
+                with contextlib.suppress(OSError):
+                    os.pwrite(memory, bytes([number]) * 1000, 1000)
+                if number == 200:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(memory, 4096)
+
+        job.send(b"V\0")
+        job.detach()
+        change()
+
+    async def work(session: Any) -> None:
+        try:
+            value = await session.call(changes_it)
+        except SandboxException:
+            return
+        before = value.copy()
+        await asyncio.sleep(0.2)
+        assert (value == before).all()
+
+    talk(level, work, max_execution_time_seconds=2.0, max_memory_mb=512.0)

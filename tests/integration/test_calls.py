@@ -435,6 +435,55 @@ def test_a_violation_is_recorded(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
+def reply_and_sleep() -> None:
+    import contextlib
+    import socket
+    import time
+
+    from sandbox.engine import codec
+
+    for fd in range(3, 100):
+        with contextlib.suppress(OSError):
+            socket.socket(fileno=fd).send(b"V" + codec.encode(1))
+            break
+    time.sleep(0.2)
+
+
+def test_a_loop_that_ends_before_the_call_has_gone_loses_no_row(level: IsolationLevel) -> None:
+    async def open_and_call() -> EnhancedPluginSandbox:
+        sandbox = await harness.open_sandbox(level).__aenter__()
+        assert await sandbox.execute_plugin_safe(reply_and_sleep) == 1
+        return sandbox
+
+    sandbox = asyncio.run(open_and_call())
+
+    def has_row() -> bool:
+        with Store(private.default_folder()) as store:
+            store.collect()
+            return sandbox.sandbox_id in [run.sandbox_id for run in store.runs(limit=1000)]
+
+    assert harness.wait_until(has_row)
+    assert sandbox.get_telemetry().exit_code == 0
+    asyncio.run(sandbox.cleanup_sandbox())
+
+
+def test_a_handler_that_raises_loses_no_row(level: IsolationLevel) -> None:
+    class Broken:
+        def on_violation_detected(self, violation: SandboxViolation) -> None:
+            raise ValueError("of the handler")
+
+    async def main() -> str:
+        async with harness.open_sandbox(level, monitoring_handler=Broken()) as sandbox:
+            with pytest.raises(ValueError, match="of the handler"):
+                await sandbox.execute_plugin_safe(plugins.connect_out)
+            return sandbox.sandbox_id
+
+    identity = asyncio.run(main())
+    with Store(private.default_folder()) as store:
+        store.collect()
+        assert [run.sandbox_id for run in store.runs(limit=1000)].count(identity) == 1
+
+
 NAMESPACES = ("user", "mnt", "pid", "ipc", "uts", "cgroup", "net")
 
 

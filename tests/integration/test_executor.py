@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from sandbox import (
     SecurityViolationError,
     sandboxed,
 )
+from sandbox.engine import service
+from sandbox.executor import SandboxFuture
 
 from . import harness, plugins
 
@@ -174,6 +176,42 @@ def test_a_running_call_is_killed(executor: SandboxExecutor) -> None:
     assert waiting[3].cancelled()
 
 
+def test_who_is_cancelled_again_and_again_is_gone_all_the_same(executor: SandboxExecutor) -> None:
+    future = executor.submit(spin)
+    assert harness.wait_until(lambda: harness.roles(os.getpid())["worker"])
+    time.sleep(0.3 * harness.PATIENCE)
+    for _ in range(3):
+        assert future.cancel()
+        time.sleep(0.001)
+    assert concurrent.futures.wait([future], harness.SETTLE).done
+    assert future.cancelled()
+    sandboxes = [one for zygote in service.service().zygotes.values() for one in zygote.sandboxes.values()]
+    assert not any(call.is_running for one in sandboxes for call in one.calls.values())
+
+
+def test_a_cancellation_just_before_the_end_is_none_or_is_one() -> None:
+    future: SandboxFuture[int] = SandboxFuture(lambda _: None)
+    assert future.set_running_or_notify_cancel()
+    answers = []
+    future._condition = Interrupted(lambda: answers.append(future.cancel()))
+    future._end(1, None)
+    assert answers[0] is future.cancelled()
+
+
+class Interrupted(threading.Condition):
+    """Whenever it is left, something else happens at once; but not because of that."""
+
+    def __init__(self, something: Callable[[], None]) -> None:
+        super().__init__()
+        self.something: Callable[[], None] | None = something
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        something, self.something = self.something, None
+        if something is not None:
+            something()
+
+
 def test_time_and_other_limits(level: IsolationLevel) -> None:
     limits = PluginLimitsV2(max_execution_time_seconds=20.0, max_output_mb=0.01)
     with SandboxExecutor(1, level=level, limits=limits, timeout=0.4 * harness.PATIENCE) as executor:
@@ -193,6 +231,40 @@ def test_submit_waits_where_too_many_wait(level: IsolationLevel) -> None:
             moments.append(time.monotonic())
         assert moments[-1] - moments[0] > 0.3
         assert [future.result(30) for future in futures] == [0.15] * 6
+
+
+def test_a_callback_that_submits_waits_for_nobody(level: IsolationLevel) -> None:
+    """It is called in the thread that makes room."""
+    later: list[concurrent.futures.Future[float]] = []
+    with SandboxExecutor(1, level=level, max_waiting=1) as executor:
+        first = executor.submit(sleep, 0.3)
+        first.add_done_callback(lambda _: later.extend(executor.submit(sleep, 0.01) for _ in range(3)))
+        assert harness.wait_until(first.running)
+        assert executor.submit(sleep, 0.02).result(30) == 0.02
+        assert harness.wait_until(lambda: len(later) == 3)
+        assert [future.result(30) for future in later] == [0.01] * 3
+
+
+def test_who_waits_for_room_is_told_of_a_shutdown(level: IsolationLevel) -> None:
+    executor = SandboxExecutor(1, level=level, max_waiting=1)
+    futures = [executor.submit(sleep, 0.5)]
+    assert harness.wait_until(futures[0].running)
+    futures.append(executor.submit(sleep, 0.5))
+    told: list[str] = []
+
+    def submit() -> None:
+        try:
+            executor.submit(add, 1)
+        except RuntimeError as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=submit)
+    thread.start()
+    time.sleep(0.1)
+    executor.shutdown(wait=False)
+    thread.join(0.3)
+    assert told == ["the executor was shut down: make a new one"]
+    assert [future.result(30) for future in futures] == [0.5, 0.5]
 
 
 def test_mistakes() -> None:
@@ -255,11 +327,12 @@ def test_a_fork_cannot_use_it(executor: SandboxExecutor) -> None:
 END = """
 import sys, time
 sys.path[:0] = {path!r}
-from sandbox import SandboxExecutor
+from sandbox import PluginPermissionsV2, SandboxExecutor
 def work(number):
     time.sleep(0.1)
     return number
-executor = SandboxExecutor(2, level={level!r})
+permissions = PluginPermissionsV2(allowed_directories=[{folder!r}] if {folder!r} else [])
+executor = SandboxExecutor(2, level={level!r}, permissions=permissions)
 for number in range(4):
     executor.submit(work, number).add_done_callback(lambda done: print(done.result(), flush=True))
 {last}
@@ -267,8 +340,11 @@ for number in range(4):
 
 
 @pytest.mark.parametrize("last", ["", "raise SystemExit(3)", "executor.shutdown(wait=False)"])
-def test_at_the_end_of_the_interpreter_all_is_done(level: IsolationLevel, last: str) -> None:
-    code = END.format(path=sys.path, level=level.value, last=last)
+@pytest.mark.parametrize("is_granted", [False, True], ids=["", "with a folder"])
+def test_at_the_end_of_the_interpreter_all_is_done(level: IsolationLevel, last: str, is_granted: bool, tmp_path: Path) -> None:
+    """Also where an opening needs a thread of the event loop's."""
+    folder = str(tmp_path) if is_granted and level is not IsolationLevel.MINIMAL else ""
+    code = END.format(path=sys.path, level=level.value, last=last, folder=folder)
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert sorted(done.stdout.split()) == ["0", "1", "2", "3"], done.stderr

@@ -401,6 +401,20 @@ def test_only_what_was_checked_is_run(tmp_path: Path) -> None:
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_reply_ahead_of_violations_changes_nothing(tmp_path: Path) -> None:
+    """A load is judged by all that the plugin has done, also after its value was there."""
+    ahead = """
+    import os, socket, stat
+    from sandbox.engine import codec
+    fd = next(fd for fd in range(3, 1024) if os.path.exists(f"/proc/self/fd/{fd}") and stat.S_ISSOCK(os.fstat(fd).st_mode))
+    socket.socket(fileno=fd).send(b"V" + codec.encode(7))"""
+    write(tmp_path, {"bad/main.py": f"def main():{ahead}{AND_BREAK}"})
+    with opened(tmp_path) as framework:
+        done = load(framework, "bad")
+        assert done["success"] is False
+        assert [each["plugin_id"] for each in framework.get_quarantined_plugins()] == ["bad"]
+
+
 def test_quarantine_by_name_and_by_content(tmp_path: Path) -> None:
     write(
         tmp_path,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -245,6 +247,57 @@ def test_a_cancelled_call_is_killed(level: IsolationLevel) -> None:
     run(level, work)
 
 
+def test_a_call_that_is_cancelled_as_its_process_ends(level: IsolationLevel) -> None:
+    async def work(session: Any, _: EnhancedPluginSandbox) -> None:
+        call = asyncio.create_task(session.call(leave, 3))
+        await asyncio.sleep(0)
+        session._process.add_done_callback(lambda _: call.cancel())
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert await session.call(use_state) == 1
+
+    run(level, work)
+
+
+def test_who_is_cancelled_twice_spoils_no_call_of_others(level: IsolationLevel) -> None:
+    """The second time keeps it from waiting for the process that has been killed."""
+
+    async def work(session: Any, _: EnhancedPluginSandbox) -> None:
+        for _number in range(5):
+            call = asyncio.create_task(session.call(sleep, 20.0))
+            await asyncio.sleep(0.05)
+            for _again in range(2):
+                call.cancel()
+                await asyncio.sleep(0)
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert await session.call(use_state) == 1
+
+    run(level, work)
+
+
+class Unloadable:
+    def __reduce__(self) -> Any:
+        return int, ("none",)
+
+
+UNLOADABLE = Unloadable()
+
+
+def uses_unloadable() -> Any:
+    return UNLOADABLE
+
+
+def test_a_function_that_cannot_be_loaded_says_so_each_time(level: IsolationLevel) -> None:
+    async def work(session: Any, _: EnhancedPluginSandbox) -> None:
+        for _i in range(3):
+            with pytest.raises(PluginExecutionError, match="ValueError: invalid literal"):
+                await session.call(uses_unloadable)
+        assert await session.call(use_state) == 1
+
+    run(level, work)
+
+
 def test_callers_are_served_in_order(level: IsolationLevel) -> None:
     async def work(session: Any, sandbox: EnhancedPluginSandbox) -> None:
         assert await asyncio.gather(*(session.call(use_state) for _ in range(20))) == list(range(1, 21))
@@ -346,6 +399,35 @@ def test_beyond_the_threshold_the_process_is_killed(level: IsolationLevel) -> No
         assert await session.call(use_state) == 1
 
     run(level, work, config={"violation_threshold": 1})
+
+
+def test_a_refusal_that_ends_a_call_is_on_record(level: IsolationLevel) -> None:
+    """Also one that is no violation where the plugin goes on without it."""
+
+    async def work(session: Any, sandbox: EnhancedPluginSandbox) -> None:
+        with pytest.raises(SecurityViolationError, match="socket"):
+            await session.call(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
+        assert len(sandbox.get_violations()) == 1
+
+    run(level, work)
+
+
+@pytest.mark.parametrize("level", [IsolationLevel.STANDARD, IsolationLevel.STRICT], ids=lambda level: level.value)
+def test_changes_of_a_call_that_a_violation_has_ended_are_discarded(level: IsolationLevel) -> None:
+    def offends(path: str) -> None:
+        Path(path).write_text("x")
+        os.chroot("/")
+
+    async def work(session: Any, sandbox: EnhancedPluginSandbox) -> None:
+        with pytest.raises(SecurityViolationError, match="chroot"):
+            await session.call(offends, f"{folder}/new")
+        await session.__aexit__(None, None, None)
+        assert sandbox.changes() == []
+        assert await sandbox.commit_changes() == []
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        run(level, work, permissions={"allowed_directories": [folder]})
 
 
 def test_one_row_for_a_process(level: IsolationLevel) -> None:
