@@ -5,7 +5,9 @@ A peer that is not installed is left out. Must not know psie, nor what is measur
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+import venv
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -22,7 +25,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON: str = sys._base_executable  # type: ignore[attr-defined]  # starts faster than one of a virtual environment
 ECHO = ("-I", "-c", "import json, sys; print(json.dumps(json.load(sys.stdin)))")
 
 BUBBLEWRAP = "bubblewrap + python3"
@@ -34,6 +36,16 @@ POOL = "ProcessPoolExecutor(2) (no isolation)"
 FLOOR = "C program, same namespaces, no Python (the floor)"
 
 
+@functools.cache
+def bare_python() -> str:
+    """Our interpreter in a virtual environment without packages: what .pth files of this machine would have it run at each
+    start is no peer's cost. Not in /tmp, which peers replace."""
+    folder = tempfile.TemporaryDirectory(prefix="psie-bench-", dir="/var/tmp")
+    atexit.register(folder.cleanup)
+    venv.create(folder.name, symlinks=True)
+    return f"{folder.name}/bin/python"
+
+
 class Peer:
     """Programs in something that isolates them, or that does not: `wrap` makes a command line into one that does so."""
 
@@ -41,9 +53,9 @@ class Peer:
         self.name = name
         self.wrap = wrap
 
-    def run(self, *arguments: str, python: str = PYTHON, stdin: str = "") -> str:
+    def run(self, *arguments: str, python: str = "", stdin: str = "") -> str:
         """Python with these arguments, to its end; what it has written. Raises CalledProcessError."""
-        command = self.wrap([python, *arguments])
+        command = self.wrap([python or bare_python(), *arguments])
         done = subprocess.run(command, check=True, input=stdin, capture_output=True, text=True)
         return done.stdout
 
@@ -55,7 +67,7 @@ class Peer:
     def standing(self) -> Iterator[int]:
         """A Python that waits; the id of the process that was started for it."""
         wait = "print(flush=True); input()"
-        command = self.wrap([PYTHON, "-I", "-S", "-c", wait])
+        command = self.wrap([bare_python(), "-I", "-S", "-c", wait])
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             assert process.stdin is not None
             assert process.stdout is not None
@@ -71,12 +83,12 @@ class SandlockPeer(Peer):
     def __init__(self) -> None:
         super().__init__(SANDLOCK, list)
 
-    def run(self, *arguments: str, python: str = PYTHON, stdin: str = "") -> str:
+    def run(self, *arguments: str, python: str = "", stdin: str = "") -> str:
         from sandlock import Sandbox, StdioMode
 
         sandbox = Sandbox(fs_readable=["/"], fs_writable=["/tmp"], max_memory="128M", clean_env=True)
         streams = {"stdin": StdioMode.PIPED, "stdout": StdioMode.PIPED, "stderr": StdioMode.NULL}
-        with sandbox.popen([python, *arguments], **streams) as process:
+        with sandbox.popen([python or bare_python(), *arguments], **streams) as process:
             process.stdin.write(stdin.encode())
             process.stdin.close()
             output: bytes = process.stdout.read()
