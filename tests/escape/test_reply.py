@@ -475,8 +475,8 @@ def test_memory_for_a_value_is_no_program(level: IsolationLevel) -> None:
 # -- after the reply -----------------------------------------------------------------------------------------------------------
 
 
-def replies_and_goes_on() -> None:
-    """With a process and a thread of its own, where it may have those."""
+def replies_and_goes_on(forks: bool) -> None:
+    """With a process, where it may have one, and a thread of its own."""
     import contextlib
     import os
     import threading
@@ -490,9 +490,8 @@ def replies_and_goes_on() -> None:
             with open("count", "w") as file:
                 file.write(str(number))
 
-    with contextlib.suppress(OSError):
-        if os.fork() == 0:
-            work()
+    if forks and os.fork() == 0:
+        work()
     threading.Thread(target=work).start()
     with contextlib.suppress(OSError):
         socket_to_the_caller().send(b"V" + codec.encode(7))
@@ -508,11 +507,11 @@ def test_what_goes_on_after_the_reply_is_ended_before_anybody_looks(level: Isola
         permissions = {"allow_subprocess_execution": may_fork}
         async with trial.open_sandbox(level, {"max_subprocess_count": 3 * may_fork}, permissions) as one:
             for _ in range(2):
-                assert await one.execute_plugin_safe(replies_and_goes_on) == 7
+                assert await one.execute_plugin_safe(replies_and_goes_on, may_fork) == 7
                 before = one.read_file("count")
                 await asyncio.sleep(0.1)
                 assert one.read_file("count") == before
-                assert await one.execute_plugin_safe(replies_and_goes_on) == 7
+                assert await one.execute_plugin_safe(replies_and_goes_on, may_fork) == 7
                 begun = time.monotonic()
                 assert await one.execute_plugin_safe(count_that_stands) == "it stands"
                 assert time.monotonic() - begun < BOUND
