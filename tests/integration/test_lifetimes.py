@@ -67,13 +67,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     service.shut_down()  # what waits by that clock would wait for ever
 
 
+def stands(pid: int) -> bool:
+    threads = Path(f"/proc/{pid}/task").glob("*/stat")
+    return all(thread.read_text().rpartition(")")[2].split()[0] in "TZX" for thread in threads)
+
+
 @contextlib.contextmanager
 def stopped(*pids: int) -> Iterator[None]:
-    """SIGSTOP; whoever has survived goes on afterwards, so that a test that fails leaves nothing."""
+    """SIGSTOP, and all threads of them stand; whoever has survived goes on afterwards, so that a test that fails leaves
+    nothing."""
     fds = [os.pidfd_open(pid) for pid in pids]
     for fd in fds:
         signal.pidfd_send_signal(fd, signal.SIGSTOP)
     try:
+        assert harness.wait_until(lambda: all(map(stands, pids)))
         yield
     finally:
         for fd in fds:
