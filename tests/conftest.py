@@ -25,7 +25,7 @@ PARTS = ("library", "rootless", "rest")
 # Integration tests that are in other parts, so that each part takes about as long.
 ELSEWHERE = {
     **dict.fromkeys(("test_rootless.py", "test_faults.py", "test_framework.py", "test_plugins_cli.py"), "rootless"),
-    "test_cli.py": "rest",
+    **dict.fromkeys(("test_cli.py", "test_start.py"), "rest"),
 }
 
 
