@@ -457,7 +457,8 @@ def test_it_stands_still_while_evidence_is_kept(level: IsolationLevel, how: str,
                 assert time.monotonic() < end
                 assert not task.done(), task.exception()
                 await asyncio.sleep(0.005)
-            moved.append(await has_moved(sandbox))
+            while not await has_moved(sandbox):  # who wakes it takes most of a slow machine
+                assert time.monotonic() < end
             monkeypatch.setattr(EnhancedPluginSandbox, "_keep_evidence", keep)
             details = {"sandbox_id": sandbox.sandbox_id}
             violation = SandboxViolation(Kind.SECURITY_BREACH, "an attack", datetime.now(UTC), details=details)
@@ -466,7 +467,7 @@ def test_it_stands_still_while_evidence_is_kept(level: IsolationLevel, how: str,
                 await task
 
     asyncio.run(main())
-    assert moved == [True, False]
+    assert moved == [False]
 
 
 # -- time and the end ----------------------------------------------------------------------------------------------------
