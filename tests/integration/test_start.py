@@ -257,3 +257,12 @@ def test_where_the_packages_are_elsewhere_it_does_without_that_zygote(strict: Ca
     line = [str(tmp_path / "psie"), "run", "-q", str(plugin)]
     done = subprocess.run(line, env=strict.environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "here\n", "")
+
+
+def test_a_script_that_stands_alone_says_so(tmp_path: Path) -> None:
+    script = tmp_path / "psie"
+    script.write_bytes((harness.REPOSITORY / "bin" / "psie").read_bytes())
+    script.chmod(0o755)
+    done = subprocess.run([script, "run", "x.py"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (125, "")
+    assert done.stderr == f"psie: {script}-python is missing or no program: install psie again\n"
