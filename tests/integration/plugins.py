@@ -152,3 +152,12 @@ def surroundings() -> dict[str, Any]:
     except OSError:
         proc = []
     return {"uid": os.getuid(), "pid": os.getpid(), "proc": proc, "written": written}
+
+
+def large_after_a_while(size: int) -> bytes:
+    """Says that it runs, and returns what needs memory of the caller's half a second later."""
+    import time
+
+    open("ready", "w").close()
+    time.sleep(0.5)
+    return bytes(size)

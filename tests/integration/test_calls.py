@@ -11,6 +11,7 @@ import importlib
 import math
 import os
 import pathlib
+import resource
 import sys
 import threading
 import uuid
@@ -25,6 +26,7 @@ from sandbox import (
     PluginExecutionError,
     PluginLimitsV2,
     PluginPermissionsV2,
+    ResourceError,
     SandboxInitializationError,
     SandboxTelemetry,
     SandboxViolation,
@@ -681,3 +683,23 @@ def test_a_refused_import_is_a_violation(level: IsolationLevel) -> None:
     line = import_what_is_blocked.__code__.co_firstlineno + 4
     assert (first.details["file"], first.details["line"]) == (__file__, line)
     assert "PluginPermissionsV2.blocked_modules" in first.message
+
+
+def test_a_large_value_without_a_descriptor_for_it(level: IsolationLevel) -> None:
+    """The caller has none left when its worker asks for memory; the sandbox serves the next call."""
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            assert await sandbox.execute_plugin_safe(bytes, 1) == b"\0"
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            task = asyncio.create_task(sandbox.execute_plugin_safe(plugins.large_after_a_while, 1 << 20))
+            await harness.wait_for(lambda: "ready" in {entry.path for entry in sandbox.list_files()})
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+            try:
+                with pytest.raises(ResourceError, match="raise the limit of open files"):
+                    await task
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert len(await sandbox.execute_plugin_safe(bytes, 1 << 20)) == 1 << 20
+
+    asyncio.run(main())
