@@ -964,7 +964,9 @@ class EnhancedPluginSandbox:
             self._in_engine(lambda: recorder.host_has_written(path))
 
     def _opened_sandbox(self) -> client.Sandbox:
-        if self._sandbox is None or self._sandbox.closing:
+        """For the engine's thread. Its lifetime counts before the timer for it has been served: this process may have been
+        stopped, and go on with what was posted meanwhile."""
+        if self._sandbox is None or self._sandbox.closing or not self._sandbox.seconds_left():
             raise RuntimeError(f"sandbox {self.sandbox_id} is not open: use it inside `async with`")
         return self._sandbox
 

@@ -36,5 +36,5 @@ def history(plugin: str | None, level: str | None, outcome: str | None, since: s
 
 def row(run: Run) -> list[str]:
     status = "" if run.exit_code is None else str(run.exit_code)
-    numbers = [f"{run.seconds:.3f}", f"{run.peak_memory_mb:.1f}", str(len(run.violations) or "")]
+    numbers = [f"{run.seconds:.3f}", f"{run.peak_memory_mb:.1f}" if run.peak_memory_mb else "", str(len(run.violations) or "")]
     return [run.outcome, records.shown_time(run.started), run.plugin_id, run.level, status, *numbers, run.door, run.reason]

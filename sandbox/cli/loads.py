@@ -59,5 +59,6 @@ def print_loads(loads: list[Load]) -> None:
                 reason += f"at the second try, with {step['after']['max_memory_mb']:g} MB"
         if load.quarantined:
             reason = f"{reason}; it is quarantined now" if load.error else f"it is quarantined now: {load.quarantined}"
-        rows.append([load.outcome, load.plugin_id, f"{load.seconds:.2f}", f"{load.telemetry.peak_memory_mb:.1f}", reason])
+        peak = load.telemetry.peak_memory_mb  # 0.0: nobody has seen it, as of one that was killed at once
+        rows.append([load.outcome, load.plugin_id, f"{load.seconds:.2f}", f"{peak:.1f}" if peak else "", reason])
     print_table(["outcome", "plugin", "seconds", "peak MB", "reason"], rows)

@@ -420,9 +420,7 @@ def plugin_error(call: Call | Answer, violations: list[SandboxViolation]) -> San
         return _limit("pids", allowed, None, text, explanation)
     name, key = LIMIT_ERRNO.get(error.errno, ("", ""))
     if name and not (name == "disk" and call.sandbox.recipe.workspace["kind"] == "folder"):  # that has no limit of ours
-        return _limit(
-            name, limits[key], None, f"the plugin passed its limit of {name} ({key} {limits[key]:g}): {error.message}"
-        )
+        return _limit(name, limits[key], None, f"the plugin passed its limit of {name}: {error.message}")
     if error.errno == errno.EPERM and violations and violations[-1].details.get("limit") == "network_requests":
         return _limit("network_requests", call.sandbox.recipe.network["max_requests"], None, violations[-1].message)
     is_name = error.type.endswith("gaierror") and bool(violations) and violations[-1].details.get("operation") == "resolve"
