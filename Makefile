@@ -7,7 +7,7 @@ BOX ?= trixie
 VM := dnsmasq-base e2fsprogs iproute2 iptables libvirt-clients libvirt-daemon-driver-qemu libvirt-daemon-system mmdebstrap \
 	openssh-client qemu-system-x86 qemu-utils rsync vagrant vagrant-libvirt
 
-.PHONY: demo test vm-test vm-test-all vm-attacks check bench clean
+.PHONY: demo test vm-test vm-test-all vm-attacks check docs bench clean
 
 demo: .venv/ready
 	$(BIN)/psie run examples/hello.py --level strict --summary -- from the demo
@@ -35,6 +35,14 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation as pages in site/; a link that leads nowhere is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 # ARGS="--quick", ARGS="--only call"
 bench: .venv/bench
 	PACKAGES="bubblewrap gcc" ./tools/apt-install
@@ -56,5 +64,5 @@ bench: .venv/bench
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis vagrant/.vagrant vagrant/results
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis site vagrant/.vagrant vagrant/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

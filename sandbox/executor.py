@@ -89,7 +89,9 @@ class SandboxExecutor(concurrent.futures.Executor):
     Args:
         max_workers: how many run at once; the number of CPUs if None.
         level: in place of the level that `config` has.
-        limits, permissions, config: as for EnhancedPluginSandbox; their defaults if None.
+        limits: as for EnhancedPluginSandbox; their defaults if None.
+        permissions: likewise.
+        config: likewise.
         timeout: seconds that a call may run, in place of the limit that `limits` have.
         max_waiting: `submit` waits while so many calls wait for a sandbox, but not in a callback of a Future, which holds
             them up; None: it never does.

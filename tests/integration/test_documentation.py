@@ -1,0 +1,185 @@
+"""Every block of the README and of the documentation does what the page says: see tests/blocks.py for how pages are read.
+
+Each page has a folder of its own, with the examples of the repository, and records of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import blocks
+import pytest
+from blocks import Block
+
+from . import cli_harness, harness
+
+RUNNER = str(harness.HERE / "page_runner.py")
+SECONDS = 60 * harness.PATIENCE  # for a command
+pytestmark = pytest.mark.timeout(300 * harness.PATIENCE)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """With a short name, which tables need not break."""
+    with tempfile.TemporaryDirectory(prefix="docs-") as place:
+        yield Path(place)
+
+
+@pytest.mark.parametrize("page", blocks.pages(), ids=lambda path: str(path.relative_to(blocks.ROOT)))
+def test_the_blocks_of_a_page(page: Path, folder: Path) -> None:
+    wrong = failures(blocks.read(page), folder)
+    assert not wrong, "\n\n".join(wrong)
+
+
+def failures(page: list[Block], folder: Path) -> list[str]:
+    """Run what is to be run of a page, and say what is not as shown."""
+    steps = list(steps_of(page))
+    if not any(step["kind"] != "file" for step, _ in steps):
+        return []
+    came = run([step for step, _ in steps], folder)
+    assert len(came) == len(steps)
+    return [wrong for (step, shown), result in zip(steps, came, strict=True) if (wrong := difference(step, shown, result))]
+
+
+def steps_of(page: list[Block]) -> Iterator[tuple[dict[str, Any], tuple[str, ...] | None]]:
+    """Each step for the runner, and what it has to print; None: the page does not say."""
+    for block, following in zip(page, [*page[1:], None], strict=False):
+        step = {"line": block.line, "file": str(blocks.ROOT / block.page), "place": block.place, "text": block.text}
+        if block.reason:
+            continue
+        if block.is_file:
+            yield {**step, "kind": "file", "title": block.title}, None
+        elif block.language == "python":
+            is_shown = following is not None and following.title == blocks.OUTPUT
+            yield {**step, "kind": "python"}, tuple(following.text.rstrip("\n").split("\n")) if is_shown and following else None
+        elif block.language == "pycon":
+            yield {**step, "kind": "doctest"}, None
+        elif block.language == "console":
+            for command in blocks.commands(block):
+                place = f"{block.page}:{command.line}"
+                yield {**step, "kind": "command", "line": command.line, "place": place, "text": command.text}, command.shown
+
+
+def run(steps: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    place, records, home = folder / "page", folder / "records", folder / "home"
+    for each in (place, records, home):
+        each.mkdir()
+    folder.chmod(0o755)
+    shutil.copytree(blocks.ROOT / "examples", place / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    caller = cli_harness.remembering(cli_harness.privileged("standard", place), records)
+    programs = os.pathsep.join((os.path.dirname(caller.script), os.path.dirname(sys.executable)))
+    environment = {name: value for name, value in caller.environment.items() if name not in ("PYTHONSAFEPATH", "API_TOKEN")}
+    caller = dataclasses.replace(
+        caller, environment={**environment, "HOME": str(home), "PATH": f"{programs}{os.pathsep}{environment['PATH']}"}
+    )
+    result = folder / "result.json"
+    done = subprocess.run(
+        [*caller.prefix, RUNNER, str(result)],
+        input=json.dumps({"steps": steps, "seconds": SECONDS}),
+        env=caller.environment,
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240 * harness.PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    came: list[dict[str, Any]] = json.loads(result.read_text())
+    return came
+
+
+def difference(step: dict[str, Any], shown: tuple[str, ...] | None, came: dict[str, Any]) -> str:
+    """What is wrong with a step, "" if nothing is."""
+    place = f"{step['place']}: {step['text'].strip() if step['kind'] == 'command' else step['kind']}"
+    if came["error"]:
+        return f"{place}\n{came['error']}"
+    if shown and not blocks.is_as_shown(shown, came["output"]):
+        return f"{place}\nshown:\n" + "\n".join(shown) + f"\ncame:\n{came['output']}"
+    if step["kind"] == "command" and not shown and came["status"] != 0:
+        return f"{place}\nstatus {came['status']}, and the page shows nothing of it:\n{came['output']}"
+    if step["kind"] == "doctest" and not came["examples"]:
+        return f"{place}\nthere is no example in it: begin a line with >>>"
+    return ""
+
+
+WRONG = {
+    "a python block that raises": "```python\nassert 1 + 1 == 3\n```",
+    "a name that nobody has defined": "```python\nreformat('x')\n```",
+    "another output of python": '```python\nprint("one")\n```\n\n```text title="output"\ntwo\n```',
+    "another output of a command": "```console\n$ echo one\ntwo\n```",
+    "less output than there is": "```console\n$ printf 'one\\ntwo\\n'\none\n```",
+    "more output than there is": "```console\n$ echo one\none\ntwo\n...\n```",
+    "a command that fails": "```console\n$ psie run nothing.py\n```",
+    "a command that nobody knows": "```console\n$ psie rum examples/hello.py\n```",
+    "another doctest": "```pycon\n>>> 1 + 1\n3\n```",
+    "an await that raises": "```python\nimport asyncio\nawait asyncio.sleep('x')\n```",
+    "what is wrong in a hidden block": "<!-- setup:\nraise ValueError\n-->\n",
+}
+RIGHT = """
+<!-- file words.txt:
+one
+-->
+
+```python title="plugin.py"
+found = 1
+```
+
+<!-- setup:
+x = 1
+-->
+
+```python
+import asyncio, plugin
+await asyncio.sleep(0)
+print(x + plugin.found, "and    more")
+```
+
+```text title="output"
+... and more
+```
+
+```console
+$ cd /
+$ echo "from here"; exit 3
+from here
+$ echo $? \\
+>    $PWD
+3 /
+$ seq 5
+1
+...
+5
+```
+
+<!-- not run: there is no such command -->
+
+```console
+$ nobody-knows-this
+```
+
+```pycon
+>>> x + 1
+2
+```
+"""
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_in_a_block_is_seen(what: str, folder: Path) -> None:
+    assert len(failures(blocks.parse("page", WRONG[what]), folder)) == 1
+
+
+def test_what_a_page_may_hold(folder: Path) -> None:
+    page = blocks.parse("page", RIGHT)
+    assert [block.language for block in page] == ["text", "python", "python", "python", "text", "console", "console", "pycon"]
+    assert not failures(page, folder)
