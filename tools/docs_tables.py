@@ -1,6 +1,7 @@
 """The tables of README.md and docs/ that the code knows: levels from the recipes, options and commands, errors, refusals.
 
     python tools/docs_tables.py            # writes them anew, between the marks of each page
+    python tools/docs_tables.py --check    # only says which pages are not as they would be, by its status too
 
 A page has `<!-- made by tools/docs_tables.py: NAME -->` above and `<!-- end: NAME -->` below a table. tests/test_docs.py holds
 that every table is what this prints.
@@ -24,12 +25,14 @@ import click  # noqa: E402
 import sandbox  # noqa: E402
 from sandbox import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, host, recipe  # noqa: E402
 from sandbox.cli import app, options  # noqa: E402
-from sandbox.errors import SandboxException, SandboxInitializationError  # noqa: E402
+from sandbox.errors import SandboxInitializationError  # noqa: E402
 from sandbox.explanations import RULES, Rule  # noqa: E402
 from sandbox.host import HostFacts  # noqa: E402
 from sandbox.recipe_data import ENFORCED, Protection, Recipe  # noqa: E402
 
 MARK = re.compile(r"(<!-- made by tools/docs_tables\.py: (?P<name>[\w-]+) -->\n).*?(\n<!-- end: (?P=name) -->)", re.DOTALL)
+NAMESPACES = [f"{name} namespace" for name in ("user", "mount", "PID", "IPC", "UTS", "cgroup")]
+OWN_PLACES = ("own /proc", "private /tmp, /var/tmp, /dev/shm, minimal /dev", "workspace")
 ALLOWED = PluginPermissionsV2(allow_network_access=True, allowed_hosts=["*"])
 
 
@@ -72,9 +75,9 @@ SHORT: dict[str, Callable[[dict[str, Protection]], str]] = {
     "Landlock: writes only to the workspace and granted folders": has("writes only to the workspace"),
     "cgroup v2: memory, processes, CPU": has("cgroup leaf", "memory", "processes and threads", "CPU"),
     "seccomp": lambda given: given["seccomp"].name.removeprefix("seccomp "),
-    "user, mount, PID, IPC, UTS, cgroup namespaces": has(*(f"{name} namespace" for name in ("user", "mount", "PID", "IPC", "UTS"))),
+    "user, mount, PID, IPC, UTS, cgroup namespaces": has(*NAMESPACES),
     "files": lambda given: given["view of the files"].detail,
-    "/tmp, /dev/shm and /proc of its own, disk limit": has("own /proc", "private /tmp, /var/tmp, /dev/shm, minimal /dev", "workspace"),
+    "/tmp, /dev/shm and /proc of its own, disk limit": has(*OWN_PLACES),
     "network": network_cell,
 }  # fmt: skip
 
@@ -226,9 +229,19 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """With --check nothing is written; then, and else for a page that was changed, its name is printed."""
+    stale = 0
     for page in pages():
         text = page.read_text(encoding="utf-8")
-        if filled(text) != text:
-            page.write_text(filled(text), encoding="utf-8")
+        made = filled(text)
+        if made != text:
+            stale += 1
             print(page.relative_to(ROOT))
+            if "--check" not in arguments:
+                page.write_text(made, encoding="utf-8")
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -39,7 +39,7 @@ def leave(status: int) -> NoReturn:
 
 
 def main() -> None:
-    """The console script. Exits with the plugin's status, or as the README's table of statuses says."""
+    """The console script. Exits with the plugin's status, or as the table of statuses in docs/command-line.md says."""
     open_standard_fds()
     gc.disable()  # nothing here lives long enough for a collection to pay
     arguments = sys.argv[1:]
