@@ -2,7 +2,8 @@
 
 A page is read into steps, in its order:
 
-- a block with `title="NAME"` behind its language is a file of that name, which later steps find in the page's folder;
+- a block with `title="NAME"` behind its language is a file of that name, which later steps find in the page's folder, also
+  where the name begins with a slash;
 - a `python` block is run; all of a page have one namespace, and may await; what a block `text title="output"` right behind it
   shows is what it has to print;
 - a `pycon` block is run as a doctest in the same namespace;

@@ -32,7 +32,8 @@ class Page:
         self.runner = runner
         self.seconds = seconds
         self.module = sys.modules["__main__"] = types.ModuleType("__main__")
-        self.folder = os.getcwd()
+        self.place = Path.cwd()
+        self.folder = str(self.place)
         self.status = 0
 
     def python(self, step: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +76,9 @@ class Page:
         return {"output": done.stdout.decode(errors="replace"), "status": done.returncode, "error": ""}
 
     def file(self, step: dict[str, Any]) -> dict[str, Any]:
-        path = Path(step["title"])
+        path = self.place / step["title"].lstrip("/")  # also one of /etc is there only for the page
+        if ".." in path.parts:
+            raise ValueError(f"{step['place']}: {step['title']} is not in the page's folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(step["text"])
         return {"output": "", "error": ""}

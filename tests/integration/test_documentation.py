@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,11 +73,11 @@ def steps_of(page: list[Block]) -> Iterator[tuple[dict[str, Any], tuple[str, ...
 def run(steps: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     place, records, home = folder / "page", folder / "records", folder / "home"
     for each in (place, records, home):
-        each.mkdir()
+        each.mkdir(parents=True)
     folder.chmod(0o755)
     shutil.copytree(blocks.ROOT / "examples", place / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     caller = cli_harness.remembering(cli_harness.privileged("standard", place), records)
-    programs = os.pathsep.join((os.path.dirname(caller.script), os.path.dirname(sys.executable)))
+    programs = os.pathsep.join((os.path.dirname(caller.script), str(interpreter_in(folder / "bin"))))
     environment = {name: value for name, value in caller.environment.items() if name not in ("PYTHONSAFEPATH", "API_TOKEN")}
     caller = dataclasses.replace(
         caller, environment={**environment, "HOME": str(home), "PATH": f"{programs}{os.pathsep}{environment['PATH']}"}
@@ -98,6 +99,15 @@ def run(steps: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     return came
 
 
+def interpreter_in(place: Path) -> Path:
+    """A folder with a `python` for the shell: a system's own is called python3 alone."""
+    place.mkdir()
+    for name in ("python", "python3"):
+        (place / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        (place / name).chmod(0o755)
+    return place
+
+
 def difference(step: dict[str, Any], shown: tuple[str, ...] | None, came: dict[str, Any]) -> str:
     """What is wrong with a step, "" if nothing is."""
     place = f"{step['place']}: {step['text'].strip() if step['kind'] == 'command' else step['kind']}"
@@ -110,6 +120,14 @@ def difference(step: dict[str, Any], shown: tuple[str, ...] | None, came: dict[s
     if step["kind"] == "doctest" and not came["examples"]:
         return f"{place}\nthere is no example in it: begin a line with >>>"
     return ""
+
+
+def test_files_of_the_system_stay_as_they_are(folder: Path) -> None:
+    page = blocks.parse("page", f'```text title="{folder}/made"\nx\n```\n\n```console\n$ cat {str(folder)[1:]}/made\nx\n```')
+    assert not failures(page, folder)
+    assert not (folder / "made").exists()
+    with pytest.raises(AssertionError, match="not in the page's folder"):
+        run([{"kind": "file", "title": "../made", "text": "x", "place": "page:1"}], folder / "another")
 
 
 WRONG = {
