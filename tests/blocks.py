@@ -9,6 +9,7 @@ A page is read into steps, in its order:
 - a `pycon` block is run as a doctest in the same namespace;
 - in a `console` block each line that begins with `$ ` is a command, and the lines below it are what it has to print, on stdout
   and stderr; if there are none it has to succeed;
+- an `sh` block is a script, which has to succeed;
 - other languages are only parsed (tests/test_docs.py).
 
 In what is shown, a line `...` stands for any lines, `...` inside a line for any text, and spaces count as one. Comments give

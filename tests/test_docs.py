@@ -29,7 +29,7 @@ from sandbox.plugins import manifest
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 PAGES = [str(path.relative_to(ROOT)) for path in blocks.pages()]
-RUN = ("python", "pycon", "console")  # by tests/integration/test_documentation.py
+RUN = ("python", "pycon", "console", "sh")  # by tests/integration/test_documentation.py
 DOCKERFILE = ("FROM", "RUN", "CMD", "LABEL", "EXPOSE", "ENV", "ADD", "COPY", "ENTRYPOINT", "VOLUME", "USER", "WORKDIR", "ARG")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -109,6 +109,12 @@ def toml(block: Block, folder: Path) -> None:
         load_config(path)
 
 
+def script(block: Block, _: Path) -> None:
+    done = subprocess.run(["sh", "-n"], input=block.text, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise ValueError(done.stderr)
+
+
 def yaml_file(block: Block, _: Path) -> None:
     """With the keys that a workflow of GitHub's, or an object of Kubernetes's, cannot do without."""
     for document in yaml.safe_load_all(block.text):
@@ -142,6 +148,7 @@ def dockerfile(block: Block, _: Path) -> None:
 KINDS: dict[str, Callable[[Block, Path], object]] = {
     "python": python,
     "console": lambda block, _: blocks.commands(block),
+    "sh": script,
     "toml": toml,
     "json": lambda block, _: json.loads(block.text),
     "yaml": yaml_file,
@@ -155,6 +162,7 @@ UNREADABLE = {
     "another language": "```perl\nx\n```",
     "python": "```python\ndef\n```",
     "python that is not run": "<!-- not run: why -->\n```python\ndef\n```",
+    "a script": "```sh\nif\n```",
     "toml": "```toml\nx\n```",
     "settings": "```toml\n[limits]\nmax_memory = 1\n```",
     "a manifest": '```toml title="plugin.toml"\nversion = 1\n```',

@@ -62,6 +62,8 @@ def steps_of(page: list[Block]) -> Iterator[tuple[dict[str, Any], tuple[str, ...
         elif block.language == "python":
             is_shown = following is not None and following.title == blocks.OUTPUT
             yield {**step, "kind": "python"}, tuple(following.text.rstrip("\n").split("\n")) if is_shown and following else None
+        elif block.language == "sh":
+            yield {**step, "kind": "command"}, ()
         elif block.language == "pycon":
             yield {**step, "kind": "doctest"}, None
         elif block.language == "console":
@@ -139,6 +141,7 @@ WRONG = {
     "more output than there is": "```console\n$ echo one\none\ntwo\n...\n```",
     "a command that fails": "```console\n$ psie run nothing.py\n```",
     "a command that nobody knows": "```console\n$ psie rum examples/hello.py\n```",
+    "a script": "```sh\ntrue\nfalse\n```",
     "another doctest": "```pycon\n>>> 1 + 1\n3\n```",
     "an await that raises": "```python\nimport asyncio\nawait asyncio.sleep('x')\n```",
     "what is wrong in a hidden block": "<!-- setup:\nraise ValueError\n-->\n",
