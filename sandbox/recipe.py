@@ -604,7 +604,10 @@ class _Compiler:
     def mounts(self) -> tuple[dict[str, object] | None, list[Line]]:
         """(template, lines of every call). See sandbox.ns.mounts for the operations."""
         if "mnt" not in self.namespaces:
-            self.add("view of the files", "Landlock", VIEWS["host"])
+            if self.host.landlock_abi and self.config.enable_filesystem_isolation:
+                self.add("view of the files", "Landlock", VIEWS["host"])
+            else:
+                self.report("view of the files", "", "the host's files, as the plugin's id may read and write them")
             return self.template_for_reach(), []
         self.add("view of the files", "mount namespace, pivot_root(2)", VIEWS[self.level.view])
         detail = f"{self.limits.max_disk_usage_mb:g} MB together, besides the workspace"

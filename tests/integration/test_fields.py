@@ -214,3 +214,12 @@ def test_the_way_to_controllers_is_that_of_the_place(here: dict[str, Any], mend:
         recipe.compile(config, PluginLimitsV2(), PluginPermissionsV2(), facts)
     assert mend in str(caught.value)
     assert mend in (caught.value.mend or "")
+
+
+@pytest.mark.parametrize("level", [IsolationLevel.MINIMAL, IsolationLevel.STANDARD])
+@pytest.mark.parametrize("lacks", [{"landlock_abi": 0, "user_namespaces": "switched off"}, {}], ids=["host", "settings"])
+def test_a_view_that_nothing_restricts_is_not_said_to_be_enforced(level: IsolationLevel, lacks: dict[str, Any]) -> None:
+    facts = dataclasses.replace(host.ideal(), **lacks)
+    config = IsolationConfig(level=level, enable_filesystem_isolation=bool(lacks))
+    made = recipe.compile(config, PluginLimitsV2(), PluginPermissionsV2(), facts)
+    assert {each.name: each.state for each in made.protections}["view of the files"] == "missing"
