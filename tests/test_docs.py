@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import importlib
 import json
 import re
 import subprocess
@@ -56,6 +57,24 @@ def test_every_table_is_what_the_code_says() -> None:
     command = [sys.executable, str(ROOT / "tools" / "docs_tables.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, f"run: python tools/docs_tables.py\n{done.stdout}{done.stderr}"
+
+
+def test_tables_are_made_anew() -> None:
+    """What stands between the marks is replaced, every table is on a page, and a mark that is not closed is a mistake."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        tables = importlib.import_module("docs_tables")
+    finally:
+        sys.path.pop(0)
+    mark = "<!-- made by tools/docs_tables.py: call-options -->\n"
+    made = tables.filled(f"{mark}wrong\n<!-- end: call-options -->\n")
+    assert "| `--arg JSON` |" in made
+    assert "wrong" not in made
+    assert tables.filled(made) == made == tables.filled(f"{mark}<!-- end: call-options -->\n")
+    with pytest.raises(ValueError, match="not closed"):
+        tables.filled(mark)
+    texts = "".join((ROOT / page).read_text() for page in PAGES)
+    assert [name for name in tables.TABLES if f"{mark.split(':')[0]}: {name} -->" not in texts] == []
 
 
 def test_every_error_has_a_section() -> None:

@@ -30,7 +30,7 @@ from sandbox.explanations import RULES, Rule  # noqa: E402
 from sandbox.host import HostFacts  # noqa: E402
 from sandbox.recipe_data import ENFORCED, Protection, Recipe  # noqa: E402
 
-MARK = re.compile(r"(<!-- made by tools/docs_tables\.py: (?P<name>[\w-]+) -->\n).*?(\n<!-- end: (?P=name) -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- made by tools/docs_tables\.py: (?P<name>[\w-]+) -->\n).*?(<!-- end: (?P=name) -->)", re.DOTALL)
 NAMESPACES = [f"{name} namespace" for name in ("user", "mount", "PID", "IPC", "UTS", "cgroup")]
 OWN_PLACES = ("own /proc", "private /tmp, /var/tmp, /dev/shm, minimal /dev", "workspace")
 ALLOWED = PluginPermissionsV2(allow_network_access=True, allowed_hosts=["*"])
@@ -221,8 +221,13 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The text of a page, with its tables as they are now. Raises KeyError for one that nobody makes."""
-    return MARK.sub(lambda mark: f"{mark[1]}\n{TABLES[mark['name']]()}\n{mark[3]}", text)
+    """The text of a page, with its tables as they are now.
+
+    Raises KeyError for a table that nobody makes, ValueError for a mark without its end.
+    """
+    if len(MARK.findall(text)) != text.count("<!-- made by tools/docs_tables.py"):
+        raise ValueError("a table is not closed by its mark: <!-- end: NAME -->")
+    return MARK.sub(lambda mark: f"{mark[1]}\n{TABLES[mark['name']]()}\n\n{mark[3]}", text)
 
 
 def pages() -> list[Path]:
