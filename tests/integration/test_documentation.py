@@ -25,6 +25,9 @@ from . import cli_harness, harness
 
 RUNNER = str(harness.HERE / "page_runner.py")
 SECONDS = 60 * harness.PATIENCE  # for a command
+AS_A_USER = (  # pages whose blocks are also run by a user without rights: see test_rootless.py
+    "README", "first-steps", "command-line", "library", "files", "network", "limits", "plugin-folders", "recovery", "records",
+)  # fmt: skip
 pytestmark = pytest.mark.timeout(300 * harness.PATIENCE)
 
 
@@ -35,7 +38,12 @@ def folder() -> Iterator[Path]:
         yield Path(place)
 
 
-@pytest.mark.parametrize("page", blocks.pages(), ids=lambda path: str(path.relative_to(blocks.ROOT)))
+def parameter(page: Path) -> Any:
+    name = str(page.relative_to(blocks.ROOT))
+    return pytest.param(page, id=name, marks=[pytest.mark.rootless] if page.stem in AS_A_USER else [])
+
+
+@pytest.mark.parametrize("page", [parameter(page) for page in blocks.pages()])
 def test_the_blocks_of_a_page(page: Path, folder: Path) -> None:
     wrong = failures(blocks.read(page), folder)
     assert not wrong, "\n\n".join(wrong)

@@ -25,6 +25,7 @@ FILES = [
     "test_recovery.py",
     "test_lifetimes.py",
     "test_faults.py",
+    "test_documentation.py",
 ]
 
 
