@@ -451,9 +451,15 @@ def test_memory_that_nobody_seals_changes() -> None:
 
 @pytest.mark.parametrize("level", ALL)
 def test_a_value_does_not_change_once_it_is_there(level: IsolationLevel) -> None:
-    """An array lies in the memory in which it came, and whoever wrote that is still alive."""
+    """An array lies in the memory in which it came, and whoever wrote that is still alive. Where the kernel saw it written to
+    at each look, memory is not sealed (fcntl(2), EBUSY), and that is no value: another attempt."""
     pytest.importorskip("numpy")
-    value = answered(changes_it_afterwards, level=level, limits={"max_memory_mb": 512.0}).value
+    for _ in range(10):
+        outcome = answered(changes_it_afterwards, level=level, limits={"max_memory_mb": 512.0})
+        if outcome.error is None:
+            break
+        assert isinstance(outcome.error, SandboxException)
+    value = outcome.value
     before = value.copy()
     time.sleep(0.2)
     assert (value == before).all()
