@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import blocks
+import click
 import pytest
 import yaml
 from blocks import Block
 
 import sandbox
 from sandbox import load_config
+from sandbox.cli import app
 from sandbox.config import TABLES
 from sandbox.errors import ManifestError
 from sandbox.plugins import manifest
@@ -224,6 +226,28 @@ def test_what_is_not_run_has_a_reason_to() -> None:
         print(reason, *commands, sep="\n    $ ")
     assert by_block
     assert [reason for reason, commands in by_block.items() if all(each.startswith("psie ") for each in commands)] == []
+
+
+def test_every_command_and_option_that_is_named_exists() -> None:
+    """Also in sentences, and in blocks that are not run."""
+    assert [f"{page}: {said}" for page in PAGES for said in unknown((ROOT / page).read_text())] == []
+    for wrong in ("`psie rum FILE`", "$ psie run --levle strict plugin.py", "`psie plugins lits DIR`", "$ sudo psie gc --all"):
+        assert len(unknown(wrong)) == 1
+
+
+def unknown(text: str) -> list[str]:
+    """The commands of psie that it names, and that are none, or have an option that is none."""
+    found = []
+    for inline, typed in re.findall(r"`psie ([^`]+)`|^\$ (?:sudo )?psie (.*)", text, re.MULTILINE):
+        words = (inline or typed).split(" -- ")[0].split()
+        command: click.Command = app.group
+        while isinstance(command, click.Group) and words and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        names = {name for each in command.params for name in each.opts} | {"--help"}
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        if given - names or (isinstance(command, click.Group) and words and not given):
+            found.append(inline or typed)
+    return found
 
 
 @pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
