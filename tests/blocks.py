@@ -8,7 +8,7 @@ A page is read into steps, in its order:
   shows is what it has to print;
 - a `pycon` block is run as a doctest in the same namespace;
 - in a `console` block each line that begins with `$ ` is a command, and the lines below it are what it has to print, on stdout
-  and stderr; if there are none it has to succeed;
+  and stderr; if there are none, or nothing but `...`, it has to succeed;
 - an `sh` block is a script, which has to succeed;
 - other languages are only parsed (tests/test_docs.py).
 

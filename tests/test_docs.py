@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import blocks
+import click
 import pytest
 import yaml
 from blocks import Block
 
 import sandbox
 from sandbox import load_config
+from sandbox.cli import app
 from sandbox.config import TABLES
 from sandbox.errors import ManifestError
 from sandbox.plugins import manifest
@@ -226,6 +228,28 @@ def test_what_is_not_run_has_a_reason_to() -> None:
     assert [reason for reason, commands in by_block.items() if all(each.startswith("psie ") for each in commands)] == []
 
 
+def test_every_command_and_option_that_is_named_exists() -> None:
+    """Also in sentences, and in blocks that are not run."""
+    assert [f"{page}: {said}" for page in PAGES for said in unknown((ROOT / page).read_text())] == []
+    for wrong in ("`psie rum FILE`", "$ psie run --levle strict plugin.py", "`psie plugins lits DIR`", "$ sudo psie gc --all"):
+        assert len(unknown(wrong)) == 1
+
+
+def unknown(text: str) -> list[str]:
+    """The commands of psie that it names, and that are none, or have an option that is none."""
+    found = []
+    for inline, typed in re.findall(r"`psie ([^`]+)`|^\$ (?:sudo )?psie (.*)", text, re.MULTILINE):
+        words = (inline or typed).split(" -- ")[0].split()
+        command: click.Command = app.group
+        while isinstance(command, click.Group) and words and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        names = {name for each in command.params for name in each.opts} | {"--help"}
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        if given - names or (isinstance(command, click.Group) and words and not given):
+            found.append(inline or typed)
+    return found
+
+
 @pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
 def test_links_lead_somewhere(page: str) -> None:
     """Of pages that are not among those that mkdocs looks at."""
@@ -244,6 +268,14 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_every_page_can_be_reached() -> None:
-    """mkdocs holds the rest: `make docs`."""
-    nav = (ROOT / "mkdocs.yml").read_text()
-    assert [page for page in PAGES if page.startswith("docs/") and f" {page.removeprefix('docs/')}\n" not in nav] == []
+    """By mkdocs.yml's nav, and from there by no page that is gone. mkdocs holds the rest: `make docs`."""
+    nav = [f"docs/{page}" for page in leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])]
+    assert sorted(nav) == sorted(page for page in PAGES if page.startswith("docs/"))
+
+
+def leaves(nav: object) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    elif isinstance(nav, (list, dict)):
+        for each in nav.values() if isinstance(nav, dict) else nav:
+            yield from leaves(each)

@@ -125,7 +125,8 @@ def difference(step: dict[str, Any], shown: tuple[str, ...] | None, came: dict[s
         return f"{place}\n{came['error']}"
     if shown and not blocks.is_as_shown(shown, came["output"]):
         return f"{place}\nshown:\n" + "\n".join(shown) + f"\ncame:\n{came['output']}"
-    if step["kind"] == "command" and not shown and came["status"] != 0:
+    is_shown = any(line.strip() != "..." for line in shown or ())
+    if step["kind"] == "command" and not is_shown and came["status"] != 0:
         return f"{place}\nstatus {came['status']}, and the page shows nothing of it:\n{came['output']}"
     if step["kind"] == "doctest" and not came["examples"]:
         return f"{place}\nthere is no example in it: begin a line with >>>"
@@ -148,6 +149,7 @@ WRONG = {
     "less output than there is": "```console\n$ printf 'one\\ntwo\\n'\none\n```",
     "more output than there is": "```console\n$ echo one\none\ntwo\n...\n```",
     "a command that fails": "```console\n$ psie run nothing.py\n```",
+    "a command that fails, and of which everything is left out": "```console\n$ false\n...\n```",
     "a command that nobody knows": "```console\n$ psie rum examples/hello.py\n```",
     "a script": "```sh\ntrue\nfalse\n```",
     "another doctest": "```pycon\n>>> 1 + 1\n3\n```",
