@@ -7,6 +7,7 @@ the last was refused. See sandbox.learn for what may be granted, and sandbox.cli
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from time import monotonic
 
@@ -200,7 +201,7 @@ class Learning:
             return 0
         put(self.output, text, is_new=not self.given["force"])
         say(f"{self.output} is written; {worked}")
-        say(f"to use it: psie run --config {self.output} {self.given['file']}")
+        say(f"to use it: {shlex.join(['psie', 'run', '--config', self.output, self.given['file'], *self.given['args']])}")
         return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tempfile
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
     from sandbox.engine import client
 
-ACTIVITIES = 10_000  # network operations that are listed
 TAIL = 64 << 10  # bytes of the output that are kept to be shown
 INPUT_BYTES = 64 << 20  # of standard input that are kept, to be given to each run
 
@@ -45,7 +43,6 @@ class Result:
         wishes: files that were looked for and not there: wish, path, count, file, line. The plugin's word.
         changes: kind and path of what it changed in granted folders, and why that could not be kept, if so.
         unkept: why `psie run` would keep nothing of it; "" if it would, or there is nothing.
-        hosts: names and addresses, with ports, that it was let connect to.
         seconds: from its start to its end.
         memory_mb, file_operations, network_requests: the most of it that was used at once, or in all.
         output_bytes: of stdout and stderr together.
@@ -62,7 +59,6 @@ class Result:
     wishes: list[dict[str, str]] = field(default_factory=list)
     changes: list[list[str]] = field(default_factory=list)
     unkept: str = ""
-    hosts: list[str] = field(default_factory=list)
     seconds: float = 0.0
     memory_mb: float = 0.0
     file_operations: int = 0
@@ -88,11 +84,6 @@ class Trial(Session):
             self.changed = tuple([change.kind, change.path, change.problem or ""] for change in found)
             problem = next((f"{change.path}: {change.problem}" for change in found if change.problem), "")
             self.unkept = (self._failure() or problem) if found else ""
-
-    def _network_operation(self, fields: dict[str, str]) -> None:
-        super()._network_operation(fields)
-        if len(self.activity) < ACTIVITIES:
-            self.activity.append(fields)
 
     def _start(self, sandbox: client.Sandbox, job: dict[str, object], payload: bytes) -> None:
         super()._start(sandbox, {**job, "wishes": True}, payload)
@@ -121,37 +112,39 @@ class Runner:
     def run(self, toml: str, level: str | None = None) -> Result:
         """Under the settings of this file's text alone, at its level or another: no variable of the environment counts."""
         self.runs += 1
-        with tempfile.TemporaryDirectory(prefix="psie-learn-") as folder:
-            places = {name: os.path.join(folder, name) for name in ("in", "out", "err", "result", "psie.toml")}
-            for name, content in (("in", self.stdin), ("out", b""), ("err", b""), ("psie.toml", toml.encode())):
-                with open(places[name], "wb") as file:
+        files = {name: os.memfd_create(f"psie {name}", os.MFD_CLOEXEC) for name in ("in", "out", "err", "result", "settings")}
+        try:
+            for name, content in (("in", self.stdin), ("settings", toml.encode())):
+                with open(f"/proc/self/fd/{files[name]}", "wb") as file:
                     file.write(content)
             child = os.fork()
             if child == 0:
-                self._child(places, level)
+                self._child(files, level)
             try:
                 _, wait_status = os.waitpid(child, 0)
             except BaseException:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 raise
-            return self._result(places, os.waitstatus_to_exitcode(wait_status))
+            return self._result(files, os.waitstatus_to_exitcode(wait_status))
+        finally:
+            for fd in files.values():
+                os.close(fd)
 
-    def _child(self, places: dict[str, str], level: str | None) -> None:
-        """Never returns."""
+    def _child(self, files: dict[str, int], level: str | None) -> None:
+        """Never returns. The files are in memory: whoever is killed leaves none behind."""
         status = 1
         try:
             from sandbox.ns import privileges
 
             privileges.die_with_parent()
-            for number, name, flags in ((0, "in", os.O_RDONLY), (1, "out", os.O_WRONLY), (2, "err", os.O_WRONLY)):
-                fd = os.open(places[name], flags | os.O_APPEND)
-                os.dup2(fd, number)
-                os.close(fd)
+            for number, name in enumerate(("in", "out", "err")):
+                os.dup2(files[name], number)
             for name in [name for name in os.environ if name.startswith("SANDBOX_")]:
                 del os.environ[name]
-            with open(places["result"], "w", encoding="utf-8") as file:
-                json.dump(self._inside(places["psie.toml"], level), file)
+            told = self._inside(f"/proc/self/fd/{files['settings']}", level)
+            with open(f"/proc/self/fd/{files['result']}", "w", encoding="utf-8") as file:
+                json.dump(told, file)
             status = 0
         finally:
             os._exit(status)
@@ -174,9 +167,6 @@ class Runner:
         call, error = trial.call, trial.error
         assert call is not None
         explanation = getattr(error, "explanation", None)
-        reached = [
-            fields for fields in trial.activity if fields["allowed"] == "1" and fields["operation"] in ("connect", "resolve")
-        ]
         return {
             "status": status,
             "reason": str(error).splitlines()[0] if error is not None else "",
@@ -186,7 +176,6 @@ class Runner:
             "wishes": list((call.wishes or {}).values()),
             "changes": list(trial.changed),
             "unkept": trial.unkept,
-            "hosts": sorted({f"{fields['address']} {fields['port']}" for fields in reached}),
             "seconds": seconds,
             "memory_mb": trial.peak_memory_mb(),
             "file_operations": trial.recorder.count if trial.recorder is not None else 0,
@@ -195,11 +184,11 @@ class Runner:
         }
 
     @staticmethod
-    def _result(places: dict[str, str], ended: int) -> Result:
+    def _result(files: dict[str, int], ended: int) -> Result:
         import hashlib
 
         try:
-            with open(places["result"], encoding="utf-8") as file:
+            with open(f"/proc/self/fd/{files['result']}", encoding="utf-8") as file:
                 told = json.load(file)
         except (OSError, ValueError):
             return Result(failed=f"the run did not come to its end (psie itself ended with {ended})")
@@ -207,7 +196,7 @@ class Runner:
             return Result(failed=told["failed"])
         digest, size = hashlib.sha256(told["digest"].encode("utf-8", "surrogatepass")), 0
         for name in ("out", "err"):
-            with open(places[name], "rb") as file:
+            with open(f"/proc/self/fd/{files[name]}", "rb") as file:
                 data = file.read()
             size += len(data)
             digest.update(b"%d %s" % (len(data), data))
