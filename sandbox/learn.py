@@ -17,7 +17,7 @@ from sandbox import network
 from sandbox.config import PluginPermissionsV2
 from sandbox.engine.access import is_public, parse
 from sandbox.plugins.effective import HOSTS
-from sandbox.recipe import under, ungrantable, unshowable
+from sandbox.recipe import SCRATCH, WORKSPACE, under, ungrantable, unshowable
 from sandbox.text import escape_text
 
 TYPE_CHECKING = False
@@ -56,10 +56,12 @@ CEILINGS: dict[str, float] = {
     "max_inodes": 1_000_000,
     "max_subprocess_count": 64,
 }
+OPTIONS = {"max_memory_mb": "--memory", "max_execution_time_seconds": "--timeout"}  # of psie learn, for its ceilings
 # Files that are on every machine, and nobody's own.
 PUBLIC = ("/usr/share", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/share", "/usr/include", "/usr/libexec")
 PROGRAMS = ("/bin", "/sbin", "/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin")
 SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys", "/usr")
+OWN_PLACES = (WORKSPACE, *SCRATCH)  # a sandbox has its own
 # Below a home: what must not be read by anybody who does not have to.
 SECRETS = (
     *(".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", ".netrc", ".pgpass", ".git-credentials", ".npmrc", ".pypirc"),
@@ -440,6 +442,12 @@ class Policy:
     def _write(self, wish: Wish, consent: Consent) -> None:
         path = os.path.normpath(wish.value)
         folder = os.path.dirname(path)
+        around = next((value for value in self.values(WRITE) if under(folder, (value,))), None)
+        if around is not None:
+            self._grant(WRITE, around, wish)
+            return
+        if under(path, OWN_PLACES) and not os.path.lexists(folder):
+            return  # a folder that it has made in its own /tmp
         while not os.path.lexists(folder):
             folder = os.path.dirname(folder)
         what = f"write {short(path)}"
@@ -451,7 +459,7 @@ class Policy:
         why = why or secret_within(folder, is_named=under(folder, consent.named)) or consent.write(folder)
         if why:
             self._refuse(what, why)
-        elif not any(under(folder, (other,)) and other != folder for other in self.values(WRITE)):
+        else:
             self._grant(WRITE, folder, wish)
 
     def _delete(self, wish: Wish, consent: Consent) -> None:
@@ -483,7 +491,8 @@ class Policy:
             now = self.subprocesses
         value = min(wish.amount, most)
         if value <= now:
-            self._refuse(f"more {wish.value}", f"learning gives at most {most:g}")
+            flag = OPTIONS.get(wish.value)
+            self._refuse(f"more {wish.value}", f"learning gives at most {most:g}" + (f"; {flag} changes that" if flag else ""))
         elif wish.value == "max_subprocess_count":
             self.subprocesses = int(value)
             self.raised[wish.value] = value

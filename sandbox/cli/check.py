@@ -183,10 +183,13 @@ def is_shown(path: str, made: Recipe) -> bool:
 
 
 def is_writable(path: str, made: Recipe) -> bool:
-    """Its own /tmp counts, though what it writes there is gone with it."""
+    """Its own /tmp counts, though what it writes there is gone with it; folders that the host's may have are not in it."""
+    path, granted = os.path.normpath(path), [folder["path"] for folder in made.granted]
     if made.landlock is None:
         return False
-    return under(os.path.normpath(path), [place for place, access in made.landlock["rules"] if access.startswith("write")])
+    if under(path, recipe.SCRATCH) and not under(path, granted) and os.path.dirname(path) not in recipe.SCRATCH:
+        return False
+    return under(path, [place for place, access in made.landlock["rules"] if access.startswith("write")])
 
 
 # -- by running it -----------------------------------------------------------------------------------------------------

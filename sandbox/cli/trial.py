@@ -80,7 +80,7 @@ class Trial(Session):
 
         with GrantedChanges(sandbox) as granted:
             found = granted.found()
-            self.content = repr([(change.kind, change.path, change.sha256) for change in found])
+            self.content = repr([(change.kind, change.path, change.sha256) for change in found]) if found else ""
             self.changed = tuple([change.kind, change.path, change.problem or ""] for change in found)
             problem = next((f"{change.path}: {change.problem}" for change in found if change.problem), "")
             self.unkept = (self._failure() or problem) if found else ""

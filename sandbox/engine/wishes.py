@@ -49,7 +49,7 @@ class Wishes:
         """`places`: the folders and files that may be written, as absolute paths. `busy`: threads in which psie's own code
         looks at files just now, which is no matter of the plugin's."""
         self.places = tuple(places)
-        self.below = tuple(os.path.join(place, "") for place in places)
+        self.own = os.path.join(os.getcwd(), "")  # its workspace
         self.report = report
         self.counts: dict[tuple[str, str], int] = {}
         self.busy = busy
@@ -121,9 +121,10 @@ class Wishes:
             return wish in (READ, LIST) and self._is_missing(path)
         if wish in OUTSIDE:
             plain = os.path.normpath(path)
-            if plain in self.places or plain.startswith(self.below):
-                return self._is_missing(os.path.dirname(plain))  # of its own /tmp: the host's may have such a folder
-            return True
+            if plain.startswith(self.own):
+                return False
+            # Of its own /tmp as well, if it is not for a file right there: the host's may have such a folder.
+            return plain not in self.places and os.path.dirname(plain) not in self.places
         return self._is_missing(path)
 
     def _is_missing(self, path: str) -> bool:
