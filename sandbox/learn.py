@@ -33,6 +33,7 @@ SUBPROCESSES = 16  # at once, until fewer are known to do
 FEWER = (2, 4, 8)
 MANY_FILES = 5  # of one folder, from which on the folder is granted
 PATH = 400  # characters: a longer name is not written into a file for people
+LISTED = 50  # refused wishes that are written into a file
 SCANNED = 5000  # entries of a folder that are looked through for secrets
 
 # What learning gives a plugin at most, and at first. What it needs is measured and written down with headroom.
@@ -59,6 +60,7 @@ CEILINGS: dict[str, float] = {
 OPTIONS = {"max_memory_mb": "--memory", "max_execution_time_seconds": "--timeout"}  # of psie learn, for its ceilings
 # Files that are on every machine, and nobody's own.
 PUBLIC = ("/usr/share", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/share", "/usr/include", "/usr/libexec")
+SEARCHED = ("/usr/local/bin", "/usr/bin", "/bin")  # PATH of a plugin
 PROGRAMS = ("/bin", "/sbin", "/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin")
 SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys", "/usr")
 OWN_PLACES = (WORKSPACE, *SCRATCH)  # a sandbox has its own
@@ -136,6 +138,10 @@ def seen_in(result: Result, folder: str) -> Seen:
 
 def _from_wish(told: Mapping[str, str], folder: str, seen: Seen) -> None:
     path, word = told["path"], told["wish"]
+    if word == "program" and "/" not in path:
+        path = which(path)
+        if not path:
+            return
     if not path.startswith("/"):
         meant = os.path.join(folder, path)
         if os.path.lexists(meant) and len(path) <= PATH:
@@ -147,6 +153,12 @@ def _from_wish(told: Mapping[str, str], folder: str, seen: Seen) -> None:
     kind = WRITE if word in ("write", "make", "delete") else READ
     line = int(told["line"]) if told["line"].isdecimal() and len(told["line"]) < 9 else None
     seen.wishes.append(Wish(kind, path, WORDS[word], int(told["count"]), told["file"], line))
+
+
+def which(program: str) -> str:
+    """Where a plugin's PATH leads to on this host; "" where there is no such program."""
+    places = (os.path.join(folder, program) for folder in SEARCHED)
+    return next((os.path.realpath(place) for place in places if os.access(place, os.X_OK) and os.path.isfile(place)), "")
 
 
 def _from_violation(violation: Mapping[str, Any], written: set[str], seen: Seen) -> None:
@@ -282,7 +294,7 @@ class Consent:
         return f"allow it by --allow-host {host}" + ("" if is_private else ", or all public ones by --allow-network")
 
     def read(self, path: str) -> str:
-        if under(path, self.named) or under(path, PUBLIC) or self.files or self._agrees(f"read {path}"):
+        if under(path, self.named) or under(path, (*PUBLIC, *PROGRAMS)) or self.files or self._agrees(f"read {path}"):
             return ""
         return "you have not named it: --allow-file PATH allows it and what is below it, --allow-files all but secrets"
 
@@ -415,8 +427,8 @@ class Policy:
         if not os.path.lexists(path):
             return  # not here either: it would have gone on without
         what = f"read {short(path)}"
-        if under(path, PROGRAMS):
-            if not consent.process():
+        if under(path, PROGRAMS) and (PROCESS, "") not in self.grants:
+            if not consent.process():  # strict shows such programs to whoever may start some
                 self._grant(PROCESS, "", wish)
             return
         why = unwritable_name(path) or secret(os.path.realpath(path)) or unshowable(path)
@@ -654,7 +666,9 @@ def render(
     lines += _permission_lines(policy)
     if policy.refused:
         lines += ["", "# Wanted, and not granted:"]
-        lines += [comment(f"- {what}: {why}") for what, why in policy.refused.items()]
+        lines += [comment(f"- {what}: {why}") for what, why in list(policy.refused.items())[:LISTED]]
+        if len(policy.refused) > LISTED:
+            lines.append(comment(f"- and {len(policy.refused) - LISTED} more"))
     return "\n".join(lines) + "\n"
 
 

@@ -32,6 +32,7 @@ MEMORY_MB, SECONDS = 1024.0, 60.0
 LESS_SECONDS = 120.0  # in all, for trying with less
 PROOFS = 4
 TAIL_LINES = 10
+LINES = 20  # of one kind that are said
 
 
 def learn(given: dict[str, Any]) -> int:
@@ -174,10 +175,12 @@ class Learning:
         return 1
 
     def say_refused(self) -> None:
-        for what, why in self.policy.refused.items():
-            say(f"not granted: {what}: {why}")
-        for line in (*self.impossible, *self.hints):
-            say(line)
+        told = [f"not granted: {what}: {why}" for what, why in self.policy.refused.items()]
+        for lines in (told, list(self.impossible), list(self.hints)):
+            for line in lines[:LINES]:
+                say(line)
+            if len(lines) > LINES:
+                say(f"and {len(lines) - LINES} more of that kind")
 
     def tell(self, unsure: str) -> None:
         for grant in self.policy.ordered():
@@ -201,7 +204,9 @@ class Learning:
             return 0
         put(self.output, text, is_new=not self.given["force"])
         say(f"{self.output} is written; {worked}")
-        say(f"to use it: {shlex.join(['psie', 'run', '--config', self.output, self.given['file'], *self.given['args']])}")
+        environment = [word for entry in self.given["env"] for word in ("--env", entry)]  # which no file of settings has
+        command = ["psie", "run", "--config", self.output, *environment, self.given["file"], *self.given["args"]]
+        say(f"to use it: {shlex.join(command)}")
         return 0
 
 
@@ -259,13 +264,20 @@ def named_in(arguments: Sequence[str]) -> list[str]:
     found = []
     for argument in arguments:
         text = argument.partition("=")[2] if argument.startswith("-") else argument
-        if text.startswith("/"):
+        if text.startswith("/") and not is_too_much(os.path.realpath(text)):
             found.append(os.path.realpath(text))
     return found
+
+
+def is_too_much(path: str) -> bool:
+    """Whether all below it is more than a person can have meant."""
+    return path in ("/", "/home", *learning.homes())
 
 
 def files_of(paths: Sequence[str]) -> list[str]:
     for path in paths:
         if not os.path.lexists(path):
             raise UsageError(f"--allow-file {path}: there is no such file or folder")
+        if is_too_much(os.path.realpath(path)):
+            raise UsageError(f"--allow-file {path}: that is more than a plugin should have: name a folder in it")
     return [os.path.realpath(path) for path in paths]

@@ -126,7 +126,10 @@ class Runner:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 raise
-            return self._result(files, os.waitstatus_to_exitcode(wait_status))
+            result = self._result(files, os.waitstatus_to_exitcode(wait_status))
+            # For a traceback Python looks at the plugin's file by its name, which may lead through a link.
+            result.wishes = [wish for wish in result.wishes if wish["path"] != self.path]
+            return result
         finally:
             for fd in files.values():
                 os.close(fd)

@@ -117,6 +117,9 @@ class Wishes:
     def _is_wish(self, wish: str, path: str) -> bool:
         if not path or "\0" in path:
             return False
+        if wish == PROGRAM and "/" not in path:
+            folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+            return all(self._is_missing(os.path.join(folder, path)) for folder in folders)
         if path[0] != "/":
             return wish in (READ, LIST) and self._is_missing(path)
         if wish in OUTSIDE:

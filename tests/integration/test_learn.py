@@ -137,6 +137,7 @@ def test_a_file_that_is_there_is_not_replaced(own: Caller) -> None:
         (["--output", "/nonexistent/x.toml"], "cannot be written"),
         (["--output", "/"], "this is a directory"),
         (["--allow-file", "/nonexistent"], "--allow-file /nonexistent"),
+        (["--allow-file", "/"], "--allow-file /: that is more"),
         (["--allow-host", "a b"], "--allow-host a b"),
         (["--memory", "1T"], "--memory 1T"),
         (["--env", "NO_SUCH_VARIABLE"], "NO_SUCH_VARIABLE"),
