@@ -13,7 +13,7 @@ from sandbox.cli import run as run_command
 from sandbox.cli import settings, trial
 from sandbox.cli.inputs import UsageError
 from sandbox.cli.remembered import Remembered
-from sandbox.cli.session import guarded, say
+from sandbox.cli.session import FAILED, guarded, say
 from sandbox.cli.table import print_table
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
 from sandbox.errors import SandboxException
@@ -223,6 +223,8 @@ def by_running(given: dict[str, Any], path: str, source: bytes, own: Settings) -
 def ended(result: Result) -> str:
     if result.failed:
         return f"{UNKNOWN}: {escape_text(result.failed, keep='')}"
+    if result.status == FAILED:
+        return f"status {FAILED}: {escape_text(result.reason, keep='')}"
     return f"status {result.status}"
 
 
