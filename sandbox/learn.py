@@ -344,8 +344,7 @@ class Grant:
         if where is not None:
             name = os.path.basename(where.file) if where.file == plugin else short(where.file)
             told.append(f"first {name}" + (f", line {where.line}" if where.line is not None else ""))
-        whose = {wish.seen for wish in self.wishes}
-        told.append("seen by the kernel" if whose == {KERNEL} else "the plugin's word")
+        told.append("seen by the kernel" if any(wish.seen == KERNEL for wish in self.wishes) else "the plugin's word")
         return escape_text("; ".join(told), keep="")
 
     def title(self) -> str:
