@@ -230,10 +230,10 @@ def output_of(given: dict[str, Any], plugin: str) -> str | None:
         return None
     path = os.path.abspath(given["output"] or os.path.join(os.path.dirname(plugin), "psie.toml"))
     folder = os.path.dirname(path)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"{path} cannot be written: give --output FILE in a folder of yours, or --dry-run to see it")
     if os.path.isdir(path):
         raise UsageError(f"--output {path}: this is a directory: give the file in it")
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{path} cannot be written: give --output FILE in a folder of yours, or --dry-run to see it")
     if os.path.lexists(path) and not given["force"]:
         raise UsageError(f"{path} is there already: --force replaces it, --output FILE writes another, --dry-run shows it")
     return path

@@ -226,3 +226,73 @@ def test_settings_beside_it_are_not_its_own(place: Path) -> None:
     assert SECRET not in done.stdout + done.stderr
     assert psie("learn", file).returncode == 125
     assert str(data) in own.read_text()
+
+
+CHANGES = """\
+import os, sys
+
+folder, outcomes = sys.argv[1], []
+
+
+def attempt(name, change):
+    try:
+        change()
+        outcomes.append(name)
+    except OSError:
+        pass
+
+
+def through_proc():
+    fd = os.open("file", os.O_RDONLY)
+    with open(f"/proc/self/fd/{fd}", "a") as file:
+        file.write("x")
+
+
+os.chdir(folder)
+print(open("file").read())
+attempt("write", lambda: open("file", "a").write("x"))
+attempt("truncate", lambda: os.truncate("file", 1))
+attempt("through /proc", through_proc)
+attempt("make", lambda: os.close(os.open("made", os.O_CREAT | os.O_WRONLY)))
+attempt("mkdir", lambda: os.mkdir("folder"))
+attempt("link", lambda: os.link("file", "linked"))
+attempt("symlink", lambda: os.symlink("file", "symlinked"))
+attempt("chmod", lambda: os.chmod("file", 0o600))
+attempt("utime", lambda: os.utime("file", (1, 1)))
+attempt("rename", lambda: os.rename("file", "renamed"))
+attempt("unlink", lambda: os.unlink("file"))
+attempt("unlink what was renamed", lambda: os.unlink("renamed"))
+print(",".join(outcomes))
+"""
+
+
+@pytest.mark.parametrize("level", list(IsolationLevel), ids=lambda level: level.value)
+def test_what_may_be_read_cannot_be_changed(place: Path, level: IsolationLevel) -> None:
+    """Though its mode lets everybody change it."""
+    if kit.why_closed(level):
+        pytest.skip(f"level {level.value} cannot be opened: {kit.why_closed(level)}")
+    folder = place / "open"
+    file = plugin(place, CHANGES)
+    settings = place / "settings.toml"
+    settings.write_text(f'[isolation]\nlevel = "{level.value}"\n[permissions]\nreadable_paths = ["{folder}"]\n')
+
+    def prepare() -> None:
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o777)
+        for name in os.listdir(folder):
+            (folder / name).rmdir() if (folder / name).is_dir() else (folder / name).unlink()
+        (folder / "file").write_text(SECRET)
+        (folder / "file").chmod(0o666)
+
+    prepare()
+    outside = subprocess.run([sys.executable, str(file), str(folder)], capture_output=True, text=True, check=True)
+    assert len(outside.stdout.splitlines()[1].split(",")) == 11  # all but the one or the other unlink
+
+    prepare()
+    before = (folder / "file").stat()
+    done = psie("run", "-q", "--config", settings, file, folder)
+    assert done.stdout.splitlines() == [SECRET, ""], done.stderr
+    after = (folder / "file").stat()
+    assert os.listdir(folder) == ["file"]
+    assert (folder / "file").read_text() == SECRET
+    assert (after.st_mode, after.st_mtime_ns, after.st_size) == (before.st_mode, before.st_mtime_ns, before.st_size)

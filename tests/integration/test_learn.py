@@ -116,6 +116,12 @@ def test_the_example_is_learned_proved_and_works(caller: Caller) -> None:
         assert (run.status, run.out) != (0, "9 words in 3 files\n")  # without the folder it counts 0 words in 0 files
 
 
+def test_a_level_that_shows_no_programs_is_given_the_one_it_needs(own: Caller) -> None:
+    plugin, folder, result = texts(own)
+    document, _ = learned(own, plugin, "--level", "maximum", "--", folder, result)
+    assert document["permissions"]["readable_paths"] == [str(folder), os.path.realpath("/usr/bin/wc")]
+
+
 def test_a_file_that_is_there_is_not_replaced(own: Caller) -> None:
     plugin = own.write("p/plugin.py", "print(1)\n")
     there = own.write("p/psie.toml", "[limits]\nmax_memory_mb = 64\n")
