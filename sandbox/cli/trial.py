@@ -15,7 +15,7 @@ from time import monotonic
 from sandbox.cli import options
 from sandbox.cli import run as run_command
 from sandbox.cli.inputs import UsageError
-from sandbox.cli.session import Session
+from sandbox.cli.session import Session, say
 from sandbox.errors import SandboxException
 
 TYPE_CHECKING = False
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sandbox.engine import client
 
 TAIL = 64 << 10  # bytes of the output that are kept to be shown
+PATIENCE = 0.5  # seconds until it is said that nothing comes on standard input
 INPUT_BYTES = 64 << 20  # of standard input that are kept, to be given to each run
 
 
@@ -211,10 +212,13 @@ class Runner:
 
 def standard_input() -> bytes:
     """What there is on stdin, for every run; nothing from a terminal. Raises UsageError for more than can be kept."""
+    import select
     import sys
 
     if sys.stdin is None or os.isatty(0):
         return b""
+    if not select.select([0], [], [], PATIENCE)[0]:
+        say("reading standard input to its end, to give it to each run: </dev/null gives none")
     data = sys.stdin.buffer.read(INPUT_BYTES + 1)
     if len(data) > INPUT_BYTES:
         raise UsageError(f"standard input is longer than {INPUT_BYTES >> 20} MB: give each run less, or </dev/null")
