@@ -116,8 +116,8 @@ def _items(check: Check, what: str) -> Callable[[str, object], list[Any]]:
     return check_all
 
 
-def _directory(where: str, value: object) -> str:
-    mend = "give an absolute path of a directory"
+def _directory(where: str, value: object, what: str = "a directory") -> str:
+    mend = f"give an absolute path of {what}"
     path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(path, str):
         _refuse(where, value, mend + " as a str or Path", TypeError)
@@ -126,6 +126,10 @@ def _directory(where: str, value: object) -> str:
     if "\0" in path:
         _refuse(where, value, mend + " without a NUL character")
     return path
+
+
+def _path(where: str, value: object) -> str:
+    return _directory(where, value, "a file or directory")
 
 
 def _host(where: str, value: object) -> str:
@@ -197,6 +201,7 @@ WARNINGS = (  # threshold, limit, share of the limit it is when nobody says, as 
 )
 
 _directories = _items(_directory, "absolute paths")
+_paths = _items(_path, "absolute paths")
 _hosts = _items(_host, "host names, IP addresses or networks")
 _modules = _items(_module, "module names")
 
@@ -219,6 +224,7 @@ _PERMISSIONS: dict[str, Check] = {
     "security_level": _member(SecurityLevel),
     "require_code_signing": _switch,
     "sandbox_user": _user,
+    "readable_paths": _paths,
 }
 
 _ISOLATION: dict[str, Check] = {
@@ -343,6 +349,8 @@ class PluginPermissionsV2:
         require_code_signing: whether a plugin must be signed by a trusted key. Only a plugin of a plugin folder can be, so
             only EnhancedPluginFramework takes it.
         sandbox_user: name of the host user whose id the plugin runs as; without root only oneself.
+        readable_paths: files and directories that it may read and nothing else, as absolute paths, beside what its level
+            shows; what their owner alone may read stays so where the plugin has another id.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or a value without sense.
@@ -366,6 +374,7 @@ class PluginPermissionsV2:
     security_level: SecurityLevel = SecurityLevel.MEDIUM
     require_code_signing: bool = False
     sandbox_user: str | None = None
+    readable_paths: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.validate()

@@ -9,6 +9,7 @@ anything starts. Must not do anything to the system but look at paths.
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 
 from sandbox import network
@@ -97,7 +98,8 @@ def compile(
     config.validate()
     limits.validate()
     permissions.validate()
-    return _Compiler(config, limits, permissions, host, [os.path.realpath(path) for path in read_only], strict).recipe()
+    shown = [os.path.realpath(path) for path in read_only] + readable_paths(permissions)
+    return _Compiler(config, limits, permissions, host, shown, strict).recipe()
 
 
 class _Compiler:
@@ -918,6 +920,32 @@ def disks() -> list[str]:
                 if int(size.read()):
                     found.append(number.read().strip())
     return found
+
+
+def readable_paths(permissions: PluginPermissionsV2) -> list[str]:
+    """Those of the permissions, as they are on this host. Raises ValueError for one that cannot be shown."""
+    for path in permissions.readable_paths:
+        reason = unshowable(path)
+        if reason:
+            raise ValueError(f"PluginPermissionsV2.readable_paths: {path!r} {reason}")
+    if not permissions.allow_file_access:
+        return []
+    granted = [path.rstrip("/") for path in permissions.allowed_directories]  # which show it already
+    return [path for path in (each.rstrip("/") for each in permissions.readable_paths) if not under(path, granted)]
+
+
+def unshowable(path: str) -> str:
+    """Why a file or folder cannot be shown to a plugin at its path, with the mend; "" if it can."""
+    plain = path.rstrip("/") or "/"
+    if not os.path.lexists(plain):
+        return "does not exist: make it first, or check the path"
+    if os.path.realpath(plain) != plain:
+        return f"is, or leads through, a symbolic link: name {os.path.realpath(plain)}"
+    if plain in ("/", WORKSPACE) or under(plain, ("/proc", "/sys", "/dev")) or plain in ("/run", "/tmp", "/var/tmp"):
+        return "is the system's own, of which a sandbox has another: name files of yours"
+    if not stat.S_ISDIR(os.lstat(plain).st_mode) and not stat.S_ISREG(os.lstat(plain).st_mode):
+        return "is neither a file nor a directory: name what it is to read"
+    return ""
 
 
 def ungrantable(path: str) -> str:

@@ -134,6 +134,7 @@ def test_nonsense_is_refused(cls: str, name: str, value: object, kind: type[Exce
         ("allowed_directories", "~/data", ValueError),
         ("blocked_directories", "/a\0b", ValueError),
         ("allowed_directories", b"/data", TypeError),
+        ("readable_paths", "data", ValueError),
         ("blocked_directories", "", ValueError),
         ("allowed_ports", 0, ValueError),
         ("allowed_ports", 65536, ValueError),
@@ -163,7 +164,8 @@ def test_nonsense_is_refused(cls: str, name: str, value: object, kind: type[Exce
     ],
 )
 def test_a_wrong_item_is_named_by_its_place(name: str, item: object, kind: type[Exception]) -> None:
-    good: dict[str, object] = {"ports": 80, "hosts": "example.com", "modules": "os.path", "directories": "/srv"}
+    good: dict[str, object] = {"ports": 80, "hosts": "example.com", "modules": "os.path"}
+    good |= {"directories": "/srv", "paths": "/srv"}
     with pytest.raises(kind, match=rf"^PluginPermissionsV2\.{name}\[1\] is .*: give "):
         CLASSES["PluginPermissionsV2"](**{name: [good[name.partition("_")[2]], item]})
 

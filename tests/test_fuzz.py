@@ -379,6 +379,7 @@ permissions = st.fixed_dictionaries(
         "allow_environment_variables": switches,
         "security_level": st.sampled_from(SecurityLevel),
         "sandbox_user": st.sampled_from([None, "nobody", "nobodyelse"]),
+        "readable_paths": st.lists(st.sampled_from(["/srv", "/etc/passwd", "/nonexistent", "/proc", "/tmp"]), max_size=2),
     },
 )
 isolation = st.fixed_dictionaries(

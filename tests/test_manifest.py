@@ -368,6 +368,7 @@ LISTS: list[tuple[str, list[Any], list[Any], list[Any]]] = [
     ("allowed_directories", ["/srv/a"], [], []),
     ("allowed_directories", [], ["/srv/a"], []),
     ("blocked_directories", ["/a"], ["/b", "/a"], ["/a", "/b"]),
+    ("readable_paths", ["/srv/a", "/srv/b/"], ["/srv/b", "/srv", "/srv/a/inner"], ["/srv/b/"]),
     ("allowed_ports", [80, 443], [443, 22], [443]),
     ("allowed_ports", [80], [22], []),
     ("blocked_hosts", ["a.example"], ["b.example"], ["a.example", "b.example"]),

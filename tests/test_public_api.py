@@ -86,6 +86,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "security_level": "SecurityLevel.MEDIUM",
         "require_code_signing": False,
         "sandbox_user": None,
+        "readable_paths": [],
     },
     "SandboxTelemetry": {
         "sandbox_id": REQUIRED,

@@ -66,6 +66,56 @@ def call(**given: Any) -> None:
 
 
 @group.command()
+@click.option("--level", metavar="LEVEL", help="Of which the exit status tells (default: standard, as of psie run).")
+@click.option("--config", metavar="FILE.toml", help="Settings: tables [isolation], [limits], [permissions].")
+@click.option("--run", is_flag=True, help="Run it at each level, and tell what was refused; nothing that it changes is kept.")
+@click.option("--env", metavar="NAME[=VALUE]", multiple=True, help="An environment variable of each run. Repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.argument("file")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def check(**given: Any) -> None:
+    """Tell what each level would refuse FILE: guessed from its text alone, or with --run seen in a run at each level.
+
+    The exit status is 0 if nothing is found that the level refuses (with --run: and it ended there with status 0), else 1.
+    """
+    from sandbox.cli import check as command
+
+    sys.exit(command.check(given))
+
+
+@group.command()
+@click.option("--level", metavar="LEVEL", help="standard, strict (default) or maximum.")
+@click.option("--output", metavar="FILE", help="Where to write it (default: psie.toml beside the plugin; - is stdout).")
+@click.option("--dry-run", is_flag=True, help="Write to stdout, and no file.")
+@click.option("--force", is_flag=True, help="Replace a file that is there already.")
+@click.option(
+    "--allow-file", metavar="PATH", multiple=True, help="It may use this, and what is below, while learning. Repeatable."
+)
+@click.option("--allow-files", is_flag=True, help="It may use all that it asks for and you may, but for known secrets.")
+@click.option("--allow-host", metavar="HOST[:PORT]", multiple=True, help="It may connect there while learning. Repeatable.")
+@click.option("--allow-network", is_flag=True, help="It may connect to every public host that it asks for.")
+@click.option("--no-subprocess", is_flag=True, help="It may not start programs.")
+@click.option("--no-input", is_flag=True, help="Do not ask on the terminal about what no option allows; refuse it.")
+@click.option("--memory", metavar="SIZE", help="The most memory of a run, as 512M or 2G (default: 1G).")
+@click.option("--timeout", metavar="SECONDS", help="The longest that a run may take (default: 60).")
+@click.option("--status", metavar="N", type=int, default=0, help="The exit status that is a good end (default: 0).")
+@click.option("--env", metavar="NAME[=VALUE]", multiple=True, help="An environment variable of each run. Repeatable.")
+@click.option("--keep-all", is_flag=True, help="Do not try which of the grants it can do without.")
+@click.argument("file")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def learn(**given: Any) -> None:
+    """Run FILE until it has what it needs, and write that down as a psie.toml.
+
+    It is run several times, in a sandbox of the level, never with more than it has asked for and you allow: paths among its
+    ARGS and what the --allow options say. What it changes is not kept. The exit status is 0 if it was written, and a last run
+    under it has ended well; 1 if FILE does not work with what may be granted: then nothing is written.
+    """
+    from sandbox.cli import learn as command
+
+    sys.exit(command.learn(given))
+
+
+@group.command()
 @click.option("--level", metavar="LEVEL", help="minimal, standard, strict or maximum; all if left out.")
 @click.option("--config", metavar="FILE.toml", help="Settings: tables [isolation], [limits], [permissions].")
 @click.option("--json", "as_json", is_flag=True, help="The recipes as JSON.")

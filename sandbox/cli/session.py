@@ -112,6 +112,8 @@ def remember(
 class Session:
     """A recipe, a zygote, one sandbox, one call."""
 
+    modules: tuple[str, ...] = ()  # of psie's that a worker needs for this file, and a sandbox may not see
+
     def __init__(self, given: dict[str, Any], started: spawn.Early | None, *, read_only: list[str]) -> None:
         self.given = given = {**given, "rw": inputs.writable(given.get("rw", ()))}
         self.start, self.begun = time(), monotonic()
@@ -160,7 +162,7 @@ class Session:
 
     def finish(self, job: dict[str, object], payload: bytes) -> int:
         """Set up, run, tear down; the exit status."""
-        modules = client.VALUE_MODULES if job["kind"] == "function" else ()
+        modules = client.VALUE_MODULES if job["kind"] == "function" else self.modules
         self.zygote.set_up(self.recipe, modules, single=True, calls=self.numbers)
         sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, "run", self._resolve())
         sandbox.on_network = self._network_operation

@@ -70,11 +70,12 @@ ALIGNMENT = 64  # bytes: a value begins below that, so that the data of an array
 # What host and warden both have of a session: since when it does what it does, by CLOCK_MONOTONIC in seconds, or 0.
 CLOCK = struct.Struct("=d")
 
-NOTE = b"n"  # a flat message "refused" or "asked"
+NOTE = b"n"  # a flat message "refused", "asked" or "wanted"
 FILE_OPERATIONS = (  # that a note may tell of
     *("access", "chdir", "chmod", "chown", "link", "listdir", "mkdir", "open", "rename", "rmdir", "setxattr", "symlink"),
     *("truncate", "unlink", "utime"),
 )
+WISHES = ("read", "list", "look", "write", "make", "delete", "program", "named")  # that a note "wanted" may tell of
 
 SO_PASSCRED = 16
 SCM_RIGHTS = 1

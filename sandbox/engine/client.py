@@ -875,6 +875,7 @@ class Call:
         self.reply_complete = False
         self.strays = 0  # frames that belong to no reply
         self.notes = 0  # about files and names
+        self.wishes: dict[tuple[str, str], dict[str, str]] | None = None  # None: nobody has asked the worker to tell of them
         self.reply_limit = int(sandbox.recipe.limits["result_bytes"])
         self.reply_size = 0
         self.violations: dict[tuple[str, str], dict[str, str]] = {}
@@ -1104,6 +1105,8 @@ class Call:
         where = {"file": fields.get("file", "")[:TEXT], "line": fields.get("line", "")[:TEXT]}
         if kind == "asked":
             return self._name_note(fields, where)
+        if kind == "wanted":
+            return self._wish_note(fields, where)
         if kind == "refused" and "operation" in fields:
             return self._file_note(fields, where)
         module, which = fields.get("module", "")[:TEXT], fields.get("list")
@@ -1123,6 +1126,17 @@ class Call:
             return False
         what = {"operation": operation, "path": path, "errno": FILE_ERRORS[number]}
         self.violation({"nr": FILE, "arg0": " ".join(what.values()), **what, **where, "count": count, "call": str(self.number)})
+        return True
+
+    def _wish_note(self, fields: dict[str, str], where: dict[str, str]) -> bool:
+        """A file that is not there for the plugin, as sandbox.engine.wishes tells it: the plugin's word."""
+        what, path, count = fields.get("wish", ""), fields.get("path", "")[:TEXT], fields.get("count", "")
+        self.notes += 1
+        if self.wishes is None or what not in channel.WISHES or not path:
+            return False
+        if not is_number(count, 1 << 23) or self.notes > NOTES or len(self.wishes) >= STRAYS:
+            return False
+        self.wishes[what, path] = {"wish": what, "path": path, "count": count, **where}
         return True
 
     def _name_note(self, fields: dict[str, str], where: dict[str, str]) -> bool:

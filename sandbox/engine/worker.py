@@ -197,6 +197,10 @@ def take_on(job: _socket.socket, instruction: dict[str, Any], environment: dict[
         )
     if instruction["hosts"]:
         know_hosts(instruction["hosts"])
+    if instruction.get("wishes") and refusals is not None:
+        from sandbox.engine import wishes  # the zygote has it: see sandbox.cli.trial
+
+        wishes.Wishes(refusals.places, lambda fields: send_note(job, fields, "wanted"), refusals.busy).watch()
     gc.enable()
 
 

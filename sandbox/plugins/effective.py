@@ -142,6 +142,7 @@ RULES: dict[type[Any], dict[str, Rule]] = {
         "security_level": STRICTER,
         "require_code_signing": EITHER,
         "sandbox_user": HOST,
+        "readable_paths": COMMON,
     },
     IsolationConfig: {
         "level": STRICTER,

@@ -95,6 +95,7 @@ PERMISSIONS = {
     "allow_environment_variables": Change(False, ("environment",)),
     "security_level": Change(SecurityLevel.HIGH, ("seccomp",)),
     "require_code_signing": Change(True, ("monitoring",), "require_code_signing"),
+    "readable_paths": Change(["/srv"], ("sandbox_mounts",), level=STRICT),
     "sandbox_user": Change("nobody", ("ids",), "" if harness.ROOT else "only root can run as another user"),
 }
 
