@@ -1,4 +1,4 @@
-"""Make the pictures of docs/images again, from a real run of examples/busy.py: the report in a real browser, the terminal as SVG.
+"""Make the pictures of docs/images again, from a run of examples/busy.py: the report in a real browser, the terminal as SVG.
 
 Wants Debian's `chromium` (apt-get install chromium), and makes smaller files where there is `pngquant`. `tools/screenshots.py
 FOLDER` writes there instead; `--page FILE.html` takes pictures of that page, whole, at both widths, light and dark.
@@ -129,11 +129,11 @@ def browser() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def run_on_terminal(arguments: list[str], *, at: float) -> tuple[str, str]:
-    """(what the screen shows after `at` seconds, what it shows at the end) of `psie ARGUMENTS`."""
+def run_on_terminal(folder: Path, arguments: list[str], *, at: float) -> tuple[str, str]:
+    """(what the screen shows after `at` seconds, what it shows at the end) of `psie ARGUMENTS` in a folder."""
     pid, master = pty.fork()
     if pid == 0:
-        os.chdir(ROOT)
+        os.chdir(folder)
         os.execve(psie(), ["psie", *arguments], {**os.environ, "TERM": "xterm-256color"})
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
     seen, meanwhile, begun = b"", b"", time.monotonic()
@@ -180,16 +180,16 @@ def make(images: Path) -> None:
     program = browser()
     if program is None:
         raise SystemExit("there is no chromium here: apt-get install chromium")
-    with tempfile.TemporaryDirectory(prefix="psie-pictures-") as place:
-        folder, page, config = Path(place, "data"), Path(place, "busy.html"), Path(place, "busy.toml")
-        folder.mkdir()
-        config.write_text(SETTINGS)
-        line = ["run", "examples/busy.py", "--level", "strict", "--allow-subprocess", "-v"]
-        more = ["--config", str(config), "--report", str(page), "--rw", str(folder), "--", str(folder)]
-        meanwhile, end = run_on_terminal([*line, *more], at=LIVE_AT)
-        said = "$ psie " + " ".join(line)
-        draw_terminal(images / "terminal.svg", f"{said}\n{end}")
-        draw_terminal(images / "terminal-live.svg", f"{said}\n{meanwhile}")
+    with tempfile.TemporaryDirectory(prefix="plugins-") as place:
+        folder = Path(place)
+        shutil.copy(ROOT / "examples" / "busy.py", folder)
+        (folder / "data").mkdir()
+        (folder / "busy.toml").write_text(SETTINGS)
+        line = "run busy.py --level strict --allow-subprocess --config busy.toml --rw data -v --report busy.html -- data"
+        meanwhile, end = run_on_terminal(folder, line.split(), at=LIVE_AT)
+        draw_terminal(images / "terminal.svg", f"$ psie {line}\n{end}")
+        draw_terminal(images / "terminal-live.svg", f"$ psie {line}\n{meanwhile}")
+        page = folder / "busy.html"
         with Browser(program) as shown:
             for name, width, dark, most in (
                 ("report-1280", 1280, False, 1500),

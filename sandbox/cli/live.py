@@ -24,6 +24,7 @@ STDERR = 2
 PERIOD = 0.5  # seconds between two looks
 SOON = 0.1  # seconds: output that comes faster than that is not interrupted each time
 HEAD = "psie: "
+USUAL_COLUMNS = 80  # of a terminal that does not know its size
 CLEAR = b"\r\x1b[K"
 NEAR, NEARER = 0.75, 0.95  # of a limit: from there on in colour
 
@@ -68,7 +69,7 @@ class Live:
     def _draw(self) -> None:
         from sandbox.cli.session import is_background
 
-        if self.session.shown_last != b"\n" or is_background(STDERR) or not can_take(STDERR):
+        if not self.line or self.session.shown_last != b"\n" or is_background(STDERR) or not can_take(STDERR):
             return
         self.drawn_at = monotonic()
         self.is_drawn = True
@@ -87,7 +88,7 @@ class Live:
     # -- what it says ------------------------------------------------------------------------------------------------
 
     def _made(self) -> bytes:
-        columns = os.get_terminal_size(STDERR).columns
+        columns = os.get_terminal_size(STDERR).columns or USUAL_COLUMNS
         return fitting(self._measures(), columns - 1, coloured=self.is_coloured).encode()
 
     def _measures(self) -> list[Measure]:
