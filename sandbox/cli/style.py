@@ -19,6 +19,7 @@ html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.5 system-ui, "Segoe UI", sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 24px 20px 40px; }
 header, section { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 18px 20px; }
+header, section { overflow-x: auto; }
 section, footer { margin-top: 16px; }
 footer { color: var(--soft); font-size: 13px; text-align: center; }
 h1, h2, h3, p, ul, dl, dd, figure { margin: 0; }
@@ -27,7 +28,7 @@ h2 { font-size: 18px; line-height: 1.3; }
 h3 { font-size: 15px; }
 h2 + * { margin-top: 12px; }
 p + p, p + table, table + p, figure + p, article + p { margin-top: 10px; }
-bdi, code, dd, .mend, .note { overflow-wrap: anywhere; }
+bdi, code, dd, footer, .mend, .note, .unit, .of { overflow-wrap: anywhere; }
 td { overflow-wrap: break-word; }
 td, dd, code { unicode-bidi: isolate; }
 code { font: 13px/1.5 ui-monospace, "SF Mono", "DejaVu Sans Mono", Menlo, Consolas, monospace; }
@@ -36,9 +37,10 @@ code { font: 13px/1.5 ui-monospace, "SF Mono", "DejaVu Sans Mono", Menlo, Consol
 .note, .mend { font-size: 13px; }
 .unit { font-weight: normal; }
 .badge, .label {
-  display: inline-block; padding: 1px 9px; border-radius: 999px; font-size: 12.5px; font-weight: 600; line-height: 1.6;
-  vertical-align: middle; white-space: nowrap; letter-spacing: 0;
+  display: inline-block; padding: 1px 9px; border-radius: 12px; font-size: 12.5px; font-weight: 600; line-height: 1.6;
+  vertical-align: middle; letter-spacing: 0; overflow-wrap: anywhere;
 }
+td .badge { white-space: nowrap; }
 .label { background: var(--grid); color: var(--soft); font-weight: normal; }
 .good { background: var(--good-back); color: var(--good); }
 .mild { background: var(--mild-back); color: var(--mild); }
