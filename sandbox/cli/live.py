@@ -64,7 +64,8 @@ class Live:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        self.clear()
+        if can_take(STDERR):
+            self.clear()
 
     def _draw(self) -> None:
         from sandbox.cli.session import is_background

@@ -296,6 +296,7 @@ def file_operations(result: Result) -> Markup:
 
 def network(result: Result) -> Markup:
     found, counters = result["network"], result["telemetry"]["link_counters"]
+    count = max(len(found), result["telemetry"]["network_operations_count"])
     if not found:
         return section("Network activity", tag("p", "It asked for nothing.", class_="none"))
     start = result["began"]
@@ -312,7 +313,7 @@ def network(result: Result) -> Markup:
     link = ", ".join(f"{name} {value:,}" for name, value in counters.items())
     note = tag("p", f"Its empty link: {link}.", class_="note") if counters else ""
     listed = table(("At", "Operation", "What", "Answer", "Reason"), rows)
-    return section(f"Network activity ({len(found):,})", listed, *more(found), note)
+    return section(f"Network activity ({count:,})", listed, *more(found, count), note)
 
 
 def target(record: Mapping[str, Any]) -> str:
@@ -390,10 +391,12 @@ def cell(title: str, content: object) -> Markup:
     return tag("td", tag("div", content), data_label=title, class_=None if content else "empty")
 
 
-def more(found: Sequence[object], count: int | None = None) -> list[Markup]:
-    """What a table has left out."""
-    left = (len(found) if count is None else count) - min(len(found), ROWS)
-    return [tag("p", f"and {left:,} more: see --result-file", class_="note")] if left > 0 else []
+def more(found: Sequence[object], count: int = 0) -> list[Markup]:
+    """What a table has left out of the `count` that there were, of which `found` are kept."""
+    count = max(count, len(found))
+    left = count - min(len(found), ROWS)
+    kept = "all of them" if count == len(found) else f"the first {len(found):,}"
+    return [tag("p", f"and {left:,} more: --result-file has {kept}", class_="note")] if left else []
 
 
 def state(name: str, *, good: bool, bad: bool | None = None) -> Markup:

@@ -7,6 +7,7 @@ import os
 import re
 import select
 import subprocess
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,22 @@ def test_it_is_there_where_only_stderr_is_a_terminal(caller: Caller) -> None:
     seen = run_with_streams(caller, {}, "null", "terminal")
     assert LIVE.search(drawn(seen).stood[-1]), seen
     assert seen.endswith(CLEAR)
+
+
+def test_a_terminal_that_was_stopped_stops_nothing(caller: Caller) -> None:
+    """By Ctrl-S, which tcflow(3) does as well."""
+    master, slave = os.openpty()
+    line = line_of(caller, "import time; time.sleep(2.5)")
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": slave}
+    try:
+        with subprocess.Popen(caller.command(*line), **streams, **caller.surroundings({"env": {"TERM": "xterm"}})) as process:
+            cli_harness.read_until(master, b" of 30 s")
+            termios.tcflow(slave, termios.TCOOFF)
+            assert process.wait(cli_harness.SECONDS) == 0
+    finally:
+        termios.tcflow(slave, termios.TCOON)
+        os.close(master)
+        os.close(slave)
 
 
 def test_it_fits(caller: Caller) -> None:
