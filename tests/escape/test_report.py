@@ -88,7 +88,8 @@ class Elements(HTMLParser):
 
 
 def psie(folder: Path, *words: str, status: int) -> str:
-    environment = {**os.environ, "SANDBOX_QUARANTINE_ENABLED": "0", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "SANDBOX_QUARANTINE_ENABLED": "0", "PYTHONPATH": path}
     line = [sys.executable, "-m", "sandbox.cli", "run", *words]
     done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == status, done
