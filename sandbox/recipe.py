@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sandbox import network
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, SecurityLevel
 from sandbox.errors import SandboxInitializationError
-from sandbox.recipe_data import ENFORCED, MISSING, SUBSTITUTED, Protection, Recipe
+from sandbox.recipe_data import ENFORCED, MISSING, OWN_PROCESSES, SUBSTITUTED, Protection, Recipe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ GRACE_SECONDS = 1.0  # at most, from the SIGTERM at the end of a call's time to 
 # Of RLIMIT_CORE. Where core_pattern names a program, the kernel starts that as root of the host, outside of every namespace,
 # with the memory of whatever has crashed. A limit of 0 is for files and does not stop it, 1 does: do_coredump(), fs/coredump.c.
 NO_CORE = 1
-# The processes of a call that are not the plugin's: init. The worker is the first of the plugin's own.
-OWN_PROCESSES = 1
 
 NAMESPACE_NAMES = {
     "user": "user namespace",

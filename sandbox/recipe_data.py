@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 ENFORCED = "enforced"
 SUBSTITUTED = "substituted"
 MISSING = "missing"
+# The processes of a call that are not the plugin's: init. The worker is the first of the plugin's own.
+OWN_PROCESSES = 1
 
 
 class Frozen:

@@ -29,6 +29,7 @@ NOT_SETTINGS = (
     "args",
     "env",
     "result_file",
+    "report",
     "quiet",
     "raw",
     "summary",

@@ -29,7 +29,14 @@ SHARED: tuple[tuple[str, str, str, str], ...] = (
     ("--require-limits", FLAG, "", "Refuse to run where the kernel cannot enforce a resource limit."),
     ("--config", VALUE, "FILE.toml", "Settings: tables [isolation], [limits], [permissions]."),
     ("--result-file", VALUE, "OUT.json", "Write status, protections, violations and telemetry there."),
-    ("--quiet", FLAG, "", "No warning about protections that are substituted here, no word about what was refused."),
+    ("--report", VALUE, "OUT.html", "Write all of that there as a page for a browser, with its course over time."),
+    ("--summary", FLAG, "", "Say at the end, in at most five lines, what was enforced and what was used."),
+    (
+        "--quiet",
+        FLAG,
+        "",
+        "No warning about protections that are substituted here, no word about what was refused, no live line.",
+    ),
 )
 RUN = (
     *SHARED,
@@ -43,14 +50,13 @@ RUN = (
     ("--dry-run", FLAG, "", "Show what it would change in --rw folders, and keep nothing of it."),
     ("--ask", FLAG, "", "Show what it has changed in --rw folders, and ask whether to keep it."),
     ("--raw", FLAG, "", "Do not escape what goes to a terminal: the plugin can then drive it."),
-    ("--summary", FLAG, "", "Say at the end what was enforced."),
 )
 CALL = (
     *SHARED,
     ("--arg", MANY, "JSON", "A positional argument. Repeatable."),
     ("--kwarg", MANY, "NAME=JSON", "A keyword argument. Repeatable."),
 )
-SHORT = {"-q": "--quiet"}
+SHORT = {"-q": "--quiet", "-v": "--summary"}
 
 
 def key(name: str) -> str:

@@ -1,7 +1,7 @@
 """One sandbox for the command line, from its options to its exit status, on a loop of its own.
 
 Must not import click, asyncio or anything else that the start path cannot afford; what only an ending needs (violations
-in words, the result file) is imported there.
+in words, the result file, the report) is imported there, and the live line when a run has lasted for a second.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import _signal as signal  # signal.py would import enum
 import errno
 import os
+import stat
 import sys
 from time import monotonic, time
 
@@ -17,7 +18,7 @@ from sandbox.cli import run as run_command
 from sandbox.engine import channel, client, spawn
 from sandbox.engine.loop import PollLoop
 from sandbox.errors import ResourceLimitExceededError, SandboxException, SecurityViolationError
-from sandbox.recipe_data import ENFORCED, MISSING, SUBSTITUTED, Protection, confirm
+from sandbox.recipe_data import Protection, confirm
 from sandbox.text import TerminalEscaper, escape_text
 
 TYPE_CHECKING = False
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sandbox.cli.changes import Settled
+    from sandbox.cli.live import Live
+    from sandbox.cli.target import Target
     from sandbox.cli.terminal import Terminal
     from sandbox.engine.recording import Recorder
     from sandbox.engine.streams import Streams
@@ -44,6 +47,7 @@ VIOLATED = 126
 OUT_OF_MEMORY = 137
 OUTPUT_EXCEEDED = 128 + int(signal.SIGXFSZ)
 TAIL_BYTES = 64 << 10  # of the output that are evidence
+LIVE_AFTER = 1.0  # seconds that a plugin must have run to be worth a line
 
 
 def say(text: str) -> None:
@@ -100,7 +104,7 @@ def remember(
     try:
         run.refuse_quarantined()
         session = run.session = Session(given, started, read_only=files)
-        session.meanwhile = run.hash
+        session.remembered, session.meanwhile = run, run.hash
         status = session.finish(job(session), source) or reply(session)
     except Exception as error:
         run.failed(error)
@@ -119,7 +123,9 @@ class Session:
         self.start, self.begun = time(), monotonic()
         self.environment = inputs.environment(given["env"])
         folders = inputs.readable(given["ro"])
-        self.result_file = check_result_file(given["result_file"])
+        self.result_file, self.report = target("--result-file", given), target("--report", given)
+        if self.result_file is not None and self.report is not None and self.result_file.path == self.report.path:
+            raise inputs.UsageError(f"--report {given['report']}: this is the result file too: give another one")
         self.recipe, self.wire, self.limits, self.numbers = cached.recipe_for(given, [*read_only, *folders])
         self.settled: Settled | None = None  # what became of changes in granted folders
         if self.recipe.granted:
@@ -142,7 +148,11 @@ class Session:
         self.interrupts = 0
         self.ended_by: int | None = None
         self.reader_gone = False
-        self.job_sent = 0.0
+        self.remembered: remembered.Remembered | None = None  # as what it is
+        self.live: Live | None = None
+        self.shown_last = b"\n"  # on a terminal: where a line has ended psie may draw one of its own
+        self.job_sent, self.job_time = 0.0, self.start  # monotonic, and of the clock
+        self.seconds = 0.0  # that the plugin has run
         self.meanwhile: Callable[[], None] = lambda: None  # what there is time for while the plugin runs
         self.output_tail = bytearray()
         self.evidence: Evidence | None = None
@@ -174,7 +184,10 @@ class Session:
 
             self.meanwhile()
             self.loop.run_until(lambda: bool(self.call and self.call.done))
+            self.seconds = monotonic() - self.job_sent if self.job_sent else 0.0
         finally:
+            if self.live is not None:
+                self.live.end()
             if self.streams is not None:
                 self.streams.finish()
             if self.terminal is not None:
@@ -211,7 +224,7 @@ class Session:
     def _network_operation(self, fields: dict[str, str]) -> None:
         if fields["operation"] != "resolve":
             self.network_operations = int(fields["count"])
-        if self.result_file is not None:
+        if self.result_file is not None or self.report is not None:
             self.activity.append(fields)
 
     def _check_granted(self) -> None:
@@ -297,14 +310,29 @@ class Session:
         }
 
         def send(sealed: client.Call) -> None:
-            self.job_sent = monotonic()
+            self.job_sent, self.job_time = monotonic(), time()
             sealed.send_job(instruction, payload, self.recipe.limits["seconds"])
             if self.recipe.monitoring["real_time"]:
                 self.loop.call_later(client.WATCH_AFTER, self._begin_watch)
+            if self._may_show():
+                self.loop.call_later(LIVE_AFTER, self._begin_live)
 
         sandbox.on_opened = lambda: self._begin_recording(call)
         call.on_sealed = send
         call.on_violation = self._violation
+
+    def _may_show(self) -> bool:
+        """Is there a terminal for a live line that nobody writes to but us? A reader of our output may, and a raw plugin."""
+        if self.given["quiet"] or self.given.get("raw") or not os.isatty(2):
+            return False
+        return "raw" not in self.given or not is_pipe(1)
+
+    def _begin_live(self) -> None:
+        if self.call is None or self.call.done or os.environ.get("TERM", "dumb") == "dumb":
+            return
+        from sandbox.cli.live import Live
+
+        self.live = Live(self)
 
     def _begin_recording(self, call: client.Call) -> None:
         """Of what it does to files."""
@@ -369,7 +397,8 @@ class Session:
 
     def _output(self, fd: int, *, terminal: bool = False) -> Callable[[bytes], None]:
         """A sink that writes to `fd`, escaped if that is a terminal. `terminal`: what comes is a line discipline's."""
-        escaper = None if self.given.get("raw") or not os.isatty(fd) else TerminalEscaper()
+        is_shown = os.isatty(fd)
+        escaper = None if self.given.get("raw") or not is_shown else TerminalEscaper()
 
         def write(data: bytes) -> None:
             self.output_tail += data
@@ -381,6 +410,10 @@ class Session:
             put(data)
 
         def put(data: bytes) -> None:
+            if is_shown and data:
+                self.shown_last = data[-1:]
+                if self.live is not None:
+                    self.live.clear()
             view = memoryview(data)
             try:
                 while view and not self.reader_gone:
@@ -390,6 +423,8 @@ class Session:
                     raise
                 self.reader_gone = True
                 self._kill("reader")
+            if is_shown and self.live is not None:
+                self.live.restore()
 
         if escaper is not None:
             self.flushes.append(lambda: put(escaper.flush()))
@@ -468,11 +503,26 @@ class Session:
         self.error, self.found = error, violations
         if not self.given["quiet"]:
             self._explain(violations, error)
-        if self.result_file is not None:
-            write_result(self, self.result_file, status, error, violations)
-        if self.given.get("summary"):
-            print_summary(self, status)
+        if self.result_file is not None or self.report is not None:
+            self._write(status, error, violations)
+        if self.given["summary"]:
+            from sandbox.cli import summary
+
+            summary.show(self, status)
         return status
+
+    def _write(self, status: int, error: SandboxException | None, violations: list[SandboxViolation]) -> None:
+        from sandbox.cli import results
+
+        result = results.result_of(self, status, error, violations)
+        if self.result_file is not None:
+            import json
+
+            self.result_file.write(json.dumps(result, indent=2) + "\n")
+        if self.report is not None:
+            from sandbox.cli import report
+
+            self.report.write(report.page(result))
 
     def facts(self) -> dict[str, Any]:
         """What its row has of it, and `telemetry`: whether it is to have one."""
@@ -540,6 +590,21 @@ def is_background(fd: int) -> bool:
         return False
 
 
+def is_pipe(fd: int) -> bool:
+    """What goes there may come out on the terminal, by another process."""
+    return not os.isatty(fd) and stat.S_IFMT(os.fstat(fd).st_mode) not in (stat.S_IFREG, stat.S_IFCHR)
+
+
+def target(option: str, given: dict[str, Any]) -> Target | None:
+    """The file that an option names, if it was given."""
+    path = given[option.lstrip("-").replace("-", "_")]
+    if path is None:
+        return None
+    from sandbox.cli.target import Target
+
+    return Target(option, path)
+
+
 def write_some(fd: int, view: memoryview) -> int:
     """One write(2); waits where the caller's descriptor is non-blocking."""
     try:
@@ -549,80 +614,3 @@ def write_some(fd: int, view: memoryview) -> int:
 
         select.select([], [fd], [])
         return 0
-
-
-def check_result_file(path: str | None) -> str | None:
-    """Refuse before the run what could not be written after it."""
-    if path is None:
-        return None
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise inputs.UsageError(f"--result-file {path}: there is no folder {folder}: make it first")
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise inputs.UsageError(f"--result-file {path}: this cannot be written: give a file in a folder of yours")
-    return os.path.abspath(path)
-
-
-def write_result(
-    session: Session, path: str, status: int, error: SandboxException | None, violations: list[SandboxViolation]
-) -> None:
-    """The whole file or none of it."""
-    import json
-    from datetime import UTC, datetime, timedelta
-
-    from sandbox.engine import outcome
-    from sandbox.telemetry import SandboxTelemetry
-
-    call, watch = session.call, session.watch
-    assert call is not None
-    reason = str(error).splitlines()[0] if error is not None else "exited"
-    start = datetime.fromtimestamp(session.start, UTC)
-    telemetry = SandboxTelemetry(
-        sandbox_id=call.sandbox.name,
-        plugin_id=os.path.basename(session.given.get("file") or session.given.get("target", "")),
-        start_time=start,
-        end_time=start + timedelta(seconds=monotonic() - session.begun),
-        peak_memory_mb=session.peak_memory_mb(),
-        peak_cpu_percent=watch.peak_cpu if watch else 0.0,
-        network_operations_count=session.network_operations,
-        file_operations_count=session.recorder.count if session.recorder else 0,
-        resource_samples=session.samples,
-        process_hierarchy=watch.hierarchy if watch else [],
-        violations=violations,
-        exit_code=outcome.exit_of(call)[0],
-        exit_reason=reason,
-        cleanup_successful=call.sandbox.is_gone,
-        link_counters=outcome.link_counters(call),
-    )
-    result = {
-        "exit_code": status,
-        "reason": reason,
-        "level": session.recipe.level,
-        "protections": [protection.to_dict() for protection in session.protections()],
-        "violations": [violation.to_dict() for violation in violations],
-        "telemetry": telemetry.to_dict(),
-        "network": [outcome.activity(fields) for fields in session.activity],
-    }
-    if session.recovery is not None:
-        result["recovery"] = session.recovery.history
-    if session.settled is not None:
-        changes = [dict(vars(change)) for change in session.settled.found]
-        result |= {"changes": changes, "committed": session.settled.is_committed}
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=2)
-        file.write("\n")
-    os.replace(temporary, path)
-
-
-def print_summary(session: Session, status: int) -> None:
-    """At most five lines on stderr: what held the plugin."""
-    protections = session.protections()
-    states = {state: [p.name for p in protections if p.state == state] for state in (ENFORCED, SUBSTITUTED, MISSING)}
-    seconds = monotonic() - session.job_sent
-    say(f"level {session.recipe.level}, status {status}, {seconds * 1000:.0f} ms; what held the plugin:")
-    for state, names in states.items():
-        if names:
-            say(f"{state}: {', '.join(names)}")
-    if session.recovery is not None and session.recovery.history:
-        say(f"recovery: {', '.join(step['action'] for step in session.recovery.history)}")

@@ -31,7 +31,7 @@ class Session:
         self.repository, packages = (
             self._reachable(place, parts)
             for place, parts in (
-                (REPOSITORY, ("sandbox", "tests", "pyproject.toml")),
+                (REPOSITORY, ("sandbox", "tests", "tools", "pyproject.toml")),
                 (Path(sysconfig.get_path("purelib")), ()),
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pty
@@ -414,7 +415,12 @@ def test_allow_subprocess(everywhere: Caller) -> None:
 
 def test_the_result_file_tells_everything(everywhere: Caller) -> None:
     result = result_of(everywhere, "import sys; sys.exit(7)", status=7)
-    assert sorted(result) == ["exit_code", "level", "network", "protections", "reason", "telemetry", "violations"]
+    assert sorted(result) == [
+        *("began", "exit_code", "file_operations", "kernel", "level", "limits", "max_tasks", "network", "outcome", "plugin"),
+        *("protections", "psie", "reason", "sampling", "seconds", "sha256", "telemetry", "uid", "violations"),
+    ]
+    assert result["plugin"] == str(everywhere.folder / "plugin.py")
+    assert result["sha256"] == hashlib.sha256((everywhere.folder / "plugin.py").read_bytes()).hexdigest()
     assert (result["level"], result["reason"], result["violations"]) == (everywhere.level, "exited", [])
     assert result["telemetry"]["plugin_id"] == "plugin.py"
     assert result["telemetry"]["exit_code"] == 7

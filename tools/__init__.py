@@ -1,0 +1,1 @@
+"""What the makers of psie run: no part of the package."""
