@@ -66,15 +66,31 @@ def main() -> None:
             promised.leave()
     from sandbox.cli import app
 
-    sys.exit(guarded(lambda: app.main(arguments)))
+    if sys.stdout is None:  # closed by the caller: 1 is /dev/null now
+        sys.stdout = os.fdopen(1, "w")
+    sys.exit(written(lambda: guarded(lambda: app.main(arguments))))
 
 
 def guarded(command: Callable[[], int]) -> int:
     """What nobody foresaw is a failure of psie's, and says so in one line; with PSIE_DEBUG it is a traceback."""
     try:
         return command()
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if os.environ.get("PSIE_DEBUG"):
             raise
         print(f"psie: internal error: {type(error).__name__}: {error}; PSIE_DEBUG=1 shows where", file=sys.stderr)
         return 125
+
+
+def written(command: Callable[[], int]) -> int:
+    """The status of `command`, when all of stdout has been written; 1, as click has it, if its reader has left."""
+    try:
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)  # for the interpreter's own flush
+        return 1

@@ -829,6 +829,15 @@ def test_a_reader_that_leaves_ends_it_quietly(twice: Caller) -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("words", [["levels"], ["explain", "--json"], ["quarantine", "list"], ["history"]], ids=" ".join)
+def test_a_reader_of_a_table_that_leaves_is_no_failure(twice: Caller, words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as nobody:
+        done = twice.run(*words, stdout=nobody)
+    assert (done.status, done.errors) == (1, b"")
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT"])
 def test_a_signal_ends_it(twice: Caller, name: str) -> None:
     number = getattr(signal, name)
