@@ -174,6 +174,10 @@ def test_what_nobody_counts() -> None:
     parsed = page_of(result([sample(n / 10, cpu_percent=None) for n in range(5)], 0.5))
     assert "Nobody counts this here." in parsed.text
     assert len(parsed.all("path", **{"class": "course cpu"})) == 0
+    assert "Peak CPU" not in parsed.text
+    unseen = result([], 0.5)
+    unseen["telemetry"]["peak_memory_mb"] = 0.0
+    assert "Peak memory" not in page_of(unseen).text, "a peak that nobody has seen is no zero"
 
 
 def test_a_long_run_is_thinned_and_says_so() -> None:

@@ -95,19 +95,15 @@ def tiles(result: Result) -> Markup:
     """The figures that matter, of their limits."""
     telemetry, allowed = result["telemetry"], result["limits"]
     samples = telemetry["resource_samples"]
-    tasks = max((each["threads"] or 0 for each in samples), default=0)
-    shown = [
-        tile("Time", duration(result["seconds"]), duration(allowed["max_execution_time_seconds"]), share_of_time(result)),
-        tile(
-            "Peak memory",
-            f"{number(telemetry['peak_memory_mb'])} MB",
-            f"{number(allowed['max_memory_mb'])} MB",
-            telemetry["peak_memory_mb"] / allowed["max_memory_mb"],
-        ),
-    ]
-    if samples:
+    shown = [tile("Time", duration(result["seconds"]), duration(allowed["max_execution_time_seconds"]), share_of_time(result))]
+    peak, most = telemetry["peak_memory_mb"], allowed["max_memory_mb"]
+    if peak:  # else nobody has seen it
+        shown.append(tile("Peak memory", f"{number(peak)} MB", f"{number(most)} MB", peak / most))
+    if any(each["cpu_percent"] is not None for each in samples):
         cpu, most = telemetry["peak_cpu_percent"], allowed["max_cpu_percent"]
         shown.append(tile("Peak CPU", f"{number(cpu)} %", f"{number(most)} % of one CPU", cpu / most))
+    tasks = max((each["threads"] or 0 for each in samples), default=0)
+    if tasks:
         shown.append(tile("Processes and threads", number(tasks), number(result["max_tasks"]), tasks / result["max_tasks"]))
     used, most = telemetry["file_operations_count"], allowed["max_file_operations"]
     shown.append(tile("File operations", number(used), number(most), used / most if most else float(used > 0)))
@@ -183,7 +179,8 @@ def about_samples(result: Result, end: float) -> str:
     if count > charts.MOST:
         said += "; of neighbouring ones only the lowest and the highest are drawn"
     peak = result["telemetry"]["peak_memory_mb"]
-    return f"{said}. Between two samples it may have used more: the highest memory seen was {number(peak)} MB."
+    most = f": the highest memory seen was {number(peak)} MB" if peak else ""
+    return f"{said}. Between two samples it may have used more{most}."
 
 
 # -- what happened -------------------------------------------------------------------------------------------------------

@@ -45,7 +45,9 @@ def lines(session: Session, status: int) -> list[tuple[str, list[str], str]]:
         found.append((SUBSTITUTED, named[SUBSTITUTED] + named[MISSING], STYLES[MISSING]))
     else:
         found += [(state, named[state], STYLES[state]) for state in (SUBSTITUTED, MISSING) if named[state]]
-    found.append(("used", used(session), ""))
+    measured = used(session)
+    if measured:
+        found.append(("used", measured, ""))
     if session.recovery is not None and session.recovery.history:
         found.append(("recovery", [step["action"] for step in session.recovery.history], colours.YELLOW))
     return found
@@ -58,8 +60,10 @@ def names(protections: Sequence[Protection], state: str) -> list[str]:
 def used(session: Session) -> list[str]:
     """Peaks, of their limits, and counts."""
     watch, recorder = session.watch, session.recorder
-    parts = [f"memory {number(session.peak_memory_mb())} of {number(float(session.limits['max_memory_mb']))} MB"]
-    if watch is not None and session.samples:
+    parts, peak = [], session.peak_memory_mb()
+    if peak:  # else nobody has seen it
+        parts.append(f"memory {number(peak)} of {number(float(session.limits['max_memory_mb']))} MB")
+    if watch is not None and any(each["cpu_percent"] is not None for each in session.samples):
         parts.append(f"CPU {number(watch.peak_cpu)} of {number(float(session.limits['max_cpu_percent']))} %")
     if recorder is not None and recorder.count:
         parts.append(counted(recorder.count, "change") + " to files")

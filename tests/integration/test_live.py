@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from . import cli_harness
+from . import cli_harness, harness
 from .cli_harness import Caller, Session
 
 CLEAR = b"\r\x1b[K"
@@ -21,15 +21,20 @@ LIVE = re.compile(r"psie: \d+ s(/| of )30 s")
 # What a terminal is told here: text, the ends of lines, "to the left edge", "erase to the right edge", colours.
 TOLD = re.compile(rb"\r|\n|\x1b\[K|\x1b\[[0-9;]*m|[^\r\n\x1b]+|\x1b")
 
+SEEN = re.compile(rb"psie: \d+ s(/| of )30 s")
+COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
+LONG = 3 * harness.PATIENCE  # seconds in which a line is sure to come
+
+# A plugin that goes on when something is typed: the test has seen the line by then.
 SLOW = """
-    import time
+    import sys, time
     print("one", flush=True)
-    time.sleep({before})
+    sys.stdin.readline()
     print("two", flush=True)
     print("half", end="", flush=True)
     time.sleep(0.7)
     print(" whole", flush=True)
-    time.sleep(0.7)
+    sys.stdin.readline()
 """
 
 
@@ -76,17 +81,32 @@ def line_of(caller: Caller, source: str, *options: str) -> list[str]:
     return ["run", "--level", caller.level, *options, str(path)]
 
 
-def on_terminal(caller: Caller, source: str, *options: str, env: dict[str, str] | None = None, columns: int = 100) -> bytes:
-    """All that is shown of a run whose three streams are the terminal."""
+def on_terminal(
+    caller: Caller, source: str, *options: str, env: dict[str, str] | None = None, columns: int = 100, times: int = 0
+) -> bytes:
+    """All that is shown of a run whose three streams are the terminal. `times`: so often something is typed, each time when the
+    live line has come."""
     if env:
         caller = dataclasses.replace(caller, environment={**caller.environment, **env})
     with Session(caller, *line_of(caller, source, *options)) as session:
         session.resize(24, columns)
         seen = b""
-        while data := cli_harness.read_some(session.master) if not ended(session) else b"":
-            seen += data
+        for _ in range(times):
+            seen += until_drawn(session)
+            session.type(b"\r")
+        while not ended(session):
+            seen += cli_harness.read_some(session.master)
         assert session.status() == 0, seen
         return seen + session.rest()
+
+
+def until_drawn(session: Session) -> bytes:
+    """What comes up to a live line, and that."""
+    seen = b""
+    while not SEEN.search(COLOUR.sub(b"", seen)):
+        assert not ended(session), seen
+        seen += cli_harness.read_some(session.master)
+    return seen
 
 
 def ended(session: Session) -> bool:
@@ -97,7 +117,7 @@ def ended(session: Session) -> bool:
 
 
 def test_the_live_line_is_never_mixed_into_output(caller: Caller) -> None:
-    seen = on_terminal(caller, SLOW.format(before=1.7))
+    seen = on_terminal(caller, SLOW, times=2)
     screen = drawn(seen)
     live = [line for line in screen.stood if LIVE.search(line)]
     assert live, seen
@@ -105,12 +125,12 @@ def test_the_live_line_is_never_mixed_into_output(caller: Caller) -> None:
     assert any("memory" in line and "process" in line for line in live), live
     assert not [line for line in (*screen.stood, *screen.lines) if "half" in line and "psie" in line]
     shown = [line for line in screen.lines if not line.startswith("psie: not as on")]
-    assert shown == ["one", "two", "half whole", ""], "nothing of it stays"
+    assert shown == ["one", "", "two", "half whole", "", ""], "nothing of it stays"
 
 
 def test_it_is_taken_away_before_what_comes_next(caller: Caller) -> None:
     """Every byte of output that follows a drawn line follows what erases it."""
-    seen = on_terminal(caller, SLOW.format(before=1.7), env={"NO_COLOR": "1"})
+    seen = on_terminal(caller, SLOW, env={"NO_COLOR": "1"}, times=2)
     assert b"\x1b[2m" not in seen
     assert b"\x1b[0m" not in seen
     pieces = seen.split(CLEAR)
@@ -120,7 +140,7 @@ def test_it_is_taken_away_before_what_comes_next(caller: Caller) -> None:
             assert b"\n" not in piece, piece
 
 
-QUIET = "import time; print('x', flush=True); time.sleep(1.3)"
+QUIET = f"import time; print('x', flush=True); time.sleep({LONG})"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +192,7 @@ def test_it_is_there_where_only_stderr_is_a_terminal(caller: Caller) -> None:
 def test_a_terminal_that_was_stopped_stops_nothing(caller: Caller) -> None:
     """By Ctrl-S, which tcflow(3) does as well."""
     master, slave = os.openpty()
-    line = line_of(caller, "import time; time.sleep(2.5)")
+    line = line_of(caller, f"import time; time.sleep({LONG})")
     streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": slave}
     try:
         with subprocess.Popen(caller.command(*line), **streams, **caller.surroundings({"env": {"TERM": "xterm"}})) as process:
@@ -186,16 +206,16 @@ def test_a_terminal_that_was_stopped_stops_nothing(caller: Caller) -> None:
 
 
 def test_it_fits(caller: Caller) -> None:
-    screen = drawn(on_terminal(caller, QUIET, columns=34))
+    screen = drawn(on_terminal(caller, "import sys; sys.stdin.readline()", columns=34, times=1))
     live = [line for line in screen.stood if LIVE.search(line)]
     assert live
     assert max(map(len, live)) < 34
 
 
 def test_what_a_plugin_writes_cannot_disturb_it(caller: Caller) -> None:
-    hostile = """
+    hostile = f"""
         import os, time
-        end = time.monotonic() + 1.6
+        end = time.monotonic() + {LONG}
         while time.monotonic() < end:
             os.write(1, b"a\\rb\\x1b[K\\x1b[5A\\x08\\x1b[2Jc\\n")
             os.write(2, b"\\x1b]0;title\\x07d\\r\\n")
@@ -208,7 +228,7 @@ def test_what_a_plugin_writes_cannot_disturb_it(caller: Caller) -> None:
 
 
 def test_a_call_has_it_too(caller: Caller) -> None:
-    path = caller.write("plugin.py", "import time\ndef main():\n    time.sleep(1.3)\n    return 'value'")
+    path = caller.write("plugin.py", f"import time\ndef main():\n    time.sleep({LONG})\n    return 'value'")
     with Session(caller, "call", "--level", caller.level, f"{path}:main") as session:
         seen = session.until(b'"value"\r\n')
         assert session.status() == 0

@@ -21,7 +21,7 @@ BUSY = """
         socket.socket().connect(("192.0.2.1", 80))
     except OSError:
         pass
-    time.sleep(0.4)
+    time.sleep(1)
 """
 SETTINGS = "[isolation]\nresource_check_interval_seconds = 0.1\n"
 
@@ -55,7 +55,7 @@ def test_the_page_is_made_of_the_result_file(caller: Caller) -> None:
     assert (caller.folder / "out.html").stat().st_uid == caller.uid
     assert result["telemetry"]["resource_samples"]
     assert 0 < result["sampling"]["began_seconds"] < 5
-    assert 0.4 <= result["seconds"] < 30
+    assert 1 <= result["seconds"] < 30
     assert [each["path"].rsplit("/", 1)[1] for each in result["file_operations"]] == ["made"]
     assert [each["address"] for each in result["network"] if each["operation"] == "connect"] == ["192.0.2.1"]
     for said in (result["sha256"], "192.0.2.1:80", "course memory", "read back from /proc/PID/status", caller.level):
