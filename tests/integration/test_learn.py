@@ -229,6 +229,28 @@ def test_limits_are_measured_and_hold(own: Caller) -> None:
     assert "--memory changes that" in done.err
 
 
+def test_limits_that_are_passed_are_raised(own: Caller) -> None:
+    """Threads and files; stacks of threads are more address space than memory, which some hosts limit in its place."""
+    source = """\
+        import threading
+        files = [open(f"{number}", "w") for number in range(60)]
+        gate = threading.Barrier(8)
+        threads = [threading.Thread(target=gate.wait, args=(20,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print("done")
+        """
+    plugin = own.write("plugin.py", source)
+    done = own.run("learn", plugin)
+    assert done.status == 0, done.err
+    limits = tomllib.loads((own.folder / "psie.toml").read_text())["limits"]
+    assert limits["max_thread_count"] >= 9
+    assert limits["max_open_files"] > 60
+    assert own.run("run", "-q", "--config", own.folder / "psie.toml", plugin).out == "done\n"
+
+
 def test_standard_input_is_given_to_each_run(own: Caller) -> None:
     plugin = own.write("plugin.py", "import sys\nsys.exit(sys.stdin.read() != 'abc')\n")
     assert own.run("learn", "--dry-run", plugin, stdin=b"abc").status == 0
