@@ -235,7 +235,7 @@ def test_limits_that_are_passed_are_raised(own: Caller) -> None:
         import threading
         files = [open(f"{number}", "w") for number in range(60)]
         gate = threading.Barrier(8)
-        threads = [threading.Thread(target=gate.wait, args=(20,)) for _ in range(8)]
+        threads = [threading.Thread(target=gate.wait, args=(20,), daemon=True) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
