@@ -198,6 +198,19 @@ def test_deletions_and_changes_are_learned_and_not_done(own: Caller) -> None:
     assert os.listdir(old.parent) == ["old"]
 
 
+def test_folders_that_it_would_make_are_seen(own: Caller) -> None:
+    """os.makedirs begins at the first folder that it does not see, and that is above what it is about."""
+    inner = own.write("out/deep/old", "x").parent
+    source = "import os, sys\nos.makedirs(sys.argv[1] + '/new', exist_ok=True)\nopen(sys.argv[1] + '/new/x', 'w').close()\n"
+    plugin = own.write("plugin.py", source)
+    for options in ([], ["--allow-files"]):
+        document, _ = learned(own, plugin, *options, "--", inner)
+        assert document["permissions"] == {"allowed_directories": [str(inner)]}
+    plugin.write_text(source.replace("sys.argv[1]", repr(str(inner))))
+    document, _ = learned(own, plugin, "--allow-files")
+    assert document["permissions"] == {"allowed_directories": [str(inner)]}
+
+
 def test_what_would_not_be_kept_did_not_work(own: Caller) -> None:
     """psie run keeps nothing of a run in which something was refused, so it would not have worked under what was learned."""
     out = own.write("out/old", "x").parent
