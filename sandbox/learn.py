@@ -425,6 +425,8 @@ class Policy:
         path = os.path.normpath(wish.value)
         if not os.path.lexists(path):
             return  # not here either: it would have gone on without
+        if self._on_the_way(path, wish, consent):
+            return
         what = f"read {short(path)}"
         if under(path, PROGRAMS) and (PROCESS, "") not in self.grants:
             if not consent.process():  # strict shows such programs to whoever may start some
@@ -442,6 +444,16 @@ class Policy:
         elif not any(under(place, (other,)) for kind, other in self.grants if kind in (READ, WRITE) and other != place):
             self._grant(READ, place, wish)
 
+    def _on_the_way(self, path: str, wish: Wish, consent: Consent) -> bool:
+        """Whether it is a folder above what the person has named, which is granted then: that shows the way to it."""
+        below = [named for named in consent.named if named != path and under(named, (path,)) and os.path.isdir(path)]
+        for named in below:
+            if os.path.lexists(named):
+                self._read(replace(wish, value=named), consent)
+            elif wish.word == WORDS["make"]:
+                self._write(replace(wish, kind=WRITE, value=named, word=WORDS["write"]), consent)
+        return bool(below)
+
     @staticmethod
     def _named_around(path: str, consent: Consent) -> str:
         """The folder that the person has named and that it lies in, if it holds no secrets; else itself."""
@@ -452,6 +464,9 @@ class Policy:
 
     def _write(self, wish: Wish, consent: Consent) -> None:
         path = os.path.normpath(wish.value)
+        if wish.word == WORDS["make"] and os.path.isdir(path):
+            self._read(replace(wish, kind=READ), consent)  # os.makedirs: where it sees the folder it leaves it as it is
+            return
         folder = os.path.dirname(path)
         around = next((value for value in self.values(WRITE) if under(folder, (value,))), None)
         if around is not None:

@@ -328,6 +328,19 @@ def test_what_lies_in_another_grant_is_left_out(place: Path) -> None:
     assert (got.values(READ), got.values(WRITE)) == ([], [f"{place}/plain"])
 
 
+def test_a_folder_that_is_there_is_not_made_but_seen(place: Path) -> None:
+    """As by os.makedirs(exist_ok=True), which begins at the first folder that it does not see."""
+    named = Consent(named=[str(place / "plain")])
+    assert set(taken(wish(place, "make"), consent=named).grants) == {(READ, f"{place}/plain")}
+    assert set(taken(wish(place / "plain", "make"), consent=named).grants) == {(READ, f"{place}/plain")}
+    got = taken(wish(place, "make"), wish(place / "plain/new", "make"), consent=named)
+    assert set(got.grants) == {(WRITE, f"{place}/plain")}
+    to_be_made = Consent(named=[str(place / "plain/result.json")])
+    assert set(taken(wish(place, "make"), consent=to_be_made).grants) == {(WRITE, f"{place}/plain")}
+    assert not taken(wish(place, "look"), consent=to_be_made).grants
+    assert not taken(wish(place, "make")).grants
+
+
 def test_what_is_not_here_either_is_no_wish(place: Path) -> None:
     got = taken(wish(place / "plain/none.txt"), consent=Consent(files=True))
     assert not got.grants

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ROUNDS = 12  # runs in which something new was learned
 MEMORY_MB, SECONDS = 1024.0, 60.0
 LESS_SECONDS = 120.0  # in all, for trying with less
-PROOFS = 4
+PROOFS = 8
 TAIL_LINES = 10
 LINES = 20  # of one kind that are said
 
@@ -79,7 +79,7 @@ class Learning:
             return self.give_up(result)
         unsure = self.less(result)
         text, proof = self.proof(unsure)
-        if not self.is_good(proof) or self.digest not in ("", proof.digest):
+        if not self.is_proof(proof):
             return self.give_up(proof)
         self.tell(unsure)
         return self.write(text, proof)
@@ -142,22 +142,36 @@ class Learning:
         return self.is_good(result) and result.digest == full.digest
 
     def proof(self, unsure: str) -> tuple[str, Result]:
-        """The text of the file, and a run under it. A limit that is too low all the same is raised."""
+        """The text of the file, and a run under it. It differs from those before by its limits alone: where it fails, they are
+        too low all the same, and are raised."""
         limits = learning.limits_for(self.policy, self.peaks)
         for _ in range(PROOFS):
             text = learning.render(self.policy, limits, self.runner.runs + 1, self.given["args"], unsure)
             proof = self.runner.run(text)
             if proof.failed:
                 raise run_command.Failed(proof.failed)
-            wishes = [wish for wish in learning.seen_in(proof, os.getcwd()).wishes if wish.kind == learning.LIMIT]
-            most = self.policy.learning_limits()
-            raised = {wish.value: min(wish.amount, most.get(wish.value, wish.amount)) for wish in wishes}
-            raised = {name: value for name, value in raised.items() if name in limits and value > limits[name][0]}
-            if self.is_good(proof) or not raised:
+            if self.is_proof(proof) or not self.raise_limits(limits, proof):
                 break
-            for name, value in raised.items():
-                limits[name] = value, "the measured peak with its headroom was not enough to run: raised until it was"
         return text, proof
+
+    def is_proof(self, result: Result) -> bool:
+        return self.is_good(result) and self.digest in ("", result.digest)
+
+    def raise_limits(self, limits: dict[str, tuple[float, str]], proof: Result) -> bool:
+        """Those that have ended it; where none says so, or has room, memory (a kernel that counts address space in its place
+        has more to count than what was measured), and at last all."""
+        most = self.policy.learning_limits()
+        passed = [wish.value for wish in learning.seen_in(proof, os.getcwd()).wishes if wish.kind == learning.LIMIT]
+        for names in (passed, ["max_memory_mb"] if proof.limit else [], list(limits)):
+            room = [name for name in names if name in limits and limits[name][0] < most.get(name, 0)]
+            for name in room:
+                limits[name] = (
+                    min(2 * limits[name][0], most[name]),
+                    "the peak with its headroom was not enough: doubled until it was",
+                )
+            if room:
+                return True
+        return False
 
     # -- what is said ----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ its own settings. Each attack is first shown to work without what stops it.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -109,6 +110,17 @@ print(found)
     assert f"not granted: connect to 127.0.0.1:{port}" in done.stderr
 
 
+def seen_in_a_run(file: Path) -> trial.Result:
+    """In a process of its own, as in the command: it forks."""
+    code = (
+        "import json, sys\nfrom sandbox.cli import trial\n"
+        "result = trial.Runner(sys.argv[1], (), ()).run('[isolation]\\nlevel = \"strict\"\\n')\nprint(json.dumps(vars(result)))"
+    )
+    words = [sys.executable, "-c", code, str(file)]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True)
+    return trial.Result(**json.loads(done.stdout))
+
+
 INJECTED = '"]\nallow_subprocess_execution = true\nallow_network_access = true\nallowed_hosts = ["*"]\n# "'
 
 
@@ -151,7 +163,7 @@ for number in range(5000):
     sys.audit("open", f"/nowhere/{{number}}", "r", 0)
 """
     file = plugin(place, source)
-    told = trial.Runner(str(file), (), ()).run('[isolation]\nlevel = "strict"\n')
+    told = seen_in_a_run(file)
     assert {"read", "delete"} <= {wish["wish"] for wish in told.wishes if wish["path"] == str(data)}  # it was believed so far
     assert len(told.wishes) <= 512
     policy = Policy("strict", str(file), {})

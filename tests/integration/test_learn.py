@@ -198,6 +198,19 @@ def test_deletions_and_changes_are_learned_and_not_done(own: Caller) -> None:
     assert os.listdir(old.parent) == ["old"]
 
 
+def test_folders_that_it_would_make_are_seen(own: Caller) -> None:
+    """os.makedirs begins at the first folder that it does not see, and that is above what it is about."""
+    inner = own.write("out/deep/old", "x").parent
+    source = "import os, sys\nos.makedirs(sys.argv[1] + '/new', exist_ok=True)\nopen(sys.argv[1] + '/new/x', 'w').close()\n"
+    plugin = own.write("plugin.py", source)
+    for options in ([], ["--allow-files"]):
+        document, _ = learned(own, plugin, *options, "--", inner)
+        assert document["permissions"] == {"allowed_directories": [str(inner)]}
+    plugin.write_text(source.replace("sys.argv[1]", repr(str(inner))))
+    document, _ = learned(own, plugin, "--allow-files")
+    assert document["permissions"] == {"allowed_directories": [str(inner)]}
+
+
 def test_what_would_not_be_kept_did_not_work(own: Caller) -> None:
     """psie run keeps nothing of a run in which something was refused, so it would not have worked under what was learned."""
     out = own.write("out/old", "x").parent
@@ -227,6 +240,28 @@ def test_limits_are_measured_and_hold(own: Caller) -> None:
     done = own.run("learn", "--dry-run", "--memory", "64M", plugin)
     assert done.status == 1
     assert "--memory changes that" in done.err
+
+
+def test_limits_that_are_passed_are_raised(own: Caller) -> None:
+    """Threads and files; stacks of threads are more address space than memory, which some hosts limit in its place."""
+    source = """\
+        import threading
+        files = [open(f"{number}", "w") for number in range(60)]
+        gate = threading.Barrier(8)
+        threads = [threading.Thread(target=gate.wait, args=(20,), daemon=True) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print("done")
+        """
+    plugin = own.write("plugin.py", source)
+    done = own.run("learn", plugin)
+    assert done.status == 0, done.err
+    limits = tomllib.loads((own.folder / "psie.toml").read_text())["limits"]
+    assert limits["max_thread_count"] >= 9
+    assert limits["max_open_files"] > 60
+    assert own.run("run", "-q", "--config", own.folder / "psie.toml", plugin).out == "done\n"
 
 
 def test_standard_input_is_given_to_each_run(own: Caller) -> None:
