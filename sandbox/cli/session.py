@@ -24,6 +24,7 @@ from sandbox.text import TerminalEscaper, escape_text
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
     from typing import Any
 
     from sandbox.cli.changes import Settled
@@ -141,6 +142,7 @@ class Session:
         self.recorder: Recorder | None = None  # of file operations
         self.watched: list[SandboxViolation] = []  # by both
         self.recovery: Recovery | None = None
+        self.is_discarded = False  # what it changed in granted folders
         self.samples: list[dict[str, Any]] = []
         self.activity: list[dict[str, str]] = []  # what it wanted of the network, as the supervisor says
         self.network_operations = 0
@@ -254,6 +256,8 @@ class Session:
         assert self.call is not None
         if self.call.offences:
             return "a violation was recorded"
+        if self.is_discarded:
+            return "recovery discards them"
         if self.call.cause or outcome.judge(self.call, []) is not None:
             return "the plugin did not come to its own end"
         code, _ = outcome.exit_of(self.call)
@@ -389,7 +393,19 @@ class Session:
             from sandbox.recovery.measures import Recovery
 
             self.recovery = Recovery(sandbox, "run")
+            self.recovery.discard = self._discard
         return self.recovery
+
+    def _discard(self) -> Future[dict[str, Any]] | None:
+        """Of a run nothing is committed before its end: it is enough that nothing will be."""
+        from concurrent.futures import Future
+
+        if self.call is None or self.call.sandbox.layers is None:
+            return None
+        self.is_discarded = True
+        found: Future[dict[str, Any]] = Future()
+        found.set_result({"before": {"are_kept": True}, "after": {"are_kept": False}})
+        return found
 
     def _kill(self, cause: str) -> None:
         if self.call is not None:
