@@ -182,7 +182,7 @@ def test_the_types_reach_a_program_that_uses_it(installed: Path, tmp_path: Path)
 
 
 def test_version_is_answered_without_click(installed: Path) -> None:
-    command = [installed / "bin" / "python", "-X", "importtime", "-I", "-S", installed / "bin" / "psie-python", "--version"]
+    command = [f"{installed}/bin/python", "-X", "importtime", "-I", "-S", f"{installed}/bin/psie-python", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "sandbox.version" in imported

@@ -14,7 +14,6 @@ import argparse
 import glob
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +40,7 @@ NEEDED = (
         "python3",
         "util-linux",
     ),
-    *("bubblewrap", "man-db", r"?name(^python3\.[0-9]+-(venv|dev)$)"),
+    *("bubblewrap", "man-db", r"?name(^python3\.[0-9]+-venv$)", r"?name(^python3\.[0-9]+-dev$)"),
 )
 SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
@@ -100,19 +99,6 @@ def in_debian(release: str) -> tuple[list[str], dict[str, str]]:
     return ["tools/in-root", str(tree)], programs
 
 
-def for_all(name: str, program: str) -> str:
-    """One that every user may run: a copy, where it lies in a folder of its own in somebody's home, as pyenv's do."""
-    place = Path(program).resolve().parent.parent
-    closed = any(not folder.stat().st_mode & 0o001 for folder in (place, *place.parents))
-    if not closed or not (place / "lib" / f"python{name}" / "os.py").exists():
-        return program
-    copied = PLACE / f"python-{name}"
-    if not copied.exists():
-        shutil.copytree(place, copied.with_suffix(".new"), symlinks=True)
-        copied.with_suffix(".new").rename(copied)
-    return str(copied / "bin" / f"python{name}")
-
-
 def prepared(name: str, program: str, before: list[str]) -> str:
     """The interpreter of a virtual environment with psie and what its tests need. Raises CalledProcessError."""
     place = PLACE / "-".join(["venv", name, *(Path(word).name for word in before[1:])])
@@ -156,8 +142,7 @@ def main() -> int:
         label = name.strip("/").replace("/", "-")
         print(f"== Python {name}: {programs[name]}", flush=True)
         try:
-            program = programs[name] if before else for_all(label, programs[name])
-            status = run_tests(prepared(label, program, before), before, further.split())
+            status = run_tests(prepared(label, programs[name], before), before, further.split())
         except subprocess.CalledProcessError as error:
             print(error, file=sys.stderr)
             came[name] = "could not be prepared"
