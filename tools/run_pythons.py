@@ -5,7 +5,7 @@
     python tools/run_pythons.py --debian sid 3.14     with those of a Debian release, in a tree of its own, as root
     python tools/run_pythons.py 3.13 -- -k codec      what follows -- is for pytest
 
-A virtual environment for each, and the trees, are in .pythons, and kept. The exit status is 0 if all tests of all have passed.
+A virtual environment for each is kept in .pythons, trees in /var/cache/psie-roots (or $PSIE_ROOTS). The exit status is 0 if all tests of all have passed.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def is_virtual(program: str) -> bool:
 
 def in_debian(release: str) -> tuple[list[str], dict[str, str]]:
     """What to write before a command so that it runs in that release, and the programs there by minor version."""
-    tree = PLACE / release
+    tree = Path(os.environ.get("PSIE_ROOTS", "/var/cache/psie-roots"), release)  # not below here: its files would have two names
     if not (tree / "usr/bin/python3").exists():
         subprocess.run(["tools/make-root", release, str(tree), *NEEDED], cwd=ROOT, check=True)
     programs = {
