@@ -114,18 +114,23 @@ CLASSES = {
     ),
 }
 
+# All that an attack needs of ours is cloudpickle, which comes along: no peer has to show a folder for it.
 CLIENT = """
-import os, sys, tempfile, traceback
-sys.path.append({library!r})
+import os, sys, tempfile, traceback, types
 import pickle
-for place in (None, "/tmp", "."):
+given = sys.stdin.buffer
+package, module = types.ModuleType("cloudpickle"), types.ModuleType("cloudpickle.cloudpickle")
+package.cloudpickle, package.__path__ = module, []
+sys.modules.update({{"cloudpickle": package, "cloudpickle.cloudpickle": module}})
+exec(given.read(int(given.readline())), module.__dict__)
+for place in ({workspace!r}, "/tmp", "."):
     try:
         os.chdir(tempfile.mkdtemp(dir=place))
         break
     except OSError:
         pass
 try:
-    function, arguments, keywords = pickle.loads(sys.stdin.buffer.read())
+    function, arguments, keywords = pickle.loads(given.read())
     text = function(*arguments, **keywords)
 except BaseException:
     text = "failed: " + traceback.format_exc()
@@ -142,7 +147,8 @@ REFUSED = {
 
 @dataclass
 class Peer:
-    """A command line that isolates a program. `wrap(library)` is what is written before it; `library` has to be readable."""
+    """A command line that isolates a program. `wrap(workspace)` is what is written before it; a peer that has no private place
+    to write to gets that folder."""
 
     name: str
     version: str
@@ -151,21 +157,21 @@ class Peer:
     not_stopped: list[str] = field(default_factory=list)
 
     def shown(self) -> str:
-        return " ".join([*self.wrap("LIBRARY"), "python3", "plugin.py"])
+        return " ".join([*self.wrap("WORKSPACE"), "python3", "plugin.py"])
 
 
-def bubblewrap(library: str) -> list[str]:
+def bubblewrap(workspace: str) -> list[str]:
     """The README's example, with every namespace, and no environment."""
     links = [word for name in ("bin", "lib", "lib64", "sbin") for word in ("--symlink", f"usr/{name}", f"/{name}")]
     return [
         *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--ro-bind", "/usr", "/usr", *links),
-        *("--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--ro-bind", library, library, "--chdir", "/tmp"),
+        *("--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--chdir", "/tmp"),
     ]
 
 
-def nsjail(library: str) -> list[str]:
+def nsjail(workspace: str) -> list[str]:
     """The README's minimal file system, as nobody, with limits."""
-    shown = [word for path in ("/bin", "/lib", "/lib64", "/usr", library) for word in ("-R", path)]
+    shown = [word for path in ("/bin", "/lib", "/lib64", "/usr") for word in ("-R", path)]
     return [
         *("nsjail", "-Mo", "--really_quiet", "--user", "99999", "--group", "99999", *shown, "-T", "/dev", "-R", "/dev/urandom"),
         *("-T", "/tmp", "--cwd", "/tmp", "--time_limit", str(int(SECONDS)), "--rlimit_as", str(MEMORY_MB)),
@@ -173,7 +179,7 @@ def nsjail(library: str) -> list[str]:
     ]
 
 
-def firejail(library: str) -> list[str]:
+def firejail(workspace: str) -> list[str]:
     """The default profile and the options of the manual for programs that need no network and no files."""
     bytes_ = MEMORY_MB * 2**20
     seconds = time.strftime("%H:%M:%S", time.gmtime(SECONDS))
@@ -189,16 +195,16 @@ def firejail(library: str) -> list[str]:
             "--nonewprivs",
         ),
         *("--noroot", "--seccomp", "--ipc-namespace", "--dbus-user=none", "--dbus-system=none", f"--timeout={seconds}"),
-        *(f"--rlimit-as={bytes_}", f"--rlimit-nproc={TASKS}", f"--rlimit-nofile={FILES}"),
+        *(f"--rlimit-as={bytes_}", f"--rlimit-nproc={TASKS}", f"--rlimit-nofile={FILES}", "--rlimit-fsize=1048576"),
     ]
 
 
-def sandlock(library: str) -> list[str]:
-    """The README's folders and limits, by a line of Python, as its Python SDK has them."""
-    readable = ["/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/dev", library]
+def sandlock(workspace: str) -> list[str]:
+    """The README's folders, but one of its own in place of /tmp, and limits, by a line of Python, as its SDK has them."""
+    readable = ["/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/dev"]
     code = (
         "import sys, sandlock; "
-        f"box = sandlock.Sandbox(fs_readable={readable!r}, fs_writable=['/tmp'], max_memory='{MEMORY_MB}M', "
+        f"box = sandlock.Sandbox(fs_readable={readable!r}, fs_writable=[{workspace!r}], max_memory='{MEMORY_MB}M', "
         f"max_processes={TASKS}, max_open_files={FILES}, clean_env=True); "
         "process = box.popen(sys.argv[1:], stdin=sandlock.StdioMode.INHERIT, stdout=sandlock.StdioMode.INHERIT, "
         "stderr=sandlock.StdioMode.INHERIT); "
@@ -207,7 +213,7 @@ def sandlock(library: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def plain(library: str) -> list[str]:
+def plain(workspace: str) -> list[str]:
     return []
 
 
@@ -240,11 +246,11 @@ def available() -> list[Peer]:
 # -- one attack ------------------------------------------------------------------------------------------------------------
 
 
-def try_peer(peer: Peer, one: Attack, folder: Path, library: str) -> tuple[str, str]:
+def try_peer(peer: Peer, one: Attack, folder: Path, workspace: str) -> tuple[str, str]:
     """(verdict, reason) of an attack inside a peer."""
     with one.scene(Where(inside=True, folder=folder)) as scene:
         payload = transport.pack(one.function, (), scene.arguments, facts().path)
-        answer = ask(peer, payload, library)
+        answer = ask(peer, payload, workspace)
         harm = scene.harm()
     if harm:
         return NOT_STOPPED, harm
@@ -262,12 +268,13 @@ def judged(answer: str) -> tuple[str, str]:
     return (NOT_STOPPED if kind.startswith("escaped") else STOPPED), rest
 
 
-def ask(peer: Peer, payload: bytes, library: str) -> str:
+def ask(peer: Peer, payload: bytes, workspace: str) -> str:
     """What the attack says, or how its process has ended. All that it leaves is killed."""
     mark = f"answer-{os.urandom(6).hex()} "
-    command = [*peer.wrap(library), PYTHON, "-c", CLIENT.format(library=library, mark=mark)]
+    command = [*peer.wrap(workspace), PYTHON, "-c", CLIENT.format(workspace=workspace, mark=mark)]
+    source = Path(cloudpickle.cloudpickle.__file__).read_bytes()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as given:
-        given.write(payload)
+        given.write(b"%d\n" % len(source) + source + payload)
         given.seek(0)
         # As a careless caller starts it: its descriptors and its environment are inherited.
         process = subprocess.Popen(
@@ -322,7 +329,7 @@ def compare(peers: list[Peer], psie: Peer | None) -> int:
     """Try all; how many attacks work here."""
     attacks.remove_stale()
     count = 0
-    with attacks.scratch() as folder, attacks.shown_folder(), library_folder() as library:
+    with attacks.scratch() as folder, attacks.shown_folder(), workspace_folder() as workspace:
         outside = Outside()
         try:
             for number, one in enumerate(chosen()):
@@ -332,7 +339,7 @@ def compare(peers: list[Peer], psie: Peer | None) -> int:
                     continue
                 count += 1
                 for peer in peers:
-                    note(peer, one, try_peer(peer, one, own, library))
+                    note(peer, one, try_peer(peer, one, own, workspace))
                 if psie is not None:
                     note(psie, one, try_psie(one, own))
         finally:
@@ -348,11 +355,9 @@ def note(peer: Peer, one: Attack, came: tuple[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def library_folder() -> Iterator[str]:
-    """All that an attack needs of ours: cloudpickle. Not in /tmp, which most replace."""
+def workspace_folder() -> Iterator[str]:
+    """Not in /tmp, where what is attacked lies."""
     with tempfile.TemporaryDirectory(prefix="psie-comparison-", dir="/var/tmp") as folder:
-        os.chmod(folder, 0o755)
-        shutil.copytree(Path(cloudpickle.__file__).parent, Path(folder, "cloudpickle"))
         yield folder
 
 
@@ -376,8 +381,8 @@ def table(peers: list[Peer]) -> Iterator[str]:
 
 def told(peer: Peer, code: str) -> str:
     """What a person sees of a script that was refused something: the last line."""
-    with library_folder() as library:
-        command = [*peer.wrap(library), PYTHON, "-c", code]
+    with workspace_folder() as workspace:
+        command = [*peer.wrap(workspace), PYTHON, "-c", code]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
         except subprocess.TimeoutExpired:
