@@ -125,7 +125,7 @@ def paragraphs(text: str) -> list[str]:
 
 def filled(text: str) -> list[str]:
     """As lines of the page; `a word` is bold."""
-    lines = textwrap.wrap(text, 76, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(" ".join(text.split()), 76, break_long_words=False, break_on_hyphens=False)
     bold = re.sub(r"`([^`]+)`", r"\\fB\1\\fR", "\n".join(map(escaped, lines)))
     return bold.splitlines()
 
