@@ -5,7 +5,8 @@
     python tools/run_pythons.py --debian sid 3.14     with those of a Debian release, in a tree of its own, as root
     python tools/run_pythons.py 3.13 -- -k codec      what follows -- is for pytest
 
-A virtual environment for each is kept in .pythons, trees in /var/cache/psie-roots (or $PSIE_ROOTS). The exit status is 0 if all tests of all have passed.
+A virtual environment for each is kept in .pythons, trees in /var/cache/psie-roots (or $PSIE_ROOTS). The exit status is 0 if
+all tests of all have passed. Tests of another user are skipped where such a one cannot reach the interpreter.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def is_virtual(program: str) -> bool:
 
 def in_debian(release: str) -> tuple[list[str], dict[str, str]]:
     """What to write before a command so that it runs in that release, and the programs there by minor version."""
-    tree = Path(os.environ.get("PSIE_ROOTS", "/var/cache/psie-roots"), release)  # not below here: its files would have two names
+    tree = Path(
+        os.environ.get("PSIE_ROOTS", "/var/cache/psie-roots"), release
+    )  # not below here: its files would have two names
     if not (tree / "usr/bin/python3").exists():
         subprocess.run(["tools/make-root", release, str(tree), *NEEDED], cwd=ROOT, check=True)
     programs = {
@@ -123,11 +126,12 @@ def run_tests(python: str, before: list[str], further: list[str]) -> int:
 
 
 def main() -> int:
-    own, _, further = " ".join(sys.argv[1:]).partition(" -- ")
+    words = sys.argv[1:]
+    own, further = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--debian", metavar="RELEASE", help="of this Debian release instead of this machine")
     parser.add_argument("pythons", nargs="*", metavar="VERSION|PROGRAM", help="only these")
-    given = parser.parse_args(own.split())
+    given = parser.parse_args(own)
     before, programs = in_debian(given.debian) if given.debian else ([], found_here())
     for one in given.pythons:
         number = version(one) if "/" in one else None
@@ -142,7 +146,7 @@ def main() -> int:
         label = name.strip("/").replace("/", "-")
         print(f"== Python {name}: {programs[name]}", flush=True)
         try:
-            status = run_tests(prepared(label, programs[name], before), before, further.split())
+            status = run_tests(prepared(label, programs[name], before), before, further)
         except subprocess.CalledProcessError as error:
             print(error, file=sys.stderr)
             came[name] = "could not be prepared"
