@@ -7,13 +7,17 @@ BOX ?= trixie
 VM := dnsmasq-base e2fsprogs iproute2 iptables libvirt-clients libvirt-daemon-driver-qemu libvirt-daemon-system mmdebstrap \
 	openssh-client qemu-system-x86 qemu-utils rsync vagrant vagrant-libvirt
 
-.PHONY: demo test vm-test vm-test-all vm-attacks check docs bench clean
+.PHONY: demo test test-pythons vm-test vm-test-all vm-attacks check docs bench man dist clean
 
 demo: .venv/ready
 	$(BIN)/psie run examples/hello.py --level strict --summary -- from the demo
 
 test: .venv/ready
 	$(BIN)/python tools/run_tests.py
+
+# All tests with each Python that is found on this machine; ARGS="3.13", ARGS="--debian sid".
+test-pythons: .venv/ready
+	$(BIN)/python tools/run_pythons.py $(ARGS)
 
 # The integration tests and the self-test in a virtual machine with systemd and a pure cgroup v2 tree: Debian 13, or 12 with
 # BOX=bookworm; with ALL=1 nothing is left out, and the attacks at all levels come on top.
@@ -63,6 +67,16 @@ bench: .venv/bench
 	$(BIN)/python -m compileall -q sandbox
 	touch $@
 
+# The manual page, of the commands as they are.
+man: .venv/ready
+	$(BIN)/python tools/man_page.py
+
+# The source distribution and, from it, the wheel.
+dist: .venv/ready
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis site vagrant/.vagrant vagrant/results
+	rm -rf .venv .pythons dist .mypy_cache .ruff_cache .pytest_cache .hypothesis site vagrant/.vagrant vagrant/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

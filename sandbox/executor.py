@@ -99,7 +99,7 @@ class SandboxExecutor(concurrent.futures.Executor):
 
     What a call raises comes out of its Future as it comes out of `execute_plugin_safe`. Any thread may use it, and any event
     loop by asyncio.wrap_future or run_in_executor; a fork of its process may not. Left to itself it finishes what was
-    submitted when the interpreter ends.
+    submitted when the interpreter ends (but not with CPython 3.12.0 to 3.12.2, which then start nothing: use `with`).
     """
 
     def __init__(
