@@ -127,6 +127,20 @@ def explain(**given: Any) -> None:
 
 
 @group.command()
+@click.option("--json", "as_json", is_flag=True, help="What was found, as JSON.")
+@click.option("--fix", is_flag=True, help="Show each change that is safe to make, ask, make it, and look again.")
+@click.option("--yes", is_flag=True, help="With --fix: do not ask.")
+def doctor(**given: Any) -> None:
+    """Say what this host can do per level, and for each thing that is missing the cause and the commands that mend it.
+
+    Sandboxes are really opened; as root also as an unprivileged user. The exit status is 1 if a level cannot be had as promised.
+    """
+    from sandbox.cli import doctor as command
+
+    sys.exit(command.run(**given))
+
+
+@group.command()
 @click.option("--level", metavar="LEVEL", help="minimal, standard, strict or maximum; all if left out.")
 @click.option("--config", metavar="FILE.toml", help="Settings: tables [isolation], [limits], [permissions].")
 @click.option("--json", "as_json", is_flag=True, help="The ratings as JSON.")
