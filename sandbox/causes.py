@@ -64,7 +64,7 @@ class Mend:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why something is missing. `stops`: no sandbox can be opened at all; `opening`: those that could not be, were not by this."""
+    """Why something is missing. `stops`: no sandbox can be opened at all. `opening`: this is why some could not be opened."""
 
     text: str
     mends: tuple[Mend, ...] = ()
@@ -173,7 +173,7 @@ def kernel_parameter(parameter: str, what: str) -> Mend:
     return Mend(f"{what} (with another boot loader than GRUB: add {parameter} to the kernel's parameters)", commands, REBOOT)
 
 
-# What a container needs for `seccomp`, `proc` and `cgroup`. Kubernetes has /proc unmasked only in pods with own user namespaces.
+# What a container needs for `seccomp`, `proc` and `cgroup`. In Kubernetes /proc is unmasked only with own user namespaces.
 CONTAINERS = {
     "docker": {
         "seccomp": "docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined IMAGE",
@@ -188,7 +188,7 @@ CONTAINERS = {
     "kubernetes": {
         "seccomp": "in the container's securityContext: seccompProfile: {type: Unconfined}",
         "proc": "in the pod's spec: hostUsers: false; in the container's securityContext: procMount: Unmasked",
-        "cgroup": "give the container a writable /sys/fs/cgroup of its own (containerd: cgroup_writable = true for its runtime)",
+        "cgroup": "give the container a writable /sys/fs/cgroup of its own (containerd: cgroup_writable = true)",
     },
 }
 
@@ -573,9 +573,9 @@ def folders(seen: Seen) -> Cause | None:
         variable = {"run": "XDG_RUNTIME_DIR", "cache": "XDG_CACHE_HOME", "lib": "XDG_STATE_HOME"}[kind]
         mend = Mend("takes another folder", (f"export {variable}=/a/folder/of/yours",), YOURS)
         return Cause(f"{path} cannot be used: {reason}", (mend,), stops=kind != "cache")
-    lost = [path for kind, path, _ in seen.folders if kind == "lib" and path.startswith("/tmp/")]
+    lost = [path for kind, path, _ in seen.folders if kind == "lib" and path == f"/tmp/psie-{seen.uid}-lib"]
     if lost:
-        text = f"history and quarantines are kept in {lost[0]}, which a reboot may empty: user {seen.user} has no home it can write"
+        text = f"history and quarantines are kept in {lost[0]}, which a reboot may empty: {seen.user} has no home it can write"
         return Cause(text, (Mend("takes another folder", ("export XDG_STATE_HOME=/a/folder/of/yours",), YOURS),))
     return None
 
@@ -653,7 +653,8 @@ CHECKS = (
         (
             *(f"{name} namespace" for name in ("user", "mount", "PID", "IPC", "UTS", "cgroup", "network")),
             "network access",
-            "record of refused system calls",
+            "workspace",
+            "granted folders",
         ),
     ),
     Check("own /proc", "a sandbox sees its own processes, and no others", own_proc, ("own /proc",)),

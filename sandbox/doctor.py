@@ -75,7 +75,7 @@ class LevelVerdict:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check came to: `levels` has the state of each level as far as it depends on this; `cause` is None if all is well."""
+    """What a check came to. `levels`: the state of each as far as it depends on this; `cause` is None if all is well."""
 
     name: str
     purpose: str
@@ -105,7 +105,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All of it for one user. `would_gain` are the protections that root would have enforced besides, as far as a user can know."""
+    """All of it for one user. `would_gain`: protections that root would have enforced besides, as far as a user can know."""
 
     uid: int
     user: str
@@ -113,6 +113,10 @@ class Diagnosis:
     levels: tuple[LevelVerdict, ...]
     findings: tuple[Finding, ...]
     would_gain: tuple[str, ...] = ()
+
+    @property
+    def who(self) -> str:
+        return "root" if self.uid == 0 else f"user {self.user}"
 
     @property
     def healthy(self) -> bool:
@@ -130,15 +134,15 @@ class Diagnosis:
     def summary(self) -> str:
         """One sentence: what to do first."""
         if self.healthy:
-            return f"every level is to be had as promised, as {self.user}"
-        words = {each.level: each.state if each.opened or each.state != OK else "not opened" for each in self.levels}
+            return f"every level is to be had as promised, as {self.who}"
+        words = {each.level: each.state for each in self.levels}
         same = len(set(words.values())) == 1
         bad = f"every level {self.levels[0].state}" if same else ", ".join(f"{level} {word}" for level, word in words.items())
-        worst = next((each.cause for each in self.missing if each.cause is not None and each.state != NOTE), None)
-        if worst is None:
-            return f"{bad}, as {self.user}"
-        what = f"; what to do first: {worst.mends[0].what}" if worst.mends else ""
-        return f"{bad}, as {self.user}: {worst.text}{what}"
+        worst = next((each for each in self.missing if each.cause is not None and each.state != NOTE), None)
+        if worst is None or worst.cause is None:
+            return f"{bad}, as {self.who}"
+        fixed = "; psie doctor --fix does that" if any(mend.safe for mend in worst.cause.mends) else ""
+        return f"{bad}, as {self.who}; first see to {worst.name}: {worst.cause.text}{fixed}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -163,12 +167,18 @@ def diagnose(files: Files | None = None) -> Diagnosis:
     seen = replace(seen, folders=tuple(state_folders()), descriptors=descriptors(), processes=processes(seen.uid))
     if seen.no_library or seen.packages:
         return blind(seen, seen.no_library or f"the Python package {seen.packages[0][0]} cannot be used")
-    state.distrust()
     try:
-        facts = host.facts()
-    except OSError as error:  # not even a child to probe with
-        known = SandboxInitializationError(f"this host cannot be probed: {error}", errno=error.errno)
+        return look(seen)
+    except (OSError, RuntimeError) as error:  # not even a child, a thread or a descriptor to look with
+        known = SandboxInitializationError(
+            f"this host cannot be probed: {error}", errno=getattr(error, "errno", None) or errno.EAGAIN
+        )
         return blind(replace(seen, trials=(known,)), str(known))
+
+
+def look(seen: Seen) -> Diagnosis:
+    state.distrust()
+    facts = host.facts()
     step, number = namespace_steps() if facts.user_namespaces else ("", 0)
     seen = replace(seen, facts=facts, step=step, error=number, landlock_errno=landlock_errno(), inotify=inotify_errno())
     levels, trials = verdicts(facts)
@@ -222,7 +232,8 @@ def verdict(
     config, permissions = IsolationConfig(level=level), PluginPermissionsV2(allowed_directories=[folder])
     compiled = partial(recipe.compile, config, PluginLimitsV2(), permissions)
     promised = own_of_level(compiled(best(facts), strict=False).weakened)
-    lacking = tuple(each for each in compiled(facts, strict=False).weakened if each.name not in promised)
+    weakened = [each.replace(detail=each.detail.replace(folder, "each")) for each in compiled(facts, strict=False).weakened]
+    lacking = tuple(each for each in weakened if each.name not in promised)
     try:
         compiled(facts)
     except SandboxInitializationError as error:
@@ -308,7 +319,9 @@ def rest(levels: tuple[LevelVerdict, ...], findings: list[Finding]) -> Iterator[
         yield Finding(name, "a protection of these levels", states, Cause(protection.detail, mends))
     if any(finding.state == REFUSED for finding in findings):
         return
-    for reason in dict.fromkeys(level.reason for level in levels if level.reason):
+    for reason in dict.fromkeys(level.reason for level in levels):
+        if not reason:
+            continue
         states = {level.level: REFUSED if level.reason == reason else OK for level in levels}
         yield Finding("opening a sandbox", "the last word on a level", states, Cause(reason))
 
@@ -450,7 +463,7 @@ class Other:
 
 
 def ask_another() -> Other:
-    """Run `psie doctor` as the user who has become root by sudo, else as nobody, with folders of its own that are gone after."""
+    """Run `psie doctor` as the user who has become root by sudo, else as nobody, with folders that are removed after it."""
     sudo = os.environ.get("SUDO_UID", "")
     uid, why = (int(sudo), "the user who called sudo") if sudo.isdecimal() and int(sudo) else (NOBODY, "an id without rights")
     name = user_name(uid)

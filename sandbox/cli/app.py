@@ -133,7 +133,7 @@ def explain(**given: Any) -> None:
 def doctor(**given: Any) -> None:
     """Say what this host can do per level, and for each thing that is missing the cause and the commands that mend it.
 
-    Sandboxes are really opened; as root also as an unprivileged user. The exit status is 1 if a level cannot be had as promised.
+    Sandboxes are really opened; by root also as an unprivileged user. The exit status is 1 if a level is not as promised here.
     """
     from sandbox.cli import doctor as command
 

@@ -9,6 +9,7 @@ import subprocess
 from typing import Any
 
 from sandbox import doctor
+from sandbox.causes import Mend
 from sandbox.cli.session import FAILED, complain, say
 from sandbox.cli.table import print_table
 from sandbox.errors import SandboxException
@@ -55,21 +56,20 @@ def has_terminal() -> bool:
 
 def show(found: doctor.Diagnosis, other: doctor.Other | None) -> None:
     data = found.to_dict()
-    show_one(data, f"as {found.user}, Linux {found.kernel}", as_root=found.uid == 0)
+    show_one(data, f"as {found.who}, Linux {found.kernel}", as_root=found.uid == 0)
     if found.would_gain:
-        put(
-            f"As root it would also have enforced, if nothing else confines root (not tried: only root can): {'; '.join(found.would_gain)}"
-        )
+        gain = "; ".join(found.would_gain)
+        put(f"Root would also have enforced, unless something confines it (not tried: only root can): {gain}")
         print()
     if other is not None:
         told = other.to_dict()
         if other.not_tried is not None:
-            put(f"As an unprivileged user: not tried as {other.user} ({other.why}): {other.not_tried.text}")
+            put(f"as user {other.user} ({other.why}), not tried: {other.not_tried.text}")
             for command in told["mends"]:
                 put(f"      {command}")
             print()
         else:
-            show_one(told, f"as {other.user} ({other.why}; tried)", as_root=True, known=data)
+            show_one(told, f"as user {other.user} ({other.why}), really tried", as_root=True, known=data)
     say(found.summary())
     count = len(fixes(found))
     if count:
@@ -114,7 +114,7 @@ def put(text: str) -> None:
 # -- mending -----------------------------------------------------------------------------------------------------------------
 
 
-def fixes(found: doctor.Diagnosis) -> list[doctor.Mend]:
+def fixes(found: doctor.Diagnosis) -> list[Mend]:
     """What is safe, once each. Of this user alone: what another one's process says is shown, but never run by root."""
     return list(dict.fromkeys(found.safe_mends()))
 
@@ -140,7 +140,7 @@ def mend(found: doctor.Diagnosis, *, ask: bool) -> doctor.Diagnosis:
     return again
 
 
-def agreed(one: doctor.Mend, *, as_root: bool, ask: bool) -> bool:
+def agreed(one: Mend, *, as_root: bool, ask: bool) -> bool:
     """Show it, and ask on the terminal. No answer is a no."""
     put(f"This {one.what}:")
     for command in one.shown(as_root=as_root):
@@ -153,7 +153,7 @@ def agreed(one: doctor.Mend, *, as_root: bool, ask: bool) -> bool:
         return bool(ready) and terminal.readline().strip().lower() in (b"y", b"yes")
 
 
-def apply(one: doctor.Mend, *, as_root: bool) -> bool:
+def apply(one: Mend, *, as_root: bool) -> bool:
     """Run its commands in turn, up to the first that fails; says which did."""
     for command in one.commands:
         if isinstance(command, str):
