@@ -48,7 +48,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Mend:
-    """What would mend a cause. It is applied only if nothing is said `against` that."""
+    """What would mend a cause. It is applied only if nothing is said `against` that, and it is made of programs alone."""
 
     what: str
     commands: tuple[Command | str, ...]  # a text is for a shell, or a file, of the reader's
@@ -56,7 +56,7 @@ class Mend:
 
     @property
     def safe(self) -> bool:
-        return not self.against
+        return not self.against and all(isinstance(each, Command) for each in self.commands)
 
     def shown(self, *, as_root: bool) -> list[str]:
         return [each if isinstance(each, str) else each.shell(as_root=as_root) for each in self.commands]

@@ -14,9 +14,11 @@ import json
 import os
 import pwd
 import resource
+import select
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 OK, WEAKER, REFUSED, NOTE = "ok", "weaker", "refused", "note"  # of a level or a check; a note is no level's business
 SECONDS = 120.0  # that the look of another user may take
+ANSWER_BYTES = 1 << 20  # of it
 NOBODY = 65534
 # The Python packages that the engine cannot do without, by the names they are imported by.
 PACKAGES = {
@@ -487,20 +490,82 @@ def ask_another() -> Other:
         environ["PYTHONPATH"] = os.pathsep.join(path for path in dict.fromkeys([package, *sys.path]) if path)
         command = [sys.executable, "-m", "sandbox.cli", "doctor", "--json"]
         try:
-            done = subprocess.run(
-                command,
-                user=uid,
-                group=gid,
-                extra_groups=[],
-                env=environ,
-                cwd="/",
-                capture_output=True,
-                timeout=SECONDS,
-                check=False,
+            return Other(
+                uid, name, why, understood(answer(command, user=uid, group=gid, extra_groups=[], env=environ, cwd="/"))
             )
-            return Other(uid, name, why, json.loads(done.stdout))
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
-            return Other(uid, name, why, None, Cause(f"psie cannot be run as user {name}: {error}"))
+        except (OSError, ValueError) as error:
+            return Other(uid, name, why, None, Cause(f"psie does not run as user {name}: {error or type(error).__name__}"))
+
+
+def answer(command: list[str], **options: Any) -> bytes:
+    """What it prints, in ANSWER_BYTES and SECONDS at most: a user can do to its processes what it likes. Raises ValueError."""
+    data, end = b"", time.monotonic() + SECONDS
+    null = subprocess.DEVNULL
+    with subprocess.Popen(
+        command, stdin=null, stdout=subprocess.PIPE, stderr=null, start_new_session=True, **options
+    ) as process:
+        assert process.stdout is not None
+        try:
+            while True:
+                ready, _, _ = select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))
+                if not ready:
+                    raise ValueError(f"it has not answered in {SECONDS:g} s")
+                more = os.read(process.stdout.fileno(), ANSWER_BYTES)
+                data += more
+                if len(data) > ANSWER_BYTES:
+                    raise ValueError("its answer has no end")
+                if not more:
+                    return data
+        finally:
+            process.kill()
+
+
+def understood(data: bytes) -> dict[str, Any]:
+    """Another user's diagnosis, taken apart and put together again: nothing in it is more than text. Raises ValueError."""
+    try:
+        found = json.loads(data)
+        levels = [
+            {
+                **{name: text(each[name]) for name in ("level", "state", "reason")},
+                "opened": each["opened"] is True,
+                "lacking": [
+                    {name: text(one[name]) for name in ("name", "state", "mechanism", "detail")} for one in each["lacking"]
+                ],
+            }
+            for each in found["levels"]
+        ]
+        checks = [
+            {
+                **{name: text(each[name]) for name in ("name", "purpose", "state", "cause")},
+                "levels": {text(level): text(state) for level, state in each["levels"].items()},
+                "mends": [
+                    {
+                        "what": text(mend["what"]),
+                        "against": text(mend["against"]),
+                        "safe": mend["safe"] is True,
+                        "commands": [text(line) for line in mend["commands"]],
+                    }
+                    for mend in each["mends"]
+                ],
+            }
+            for each in found["checks"]
+        ]
+        gain = [text(each) for each in found["root_would_also_enforce"]]
+        return {
+            **{name: text(found[name]) for name in ("kernel", "summary")},
+            "healthy": found["healthy"] is True,
+            "levels": levels,
+            "checks": checks,
+            "root_would_also_enforce": gain,
+        }
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"what it says is no diagnosis ({error!r})") from None
+
+
+def text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} for a text")
+    return value
 
 
 def closed_to(uid: int, gid: int, paths: list[str]) -> str:

@@ -244,9 +244,7 @@ class _Compiler:
                 chosen.append(name)
                 continue
             host_says = off[name].startswith("user namespaces")
-            mend = (
-                "allow user namespaces (sysctl user.max_user_namespaces)" if host_says else f"leave out {off[name].split()[0]}"
-            )
+            mend = "allow user namespaces: psie doctor says how" if host_says else f"leave out {off[name].split()[0]}"
             self.lacking(NAMESPACE_NAMES[name], off[name], mend, substitute=self.namespace_substitute(name))
         return tuple(chosen)
 
@@ -465,7 +463,7 @@ class _Compiler:
             raise SandboxInitializationError(
                 f"allow_network_access needs a supervisor that can read the plugin, which cannot be had: {reason}",
                 protection="network access",
-                mend="allow user namespaces (sysctl user.max_user_namespaces), run as root, or leave out allow_network_access",
+                mend="allow user namespaces (psie doctor says how), run as root, or leave out allow_network_access",
             )
         ports = ", ".join(map(str, self.permissions.allowed_ports)) or "none"
         detail = f"TCP to {', '.join(hosts) or 'nowhere'}; ports of hosts without one: {ports}"

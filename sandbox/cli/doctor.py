@@ -156,8 +156,7 @@ def agreed(one: Mend, *, as_root: bool, ask: bool) -> bool:
 def apply(one: Mend, *, as_root: bool) -> bool:
     """Run its commands in turn, up to the first that fails; says which did."""
     for command in one.commands:
-        if isinstance(command, str):
-            raise TypeError(f"{one.what}: no command of ours")  # such a mend is never safe
+        assert not isinstance(command, str)  # such a mend is never safe
         argv = [*(["sudo"] if command.root and not as_root else []), *command.argv]
         lines = "".join(line + "\n" for line in command.lines)
         try:

@@ -74,11 +74,10 @@ TIMES = frozenset(("time", "utime", "stime"))
 WATCH_AFTER = 0.05  # seconds that a call must have run to be watched: of shorter ones the counters are read at their end
 
 MENDS = {
-    errno.ENOSPC: "raise user.max_user_namespaces and its neighbours (sysctl -a | grep '^user.max_'), or close other sandboxes",
+    errno.ENOSPC: "close other sandboxes, or raise what is used up of user.max_*_namespaces: psie doctor says what, and how",
     errno.EAGAIN: "raise the process limit (ulimit -u), or close other sandboxes",
     errno.ENOMEM: "free memory, or lower max_memory_mb",
-    errno.EPERM: "allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), "
-    "or look at what confines this process (a container's seccomp profile, for instance)",
+    errno.EPERM: "run psie doctor: it says what refuses this here (a sysctl, AppArmor, a container), and what mends it",
     errno.EMFILE: "raise the limit of open files (ulimit -n), or close other sandboxes",
     errno.ENFILE: "raise fs.file-max (sysctl), or close what has many files open",
     errno.EROFS: "make it writable, or set XDG_RUNTIME_DIR and XDG_STATE_HOME to folders that are",
@@ -141,7 +140,7 @@ def failed_line(fields: dict[str, str]) -> SandboxInitializationError:
 
 def mend_of(number: int) -> str:
     """What a caller can do about this errno in a set-up."""
-    return MENDS.get(number, "run psie explain to see what this host can do")
+    return MENDS.get(number, "run psie doctor: it says what this host lacks, and what mends it")
 
 
 def hang_up(sock: _socket.socket) -> None:
@@ -544,7 +543,7 @@ class Sandbox:
                 line=f"cgroup: {error.filename or 'leaf'}",
                 errno=error.errno,
                 path=error.filename,
-                mend="run psie explain to see what this host can do; what it said before is not believed any more",
+                mend="run psie doctor to see what this host lacks; what it said before is not believed any more",
             ) from None
 
     def _make_folder(self, owner: list[int]) -> int:
