@@ -602,15 +602,15 @@ def mount_of(path: str) -> str:
 
 def rlimits(seen: Seen) -> Cause | None:
     hard, wanted = seen.descriptors
-    place = "/etc/security/limits.d/60-psie.conf"
+    folder = "/etc/security/limits.d"
     if 0 <= hard < wanted or seen.failed(errno.EMFILE):
         lines = tuple(f"{seen.user} {kind} nofile {max(1024, wanted)}" for kind in ("soft", "hard"))
-        mend = Mend("raises it from the next login on", (Command(("tee", place), lines),))
+        mend = Mend("raises it from the next login on", (Command(("tee", f"{folder}/60-psie-nofile.conf"), lines),))
         return Cause(f"RLIMIT_NOFILE is {hard}: sandboxes want {wanted} and more", (mend,), stops=True)
     if seen.failed(errno.EAGAIN):
         most, now = seen.processes
         lines = tuple(f"{seen.user} {kind} nproc {max(4096, 2 * now)}" for kind in ("soft", "hard"))
-        mend = Mend("raises it from the next login on", (Command(("tee", place), lines),))
+        mend = Mend("raises it from the next login on", (Command(("tee", f"{folder}/60-psie-nproc.conf"), lines),))
         return Cause(f"RLIMIT_NPROC is {most}, and user {seen.user} has {now} processes and threads", (mend,), stops=True)
     return None
 

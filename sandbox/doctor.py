@@ -2,7 +2,8 @@
 
 The verdict on a level comes from its recipe, compiled for this host, next to the one for a host that can do everything; and
 the last word from a sandbox of that level that was really opened and read back. Why something is missing is looked for in
-sandbox.causes. What no cause is known for is told all the same, in the recipe's own words. Changes nothing.
+sandbox.causes. What no cause is known for is told all the same, in the recipe's own words. Changes nothing that opening a
+sandbox does not change.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def test_debian_s_switch(tmp_path: Path) -> None:
 def test_ubuntu_s_restriction(tmp_path: Path) -> None:
     """A profile first, the switch for all last; none is ever applied by --fix."""
     files = {"/proc/sys/kernel/apparmor_restrict_unprivileged_userns": "1\n"}
-    given = {"script": "/opt/my psie/bin/psie", "executable": "/opt/python"}
+    given: dict[str, Any] = {"script": "/opt/my psie/bin/psie", "executable": "/opt/python"}
     cause = found(causes.user_namespaces(seen(tmp_path, files, step="a mount in it", error=errno.EACCES, **given)))
     assert "apparmor_restrict_unprivileged_userns is 1" in cause.text
     shown = commands(cause)
@@ -281,11 +281,11 @@ def test_who_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
         b'{"levels": [{"level": []}]}',
         b'{"levels": [], "checks": [[]]}',
         b"\xff",
-        b"[" * 99,
+        b"[" * 99_999,
     ],
 )
 def test_an_answer_that_is_none(data: bytes) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"no diagnosis|char|decode"):
         doctor.understood(data)
 
 
