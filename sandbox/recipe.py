@@ -37,6 +37,10 @@ GRACE_SECONDS = 1.0  # at most, from the SIGTERM at the end of a call's time to 
 # with the memory of whatever has crashed. A limit of 0 is for files and does not stop it, 1 does: do_coredump(), fs/coredump.c.
 NO_CORE = 1
 
+OPEN_NAMESPACES = (
+    "allow user namespaces (sysctl user.max_*_namespaces; psie doctor says what closes them here, and what mends it)"
+)
+
 NAMESPACE_NAMES = {
     "user": "user namespace",
     "mnt": "mount namespace",
@@ -244,7 +248,7 @@ class _Compiler:
                 chosen.append(name)
                 continue
             host_says = off[name].startswith("user namespaces")
-            mend = "allow user namespaces: psie doctor says how" if host_says else f"leave out {off[name].split()[0]}"
+            mend = OPEN_NAMESPACES if host_says else f"leave out {off[name].split()[0]}"
             self.lacking(NAMESPACE_NAMES[name], off[name], mend, substitute=self.namespace_substitute(name))
         return tuple(chosen)
 
@@ -463,7 +467,7 @@ class _Compiler:
             raise SandboxInitializationError(
                 f"allow_network_access needs a supervisor that can read the plugin, which cannot be had: {reason}",
                 protection="network access",
-                mend="allow user namespaces (psie doctor says how), run as root, or leave out allow_network_access",
+                mend=f"{OPEN_NAMESPACES}, run as root, or leave out allow_network_access",
             )
         ports = ", ".join(map(str, self.permissions.allowed_ports)) or "none"
         detail = f"TCP to {', '.join(hosts) or 'nowhere'}; ports of hosts without one: {ports}"
