@@ -173,20 +173,23 @@ def kernel_parameter(parameter: str, what: str) -> Mend:
     return Mend(f"{what} (with another boot loader than GRUB: add {parameter} to the kernel's parameters)", commands, REBOOT)
 
 
-# What a container needs for `seccomp`, `proc` and `cgroup`. In Kubernetes /proc is unmasked only with own user namespaces.
+# What a container needs for `seccomp` and the like. In Kubernetes /proc is unmasked only with own user namespaces.
 CONTAINERS = {
     "docker": {
         "seccomp": "docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined IMAGE",
+        "apparmor": "docker run --security-opt apparmor=unconfined IMAGE",
         "proc": "docker run --security-opt systempaths=unconfined IMAGE",
         "cgroup": "docker run --cgroupns=private --security-opt writable-cgroups=true IMAGE",
     },
     "podman": {
         "seccomp": "podman run --security-opt seccomp=unconfined IMAGE",
+        "apparmor": "podman run --security-opt apparmor=unconfined IMAGE",
         "proc": "podman run --security-opt unmask=ALL IMAGE",
         "cgroup": "podman run --cgroupns=private --security-opt unmask=/sys/fs/cgroup IMAGE",
     },
     "kubernetes": {
         "seccomp": "in the container's securityContext: seccompProfile: {type: Unconfined}",
+        "apparmor": "in the container's securityContext: appArmorProfile: {type: Unconfined}",
         "proc": "in the pod's spec: hostUsers: false; in the container's securityContext: procMount: Unmasked",
         "cgroup": "give the container a writable /sys/fs/cgroup of its own (containerd: cgroup_writable = true)",
     },
@@ -322,6 +325,8 @@ def closed_namespaces(seen: Seen) -> Cause:
         profile = confinement(seen)
         if profile:
             text = f"the AppArmor profile {profile}, which confines this process, refuses it ({said})"
+            if seen.container() or profile.startswith(("docker-", "containers-", "cri-")):
+                return Cause(text, container_mends(seen, "apparmor", "starts the container without that profile"))
             return Cause(text, (Mend("runs psie unconfined", ("aa-exec -p unconfined -- psie doctor",), YOURS),))
         if in_chroot(files):
             text = f"this process is in a chroot, where Linux makes no user namespaces ({said})"
@@ -336,7 +341,7 @@ def closed_namespaces(seen: Seen) -> Cause:
 
 def confinement(seen: Seen) -> str:
     """The AppArmor profile that we are in; "" for none."""
-    current = seen.files.text("/proc/self/attr/apparmor/current")
+    current = seen.files.text("/proc/self/attr/apparmor/current") or seen.files.text("/proc/self/attr/current")
     return "" if current in ("", "unconfined") or current.endswith("(unconfined)") else current.partition(" ")[0]
 
 

@@ -115,6 +115,7 @@ def test_a_container_of_no_known_kind_is_told_all(tmp_path: Path) -> None:
 def test_an_apparmor_profile_and_a_chroot(tmp_path: Path) -> None:
     confined = seen(tmp_path / "a", {"/proc/self/attr/apparmor/current": "docker-default (enforce)\n"}, **REFUSED)
     assert "docker-default" in found(causes.user_namespaces(confined)).text
+    assert "docker run --security-opt apparmor=unconfined IMAGE" in commands(found(causes.user_namespaces(confined)))
     mounts = {"/proc/self/mountinfo": "22 1 0:20 / /proc rw - proc proc rw\n"}
     assert "chroot" in found(causes.user_namespaces(seen(tmp_path / "b", mounts, **REFUSED))).text
 

@@ -154,7 +154,8 @@ def test_a_container_s_filter(kind: str, tmp_path: Path) -> None:
     script = tmp_path / "filter.py"
     script.write_text(FILTER)
     argv = [sys.executable, str(script), kind, sys.executable, "-m", "sandbox.cli", "doctor", "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(harness.REPOSITORY), "container": "podman"}
+    path = os.pathsep.join(filter(None, [str(harness.REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "container": "podman"}
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60 * harness.PATIENCE, check=False)
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
