@@ -64,11 +64,10 @@ class Mend:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why something is missing. `stops`: no sandbox can be opened at all. `opening`: this is why some could not be opened."""
+    """Why something is missing. `opening`: where a sandbox could not be opened, this is why, whatever its recipe says."""
 
     text: str
     mends: tuple[Mend, ...] = ()
-    stops: bool = False
     opening: bool = False
 
 
@@ -231,7 +230,7 @@ def libseccomp(seen: Seen) -> Cause | None:
     if not seen.no_library:
         return None
     mend = install(seen, {"": "libseccomp", "apt-get": "libseccomp2"}, "installs the C library that compiles the filters")
-    return Cause(seen.no_library.partition(":")[0], (mend,), stops=True)
+    return Cause(seen.no_library.partition(":")[0], (mend,), opening=True)
 
 
 def packages(seen: Seen) -> Cause | None:
@@ -240,7 +239,7 @@ def packages(seen: Seen) -> Cause | None:
     said = "; ".join(f"{name}: {reason}" for name, reason in seen.packages)
     names = (name for name, _ in seen.packages)
     again = Command((seen.executable, "-m", "pip", "install", "--force-reinstall", "--no-cache-dir", *names), root=False)
-    return Cause(said, (Mend("installs them again, built for this host", (again,), YOURS),), stops=True)
+    return Cause(said, (Mend("installs them again, built for this host", (again,), YOURS),), opening=True)
 
 
 def programs(seen: Seen) -> Cause | None:
@@ -251,7 +250,7 @@ def programs(seen: Seen) -> Cause | None:
     if not missing:
         return None
     mend = install(seen, {"": "util-linux"}, "installs what starts the engine in a user namespace")
-    return Cause(f"{' and '.join(missing)} of util-linux: not there", (mend,), stops=not seen.is_root)
+    return Cause(f"{' and '.join(missing)} of util-linux: not there", (mend,), opening=not seen.is_root)
 
 
 def kernel(seen: Seen) -> Cause | None:
@@ -260,12 +259,12 @@ def kernel(seen: Seen) -> Cause | None:
     if seen.kernel < FLOOR:
         lacks = f"; it lacks {missing}" if missing else ""
         text = f"Linux {seen.facts.kernel} is older than {FLOOR[0]}.{FLOOR[1]}, the oldest that psie is tested on{lacks}"
-        return Cause(text, (newer_kernel(FLOOR),), stops=bool(missing))
+        return Cause(text, (newer_kernel(FLOOR),), opening=bool(missing))
     if not missing:
         return None
     by = "a seccomp filter on this process hides them, as containers have it" if seen.filtered() else "something hides them"
     mends = container_mends(seen, "seccomp", "starts the container without that filter")
-    return Cause(f"Linux {seen.facts.kernel} has them, but {missing} cannot be called here: {by}", mends, stops=True)
+    return Cause(f"Linux {seen.facts.kernel} has them, but {missing} cannot be called here: {by}", mends, opening=True)
 
 
 def newer_kernel(version: tuple[int, int]) -> Mend:
@@ -577,7 +576,7 @@ def folders(seen: Seen) -> Cause | None:
         kind, path, reason = broken[0]
         variable = {"run": "XDG_RUNTIME_DIR", "cache": "XDG_CACHE_HOME", "lib": "XDG_STATE_HOME"}[kind]
         mend = Mend("takes another folder", (f"export {variable}=/a/folder/of/yours",), YOURS)
-        return Cause(f"{path} cannot be used: {reason}", (mend,), stops=kind != "cache")
+        return Cause(f"{path} cannot be used: {reason}", (mend,), opening=kind != "cache")
     lost = [path for kind, path, _ in seen.folders if kind == "lib" and path == f"/tmp/psie-{seen.uid}-lib"]
     if lost:
         text = f"history and quarantines are kept in {lost[0]}, which a reboot may empty: {seen.user} has no home it can write"
@@ -611,12 +610,12 @@ def rlimits(seen: Seen) -> Cause | None:
     if 0 <= hard < wanted or seen.failed(errno.EMFILE):
         lines = tuple(f"{seen.user} {kind} nofile {max(1024, wanted)}" for kind in ("soft", "hard"))
         mend = Mend("raises it from the next login on", (Command(("tee", f"{folder}/60-psie-nofile.conf"), lines),))
-        return Cause(f"RLIMIT_NOFILE is {hard}: sandboxes want {wanted} and more", (mend,), stops=True)
+        return Cause(f"RLIMIT_NOFILE is {hard}: sandboxes want {wanted} and more", (mend,), opening=True)
     if seen.failed(errno.EAGAIN):
         most, now = seen.processes
         lines = tuple(f"{seen.user} {kind} nproc {max(4096, 2 * now)}" for kind in ("soft", "hard"))
         mend = Mend("raises it from the next login on", (Command(("tee", f"{folder}/60-psie-nproc.conf"), lines),))
-        return Cause(f"RLIMIT_NPROC is {most}, and user {seen.user} has {now} processes and threads", (mend,), stops=True)
+        return Cause(f"RLIMIT_NPROC is {most}, and user {seen.user} has {now} processes and threads", (mend,), opening=True)
     return None
 
 

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from sandbox import host, recipe, state
-from sandbox.causes import BEFORE, CHECKS, Cause, Check, Files, Mend, Seen
+from sandbox.causes import BEFORE, CHECKS, YOURS, Cause, Check, Files, Mend, Seen
 from sandbox.cgroups import place
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
 from sandbox.errors import SandboxException, SandboxInitializationError
@@ -41,6 +41,7 @@ OK, WEAKER, REFUSED, NOTE = "ok", "weaker", "refused", "note"  # of a level or a
 SECONDS = 120.0  # that the look of another user may take
 ANSWER_BYTES = 1 << 20  # of it
 NOBODY = 65534
+NO_ID = 2**32 - 1  # to setresuid(2) this says that nothing is to be changed
 # The Python packages that the engine cannot do without, by the names they are imported by.
 PACKAGES = {
     "_prctl": "python-prctl",
@@ -164,7 +165,8 @@ class Diagnosis:
 def diagnose(files: Files | None = None) -> Diagnosis:
     """Probe, compile, open a sandbox of each level, and look for the causes of what is missing. Takes about a second.
 
-    What was believed about this host before is forgotten. Raises nothing that a host could be the reason of.
+    What was believed about this host before is forgotten. Raises nothing that a host could be the reason of. Not
+    for a running event loop: it opens sandboxes in loops of its own.
     """
     seen = Seen(os.getuid(), user_name(os.getuid()), files or Files(), environ=os.environ, executable=sys.executable)
     seen = replace(seen, script=script_beside(sys.executable), no_library=missing_library(), packages=tuple(broken_packages()))
@@ -235,7 +237,9 @@ def verdict(
     """`folder` is granted in the recipe, to see what granted folders become; what is opened does without."""
     config, permissions = IsolationConfig(level=level), PluginPermissionsV2(allowed_directories=[folder])
     compiled = partial(recipe.compile, config, PluginLimitsV2(), permissions)
-    promised = own_of_level(compiled(best(facts), strict=False).weakened)
+    promised = {
+        each.name for each in compiled(best(facts), strict=False).weakened
+    }  # what it has nowhere is no fault of this host
     weakened = [each.replace(detail=each.detail.replace(folder, "each")) for each in compiled(facts, strict=False).weakened]
     lacking = tuple(each for each in weakened if each.name not in promised)
     try:
@@ -251,11 +255,6 @@ def verdict(
     weak = tuple(each for each in shown if each.state != ENFORCED and each.by_host and each.name not in promised)
     weak += tuple(each for each in lacking if each.name == "granted folders")
     return LevelVerdict(level.value, WEAKER if weak else OK, True, "", "", weak), None
-
-
-def own_of_level(weakened: list[Protection]) -> set[str]:
-    """What a level does not have on the best of hosts is no fault of this one."""
-    return {each.name for each in weakened}
 
 
 def best(facts: host.HostFacts) -> host.HostFacts:
@@ -295,14 +294,9 @@ def root_would_gain(facts: host.HostFacts) -> tuple[str, ...]:
 def findings_of(seen: Seen, checks: tuple[Check, ...], levels: tuple[LevelVerdict, ...]) -> Iterator[Finding]:
     for check in checks:
         cause = check.find(seen)
-        if cause is None:
-            states = {level.level: OK for level in levels}
-        elif cause.stops:
-            states = {level.level: REFUSED for level in levels}
-        else:
-            states = {level.level: level_state(level, check.protections) for level in levels}
-            if cause.opening:
-                states |= {level.level: REFUSED for level in levels if level.state == REFUSED and not level.blocked}
+        states = {level.level: OK if cause is None else level_state(level, check.protections) for level in levels}
+        if cause is not None and cause.opening:
+            states |= {level.level: REFUSED for level in levels if level.state == REFUSED and not level.blocked}
         yield Finding(check.name, check.purpose, states, cause)
 
 
@@ -312,22 +306,21 @@ def level_state(level: LevelVerdict, protections: tuple[str, ...]) -> str:
     return WEAKER if any(each.name in protections for each in level.lacking) else OK
 
 
-def rest(levels: tuple[LevelVerdict, ...], findings: list[Finding]) -> Iterator[Finding]:
+def rest(levels: tuple[LevelVerdict, ...], findings: list[Finding]) -> list[Finding]:
     """What is lacking and no finding with a cause accounts for: in the recipe's words, or those of the failure."""
     names = {check.name: check.protections for check in CHECKS}
     known = {name for finding in findings if finding.cause is not None for name in names.get(finding.name, ())}
     others = {each.name: each for level in levels for each in level.lacking if each.name not in known}
+    found = list(findings)
     for name, protection in others.items():
         states = {level.level: level_state(level, (name,)) for level in levels}
-        mends = (Mend("enforces it", (protection.mend,), "is for you to decide"),) if protection.mend else ()
-        yield Finding(name, "a protection of these levels", states, Cause(protection.detail, mends))
-    if any(finding.state == REFUSED for finding in findings):
-        return
-    for reason in dict.fromkeys(level.reason for level in levels):
-        if not reason:
-            continue
+        mends = (Mend("enforces it", (protection.mend,), YOURS),) if protection.mend else ()
+        found.append(Finding(name, "a protection of these levels", states, Cause(protection.detail, mends)))
+    unexplained = [level for level in levels if level.reason and all(each.levels[level.level] != REFUSED for each in found)]
+    for reason in dict.fromkeys(level.reason for level in unexplained):
         states = {level.level: REFUSED if level.reason == reason else OK for level in levels}
-        yield Finding("opening a sandbox", "the last word on a level", states, Cause(reason))
+        found.append(Finding("opening a sandbox", "the last word on a level", states, Cause(reason)))
+    return found[len(findings) :]
 
 
 # -- what is looked at -------------------------------------------------------------------------------------------------------
@@ -469,7 +462,8 @@ class Other:
 def ask_another() -> Other:
     """Run `psie doctor` as the user who has become root by sudo, else as nobody, with folders that are removed after it."""
     sudo = os.environ.get("SUDO_UID", "")
-    uid, why = (int(sudo), "the user who called sudo") if sudo.isdecimal() and int(sudo) else (NOBODY, "an id without rights")
+    known = sudo.isdecimal() and 0 < int(sudo) < NO_ID
+    uid, why = (int(sudo), "the user who called sudo") if known else (NOBODY, "an id without rights")
     name = user_name(uid)
     try:
         gid, home = pwd.getpwuid(uid).pw_gid, pwd.getpwuid(uid).pw_dir
@@ -481,7 +475,7 @@ def ask_another() -> Other:
     )
     if closed:
         advice = "python3 -m venv /opt/psie && /opt/psie/bin/pip install psie"
-        mends = (Mend("installs psie where every user can read it", (advice,), "is for you to decide"),)
+        mends = (Mend("installs psie where every user can read it", (advice,), YOURS),)
         text = f"user {name} cannot use this psie: {closed} is closed to it"
         return Other(uid, name, why, None, Cause(text, mends))
     with tempfile.TemporaryDirectory(prefix="psie-doctor-user-") as folder:

@@ -140,7 +140,7 @@ def test_namespaces_that_are_used_up_are_doubled(tmp_path: Path) -> None:
 def test_an_old_kernel(tmp_path: Path, missing: tuple[str, ...]) -> None:
     cause = found(causes.kernel(seen(tmp_path, facts={"kernel": "5.15.0-101-generic", "missing_syscalls": missing})))
     assert "5.15.0-101-generic is older than 6.1" in cause.text
-    assert cause.stops == bool(missing)
+    assert cause.opening == bool(missing)
 
 
 @pytest.mark.parametrize(("abi", "lacks"), [(2, "truncate"), (3, "TCP"), (5, "scopes")])

@@ -313,6 +313,17 @@ def test_the_verdict_agrees_with_what_opens() -> None:
     assert all(each.cause is not None for each in found.missing)
 
 
+def test_what_no_check_accounts_for_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No level opens, for a reason that is no lack of the host's."""
+    monkeypatch.setenv("PSIE_MAX_MEMORY_MB", "1")
+    found = doctor.diagnose()
+    assert not any(level.opened for level in found.levels)
+    told_by = next(each for each in found.missing if each.name == "opening a sandbox")
+    assert told_by.cause is not None
+    assert "PSIE_MAX_MEMORY_MB" in told_by.cause.text
+    assert told_by.state == doctor.REFUSED
+
+
 # -- mending -----------------------------------------------------------------------------------------------------------------
 
 LOW = "echo 0 > /proc/sys/user/max_user_namespaces\nmount -t tmpfs none /etc/sysctl.d"
