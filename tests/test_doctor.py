@@ -16,6 +16,7 @@ import pytest
 
 from sandbox import causes, doctor, host
 from sandbox.causes import Cause, Command, Files, Mend, Seen
+from sandbox.cli import doctor as command
 from sandbox.errors import SandboxInitializationError
 
 USER = 1000
@@ -297,3 +298,25 @@ def test_an_answer_is_understood_as_it_was_said() -> None:
     said = doctor.Diagnosis(USER, "alice", "6.12", (level,), (finding,), ("cgroup leaf (strict)",)).to_dict()
     again = doctor.understood(json.dumps(said).encode())
     assert {**said, **again} == said
+
+
+def test_an_answer_cannot_drive_root_s_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a user's own process says is shown to root: with every text of it hostile, all that comes out is text."""
+    evil = "\x1b]0;owned\x07\x1b[2J\rroot# \n"
+    mend = {"what": evil, "against": evil, "safe": False, "commands": [evil]}
+    lacking = {"name": evil, "state": evil, "mechanism": evil, "detail": evil}
+    levels = [{"level": evil, "state": evil, "reason": evil, "opened": False, "lacking": [lacking]}]
+    checks = [{"name": evil, "purpose": evil, "state": evil, "cause": evil, "levels": {evil: evil}, "mends": [mend]}]
+    said = {
+        "kernel": evil,
+        "summary": evil,
+        "healthy": False,
+        "levels": levels,
+        "checks": checks,
+        "root_would_also_enforce": [evil],
+    }
+    command.show_one(doctor.understood(json.dumps(said).encode()), "as user alice", as_root=True)
+    shown = capsys.readouterr().out
+    assert "owned" in shown
+    assert not {"\x1b", "\x07", "\r"} & set(shown)
+    assert not any(line.startswith("root#") for line in shown.splitlines())
