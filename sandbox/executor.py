@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import concurrent.futures.thread  # what it has to do at the interpreter's end comes after `_finish`, which needs its threads
 import contextlib
+import contextvars
 import copy
 import functools
 import inspect
@@ -81,6 +82,7 @@ class Work:
         self.args = args
         self.kwargs = kwargs
         self.task: asyncio.Task[None] | None = None
+        self.context = contextvars.copy_context()  # the submitter's, for observers: whose span it is, for example
 
 
 class SandboxExecutor(concurrent.futures.Executor):
@@ -246,7 +248,7 @@ class SandboxExecutor(concurrent.futures.Executor):
                 break
             if work.future.set_running_or_notify_cancel():
                 self._running[work.future] = work
-                work.task = asyncio.get_running_loop().create_task(self._run(work))
+                work.task = asyncio.get_running_loop().create_task(self._run(work), context=work.context)
         with self._lock:
             is_over = self._is_shut and not self._waiting and not self._running
         if is_over:

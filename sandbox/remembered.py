@@ -2,7 +2,8 @@
 
 For EnhancedPluginSandbox; the framework and the command have records of their own. The engine's thread writes it, so it is
 there when the sandbox has been closed. Where it cannot be recorded the call comes back all the same, and a warning of the
-logger "psie" says so, once for a sandbox. Must not know how a call is made.
+logger "psie" says so, once for a sandbox. Observers are told here that a call begins and ends. Must not know how a call is
+made.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sandbox.errors import (
     SandboxInitializationError,
     SecurityViolationError,
 )
+from sandbox.integrations import observers
 from sandbox.recovery import private, spool
 
 TYPE_CHECKING = False
@@ -30,12 +32,13 @@ if TYPE_CHECKING:
 
     from sandbox.engine.client import Call
     from sandbox.sandbox import EnhancedPluginSandbox
+    from sandbox.violations import SandboxViolation
 
 DOOR = "library"
 PATIENCE = 0.1  # seconds that the spool's lock is waited for: others' sandboxes wait meanwhile
 
 
-class Remembered:
+class Remembered(observers.ObservedCall):
     """For the time of a `with` around a call; the row is made when that and the call have come to an end.
 
     Attributes:
@@ -44,17 +47,22 @@ class Remembered:
         peak_memory_mb, peak_cpu_percent: likewise.
     """
 
-    def __init__(self, sandbox: EnhancedPluginSandbox, name: str) -> None:
+    def __init__(self, sandbox: EnhancedPluginSandbox, name: str, kind: str = observers.CALL) -> None:
         self.sandbox = sandbox
         self.name = name
+        self.kind = kind
         self.call: Call | None = None
         self.peak_memory_mb = self.peak_cpu_percent = 0.0
+        self.steps_before = 0
         self._error: BaseException | None = None
         self._missing = itertools.count(1, -1)  # ends, of two; counting cannot be interrupted by another thread
 
     def __enter__(self) -> Remembered:
         self.started, self.begun = time(), monotonic()
         self.before = len(self.sandbox._telemetry.violations)
+        if observers.active:
+            self.steps_before = len(steps_of(self.sandbox))
+            observers.tell("call_begins", self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -68,7 +76,9 @@ class Remembered:
             self._write()
 
     def _write(self) -> None:
-        sandbox, call, error = self.sandbox, self.call, self._error
+        sandbox, error = self.sandbox, self._error
+        if observers.active:
+            observers.tell("call_ended", self)
         if not sandbox._is_recorded or not sandbox.config.telemetry_enabled:
             return
         assert sandbox.recipe is not None
@@ -83,9 +93,9 @@ class Remembered:
             "seconds": self.seconds,
             "peak_memory_mb": self.peak_memory_mb,
             "peak_cpu_percent": self.peak_cpu_percent,
-            "exit_code": outcome.exit_of(call)[0] if call is not None else None,
-            "reason": reason_of(error),
-            "violations": self._violations(),
+            "exit_code": self.exit_code,
+            "reason": self.reason,
+            "violations": [each.to_dict() for each in self.violations],
             "sandbox_id": sandbox.sandbox_id,
         }
         try:
@@ -93,11 +103,56 @@ class Remembered:
         except ResourceError:
             return  # a fork: the call has said so
 
-    def _violations(self) -> list[dict[str, Any]]:
-        """Its own, and those of nobody's in particular that came meanwhile."""
-        number = self.call.number if self.call is not None else None
+    @property
+    def call_id(self) -> str:
+        return str(self._process.number) if self._process is not None else ""
+
+    @property
+    def outcome(self) -> str:
+        return "cancelled" if isinstance(self._error, asyncio.CancelledError) else outcome_of(self._error)
+
+    @property
+    def reason(self) -> str:
+        return reason_of(self._error)
+
+    @property
+    def exit_code(self) -> int | None:
+        return outcome.exit_of(self.call)[0] if self.call is not None else None
+
+    @property
+    def violations(self) -> list[SandboxViolation]:
+        call = self._process
         new = self.sandbox._telemetry.violations[self.before :]
-        return [each.to_dict() for each in new if each.details.get("call") in (None, number)]
+        return [each for each in new if each.details.get("call") in (None, call.number if call is not None else None)]
+
+    @property
+    def _process(self) -> Call | None:
+        return self.call
+
+    @property
+    def recovery(self) -> list[dict[str, Any]]:
+        return steps_of(self.sandbox)[self.steps_before :]
+
+
+class Asked(Remembered):
+    """One request to a session's process: observed as any call, and remembered with that process."""
+
+    def __init__(self, sandbox: EnhancedPluginSandbox, name: str, process: Call | None) -> None:
+        super().__init__(sandbox, name, observers.SESSION_CALL)
+        self._asked = process
+
+    def _write(self) -> None:
+        if observers.active:
+            observers.tell("call_ended", self)
+
+    @property
+    def _process(self) -> Call | None:
+        return self._asked
+
+
+def steps_of(sandbox: EnhancedPluginSandbox) -> list[dict[str, Any]]:
+    """As get_recovery_history has them, of calls that have gone: it would wait for those that have not."""
+    return sandbox._recovery.history if sandbox._recovery is not None else []
 
 
 def outcome_of(error: BaseException | None) -> str:

@@ -35,6 +35,7 @@ from sandbox.errors import (
     SandboxInitializationError,
     SecurityViolationError,
 )
+from sandbox.integrations import logs, observers
 from sandbox.recipe_data import confirm
 from sandbox.recovery.commit import journals, recover
 from sandbox.recovery.granted import GrantedChanges, deletion_violation, refuse_direct
@@ -69,6 +70,8 @@ LOOK_AGAIN = 0.005  # seconds
 ACTIVITIES = 10_000  # network operations that are kept; further ones are only counted
 LINGER = 1.0  # seconds that the process of a call may go on after its reply, then it is killed
 
+
+observers.add(logs.Logs())
 
 # The open sandboxes of this process, for SandboxRecoveryManager: a violation tells in which one it was.
 live: weakref.WeakValueDictionary[str, EnhancedPluginSandbox] = weakref.WeakValueDictionary()
@@ -145,6 +148,7 @@ class EnhancedPluginSandbox:
         self._activity: list[dict[str, Any]] = []
         self._operations: dict[str, int] = {}  # of the network, by call
         self._output_tail = bytearray()
+        self._is_told = False  # its observers that it is open
         self._is_recorded = True  # each call: not where whoever uses it does that
         self._returns_early = True  # a call, with its value: not where what it does later could be seen, or has to be judged
         self._has_told = False  # that they cannot be
@@ -184,6 +188,18 @@ class EnhancedPluginSandbox:
         """
         if self._sandbox is not None:
             raise RuntimeError(f"sandbox {self.sandbox_id} has been opened before: use a new EnhancedPluginSandbox")
+        try:
+            await self._opens()
+        except SandboxException as error:
+            if observers.active:
+                observers.tell("refused", self, error)
+            raise
+        if observers.active:
+            self._is_told = True
+            observers.tell("opened", self)
+        return self
+
+    async def _opens(self) -> None:
         self._loop = asyncio.get_running_loop()
         holder = self.network.holder if self.network is not None else None
         self.recipe, wire = compiled(self.config, self.limits, self.permissions, self.read_only)
@@ -214,7 +230,6 @@ class EnhancedPluginSandbox:
         live[self.sandbox_id] = self
         self._read_back = self._standby.call.read_back or {}
         self._plain_limits = _plain(asdict(self.limits))
-        return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
@@ -369,6 +384,8 @@ class EnhancedPluginSandbox:
     def _violated(self, violation: SandboxViolation) -> None:
         violation.details["sandbox_id"] = self.sandbox_id
         self._telemetry.violations.append(violation)
+        if observers.active:
+            observers.tell("violation", self, violation)
         self._notify("on_violation_detected", violation)
 
     def _network_operation(self, fields: dict[str, str]) -> None:
@@ -447,6 +464,9 @@ class EnhancedPluginSandbox:
         self._count_operations()
         if not self._telemetry.cleanup_successful:
             self._telemetry.cleanup_successful = clean
+            if self._is_told:
+                self._is_told = False
+                observers.tell("closed", self, clean)
             self._notify("on_sandbox_cleanup", self._telemetry)
         return clean
 
@@ -747,6 +767,7 @@ class EnhancedPluginSandbox:
             from sandbox.recovery.measures import Recovery
 
             self._recovery = Recovery(sandbox, self.sandbox_id)
+            self._recovery.on_step = lambda step: observers.tell("recovered", step)
             self._recovery.discard = lambda: self._on_loop(self._discard) if self._has_layers() else None
             if self.config.telemetry_enabled:
                 self._recovery.evidence = lambda violation: self._on_loop(self._keep_evidence, violation)

@@ -14,7 +14,8 @@ import types
 from sandbox import transport
 from sandbox.engine import channel, codec, outcome
 from sandbox.errors import PluginExecutionError, SandboxException, SecurityViolationError
-from sandbox.remembered import Remembered
+from sandbox.integrations import observers
+from sandbox.remembered import Asked, Remembered
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -156,15 +157,25 @@ class Session:
                 await self._start()
             assert self._conversation is not None
             file, instruction, payload, types_ = make(*what)
-            before = len(self._conversation.violations)
-            self._sandbox._post(self._conversation.request, file, instruction, payload)
-            answer = await self._answer()
-            self._calls += 1
             try:
-                return self._value(answer, before, types_)
+                if not observers.active:
+                    return await self._answered_value(file, instruction, payload, types_)
+                run = self._conversation.run
+                with Asked(self._sandbox, name_of(what[0]), run.call if run is not None else None):
+                    return await self._answered_value(file, instruction, payload, types_)
             finally:
                 if self._max_calls is not None and self._calls >= self._max_calls:
                     await self._end()
+
+    async def _answered_value(
+        self, file: str, instruction: dict[str, object], payload: bytes, types_: Mapping[str, type]
+    ) -> Any:
+        assert self._conversation is not None
+        before = len(self._conversation.violations)
+        self._sandbox._post(self._conversation.request, file, instruction, payload)
+        answer = await self._answer()
+        self._calls += 1
+        return self._value(answer, before, types_)
 
     def _check_loop(self) -> None:
         if self._sandbox._loop not in (None, asyncio.get_running_loop()):
@@ -189,7 +200,7 @@ class Session:
     async def _live(self, conversation: Conversation) -> Call:
         """From a worker that stands to its end."""
         name, file, instruction, payload = self._job()
-        with Remembered(self._sandbox, name) as remembered:
+        with Remembered(self._sandbox, name, observers.SESSION) as remembered:
             return await self._sandbox._execute(remembered, file, instruction, payload, conversation)
 
     async def _answer(self) -> Answer:
@@ -337,6 +348,11 @@ class PluginSession(Session):
         plain = transport.is_plain(args, kwargs)
         instruction = {"name": function, "args": args if plain else (), "kwargs": kwargs if plain else {}}
         return str(self._file["path"]), instruction, b"" if plain else self._pickled(args, kwargs), {}
+
+
+def name_of(function: Callable[..., Any] | str) -> str:
+    """A function's, or that which a plugin's was asked for by."""
+    return function if isinstance(function, str) else getattr(function, "__qualname__", type(function).__name__)
 
 
 def exited(call: Call | None) -> PluginExecutionError:

@@ -14,6 +14,7 @@ from sandbox.cli import settings
 from sandbox.cli.call import jsonable
 from sandbox.cli.plugins import complain
 from sandbox.errors import SandboxException
+from sandbox.integrations import logs
 from sandbox.plugins.framework import OK, EnhancedPluginFramework
 
 TYPE_CHECKING = False
@@ -25,6 +26,7 @@ def run(
     folder: str, ids: tuple[str, ...], level: str | None, config: str | None, as_json: bool, trusted_keys: str | None
 ) -> int:
     try:
+        logs.to_stderr()
         isolation, limits, permissions = settings.settings({"level": level, "config": config})
         framework = EnhancedPluginFramework(
             folder, isolation, limits=limits, permissions=permissions, trusted_keys=trusted_keys

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 from sandbox import sandbox as sandboxes
 from sandbox.config import IsolationConfig
+from sandbox.integrations import observers
 from sandbox.violations import SandboxViolation, SandboxViolationType
 
 TYPE_CHECKING = False
@@ -112,6 +113,8 @@ class SandboxRecoveryManager:
         step = {"timestamp": datetime.now(UTC).isoformat(), "sandbox_id": violation.details.get("sandbox_id", "")}
         what = {"violation": violation.to_dict(), "action": action, "before": {}, "after": {}, "success": success}
         self._history.append({**step, **what, "note": note})
+        if observers.active:
+            observers.tell("recovered", self._history[-1])
         return success
 
     def quarantine_plugin(self, plugin_id: str, reason: str) -> None:

@@ -81,6 +81,7 @@ class Recovery:
         self.sandbox = sandbox
         self.sandbox_id = sandbox_id
         self.history: list[dict[str, Any]] = []
+        self.on_step: Callable[[dict[str, Any]], object] = lambda step: None
         self.discard: Callable[[], Finding | None] = lambda: None
         self.evidence: Callable[[SandboxViolation], Finding | None] = lambda violation: None
         self.waiting: list[tuple[SandboxViolation, Callable[[bool], object], str]] = []
@@ -159,8 +160,15 @@ class Recovery:
         success: bool,
         note: str = "",
     ) -> bool:
-        step = {"timestamp": datetime.now(UTC).isoformat(), "sandbox_id": self.sandbox_id, "violation": violation.to_dict()}
-        self.history.append({**step, "action": action, "before": before, "after": after, "success": success, "note": note})
+        step: dict[str, Any] = {
+            "timestamp": datetime.now(UTC).isoformat(),
+            "sandbox_id": self.sandbox_id,
+            "violation": violation.to_dict(),
+        }
+        done: dict[str, Any] = {"action": action, "before": before, "after": after, "success": success, "note": note}
+        step = {**step, **done}
+        self.history.append(step)
+        self.on_step(step)
         return success
 
     # -- what they are made of ---------------------------------------------------------------------------------------
