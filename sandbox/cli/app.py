@@ -166,6 +166,22 @@ def selftest(**given: Any) -> None:
 
 
 @group.command()
+@click.option("--level", metavar="LEVEL", help="standard, strict or maximum (default: standard).")
+@click.option("--config", metavar="FILE.toml", help="Settings: tables [isolation], [limits], [permissions].")
+@click.option("--bundle", metavar="DIR", help="Make a bundle in the new folder DIR, for `crun run -b DIR NAME`.")
+@click.argument("file", metavar="[FILE]", required=False)
+@click.argument("args", metavar="[ARGS]...", nargs=-1, type=click.UNPROCESSED)
+def spec(**given: Any) -> None:
+    """Print a level as the config.json of an OCI runtime (crun, runc, youki), which runs FILE.
+
+    What such a runtime cannot do is said on stderr, and in the document's annotations.
+    """
+    from sandbox.cli import spec as command
+
+    sys.exit(command.spec(**given))
+
+
+@group.command()
 def levels() -> None:
     """Print the table of levels: what each one promises where the host can do everything."""
     from sandbox.cli import explain as command

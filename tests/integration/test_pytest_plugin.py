@@ -173,7 +173,7 @@ def test_marked_tests(pytester: pytest.Pytester) -> None:
     assert {name for name, why in WHY.items() if why not in sections[name]} == set()
     lines = TESTS.splitlines()
     for name, source in (("test_wrong", "    assert found == "), ("test_awaits", "    assert twice(1) == 3")):
-        number = next(number for number, line in enumerate(lines, 1) if line.startswith(source)) + 3  # lines put in above
+        number = next(number for number, line in enumerate(lines, 1) if line.startswith(source)) + 2  # lines put in above it
         assert f'test_it.py", line {number}, in {name}' in sections[name]
         assert f"test_it.py:{number}: AssertionError" in sections[name]
     assert "Differing items:" in sections["test_wrong"]
