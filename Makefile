@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 APT := gcc libcap-dev libseccomp2 python3-dev python3-venv util-linux
+# What some tests try psie's documents with; without them they are skipped.
+PEERS := crun golang-github-opencontainers-specs-dev
 BOX ?= trixie
 VM := dnsmasq-base e2fsprogs iproute2 iptables libvirt-clients libvirt-daemon-driver-qemu libvirt-daemon-system mmdebstrap \
 	openssh-client qemu-system-x86 qemu-utils rsync vagrant vagrant-libvirt
@@ -13,6 +15,7 @@ demo: .venv/ready
 	$(BIN)/psie run examples/hello.py --level strict --summary -- from the demo
 
 test: .venv/ready
+	PACKAGES="$(PEERS)" ./tools/apt-install || echo "without $(PEERS): they cannot be installed"
 	$(BIN)/python tools/run_tests.py
 
 # All tests with each Python that is found on this machine; ARGS="3.13", ARGS="--debian sid".
