@@ -54,13 +54,15 @@ class Remembered(observers.ObservedCall):
         self.call: Call | None = None
         self.peak_memory_mb = self.peak_cpu_percent = 0.0
         self.steps_before = 0
+        self.is_observed = False
         self._error: BaseException | None = None
         self._missing = itertools.count(1, -1)  # ends, of two; counting cannot be interrupted by another thread
 
     def __enter__(self) -> Remembered:
         self.started, self.begun = time(), monotonic()
         self.before = len(self.sandbox._telemetry.violations)
-        if observers.active:
+        self.is_observed = observers.want_calls()
+        if self.is_observed:
             self.steps_before = len(steps_of(self.sandbox))
             observers.tell("call_begins", self)
         return self
@@ -77,7 +79,7 @@ class Remembered(observers.ObservedCall):
 
     def _write(self) -> None:
         sandbox, error = self.sandbox, self._error
-        if observers.active:
+        if self.is_observed:
             observers.tell("call_ended", self)
         if not sandbox._is_recorded or not sandbox.config.telemetry_enabled:
             return
@@ -142,7 +144,7 @@ class Asked(Remembered):
         self._asked = process
 
     def _write(self) -> None:
-        if observers.active:
+        if self.is_observed:
             observers.tell("call_ended", self)
 
     @property

@@ -158,7 +158,7 @@ class Session:
             assert self._conversation is not None
             file, instruction, payload, types_ = make(*what)
             try:
-                if not observers.active:
+                if not observers.want_calls():
                     return await self._answered_value(file, instruction, payload, types_)
                 run = self._conversation.run
                 with Asked(self._sandbox, name_of(what[0]), run.call if run is not None else None):

@@ -68,6 +68,9 @@ class Logs(Observer):
             extra = ids(sandbox)
             sandbox_log.warning("sandbox %s: not opened: %s", extra["sandbox_id"], line(error), extra=extra)
 
+    def wants_calls(self) -> bool:
+        return call_log.isEnabledFor(logging.INFO)
+
     def call_begins(self, call: ObservedCall) -> None:
         if call_log.isEnabledFor(logging.DEBUG):
             extra = ids(call.sandbox, plugin=call.name)

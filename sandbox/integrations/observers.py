@@ -1,7 +1,7 @@
 """Observers of sandboxes: the one place where logging, OpenTelemetry and Prometheus learn what happens.
 
-`EnhancedPluginSandbox` tells it, and so do executors, sessions and the framework, which open one; a process whose sandboxes
-nobody observes pays a look at an empty tuple. Must not know who listens, nor import anything: it is loaded with the library.
+`EnhancedPluginSandbox` tells it, and so do executors, sessions and the framework, which open one. A call of which nobody wants
+to hear pays for the question alone. Must not know who listens, nor import anything: it is loaded with the library.
 
 An observer's methods are called one after the other on the thread where it happened: mostly the caller's event loop, some on
 psie's own. They must be quick. What one raises is logged, and changes nothing for the call.
@@ -82,6 +82,10 @@ class Observer:
     def refused(self, sandbox: EnhancedPluginSandbox, error: BaseException) -> None:
         """One could not be opened."""
 
+    def wants_calls(self) -> bool:
+        """Asked at the beginning of each call: whether it is to be told of that and of its end. Must be quick."""
+        return True
+
     def call_begins(self, call: ObservedCall) -> None:
         """In the caller's task."""
 
@@ -114,6 +118,14 @@ def remove(observer: Observer) -> None:
     """Tell it nothing more; fine if it was told nothing before."""
     global active
     active = tuple(each for each in active if each is not observer)
+
+
+def want_calls() -> bool:
+    """Whether anybody is to be told of a call that begins now."""
+    for observer in active:  # noqa: SIM110  (any() is a generator more, in each call)
+        if observer.wants_calls():
+            return True
+    return False
 
 
 def tell(what: str, *arguments: object) -> None:
