@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -244,7 +245,14 @@ def test_silent_unless_configured(tmp_path: Path) -> None:
             """
         )
     )
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True, cwd=harness.REPOSITORY)
+    done = subprocess.run(
+        [sys.executable, "-m", "program"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=harness.REPOSITORY,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
+    )
     assert (done.stdout, done.stderr) == ("refused 1\n", "")
 
 
