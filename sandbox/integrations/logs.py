@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sandbox.integrations.observers import ObservedCall
+    from sandbox.recipe_data import Recipe
     from sandbox.sandbox import EnhancedPluginSandbox
     from sandbox.violations import SandboxViolation
 
@@ -46,18 +47,21 @@ class Logs(Observer):
 
     def __init__(self) -> None:
         self._degraded: set[str] = set()
+        self._recipe: Recipe | None = None  # that was looked at last: equal settings have one and the same
 
     def opened(self, sandbox: EnhancedPluginSandbox) -> None:
         if sandbox_log.isEnabledFor(logging.DEBUG):
             level, extra = sandbox.config.level.value, ids(sandbox)
             sandbox_log.debug("sandbox %s: open at level %s", extra["sandbox_id"], level, extra={**extra, "level": level})
-        if sandbox_log.isEnabledFor(logging.WARNING) and sandbox.recipe is not None:
-            self._tell_degraded(sandbox)
+        recipe = sandbox.recipe
+        if recipe is not None and recipe is not self._recipe and sandbox_log.isEnabledFor(logging.WARNING):
+            self._recipe = recipe
+            self._tell_degraded(sandbox, recipe)
 
-    def _tell_degraded(self, sandbox: EnhancedPluginSandbox) -> None:
+    def _tell_degraded(self, sandbox: EnhancedPluginSandbox, recipe: Recipe) -> None:
         """Once for each difference, not for each sandbox: it is a matter of the host and the settings."""
         level, extra = sandbox.config.level.value, ids(sandbox)
-        for protection in sandbox.recipe.weakened if sandbox.recipe is not None else ():
+        for protection in recipe.weakened:
             said = line(f"{protection.name} is {protection.state} ({protection.mechanism}): {protection.detail}")
             if f"{level} {said}" not in self._degraded and len(self._degraded) < DEGRADED:
                 self._degraded.add(f"{level} {said}")
@@ -91,7 +95,8 @@ class Logs(Observer):
 
     def violation(self, sandbox: EnhancedPluginSandbox, violation: SandboxViolation) -> None:
         if violation_log.isEnabledFor(logging.WARNING):
-            extra = ids(sandbox, violation.details.get("call") or "", sandbox._plugin_of(violation))
+            call = str(violation.details.get("call") or "")
+            extra = ids(sandbox, call, sandbox._plugins.get(int(call), "") if call.isdecimal() else "")
             violation_log.warning(
                 "sandbox %s: call %s of %s: %s: %s",
                 extra["sandbox_id"], extra["call_id"] or "-", extra["plugin_id"] or "-", violation.type.value,

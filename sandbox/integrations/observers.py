@@ -45,7 +45,7 @@ class ObservedCall:
 
     @property
     def call_id(self) -> str:
-        """Of this call among those of its sandbox; "" where it has not come to a process."""
+        """The number of its process among those of its sandbox, which a session's calls share; "" where it has come to none."""
         raise NotImplementedError
 
     @property

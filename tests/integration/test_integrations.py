@@ -256,6 +256,24 @@ def test_silent_unless_configured(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("refused 1\n", "")
 
 
+@pytest.mark.parametrize("level", ["", "INFO", "lots"])
+def test_the_level_of_the_environment(level: str, tmp_path: Path) -> None:
+    """SANDBOX_LOG_LEVEL is for `psie plugins run`, whose table says the rest."""
+    (tmp_path / "one.py").write_text(
+        "def main():\n    try:\n        open('/etc/no', 'w')\n    except OSError:\n        return 1\n"
+    )
+    env = {**os.environ, "SANDBOX_LOG_LEVEL": level, "SANDBOX_TELEMETRY_ENABLED": "0"}
+    words = [sys.executable, "-m", "sandbox.cli", "plugins", "run", str(tmp_path), "--level", "strict"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=harness.REPOSITORY, env=env)
+    if level == "lots":
+        assert done.returncode == 125
+        assert "SANDBOX_LOG_LEVEL" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert ("psie: WARNING: " in done.stderr) == (level == "INFO")
+    assert ("call 1 of one: ok after" in done.stderr) == (level == "INFO")
+
+
 # -- OpenTelemetry -----------------------------------------------------------------------------------------------------------
 
 
