@@ -106,7 +106,8 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         names = set(file.namelist())
         metadata = file.read(f"psie-{__version__}.dist-info/METADATA").decode()
     information = {name for name in names if name.startswith(f"psie-{__version__}.dist-info/")}
-    assert {name.partition("/")[2] for name in information} == {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
+    told = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
+    assert {name.partition("/")[2] for name in information} == told
     data = f"psie-{__version__}.data"
     beside = {f"{data}/scripts/psie", f"{data}/scripts/psie-python", f"{data}/data/share/man/man1/psie.1"}
     beside |= {"plugin_sandbox_isolation_enhanced.py", "plugin_sandbox_isolation_enhanced-stubs/__init__.pyi"}
