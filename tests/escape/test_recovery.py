@@ -179,7 +179,8 @@ def test_forks_of_a_moving_process_are_stopped(level: IsolationLevel) -> None:
                     assert time.monotonic() < end
                     assert not task.done(), task.exception()
                     await asyncio.sleep(0.005)
-                assert await has_moved(sandbox)
+                while not await has_moved(sandbox):  # on a busy machine it may not have had its turn
+                    assert time.monotonic() < end
                 details = {"sandbox_id": sandbox.sandbox_id, "limit": "pids"}
                 violation = SandboxViolation(Kind.RESOURCE_EXCEEDED, "an attack", datetime.now(UTC), details=details)
                 assert await SandboxRecoveryManager().auto_recovery_violation(violation) is True
