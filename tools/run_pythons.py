@@ -59,8 +59,10 @@ def version(program: str) -> tuple[int, int, int] | None:
         done = subprocess.run([program, "-I", "-c", ASK], capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
-    major, minor, micro, name, without_gil = done.stdout.split()
-    found = int(major), int(minor), int(micro)
+    words = done.stdout.split()
+    if len(words) != 5 or not all(word.isdecimal() for word in words[:3]):
+        return None
+    found, name, without_gil = (int(words[0]), int(words[1]), int(words[2])), words[3], words[4]
     return found if name == "cpython" and without_gil == "0" and found[:2] >= floor() else None
 
 
