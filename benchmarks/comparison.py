@@ -1,13 +1,14 @@
 """What stops which of psie's own attacks: psie, and what people use in its place, each as its own documentation has it for
 programs that nobody trusts. docs/comparison.md is made of what this prints.
 
-    python -m benchmarks.comparison              as a user without rights, as they are mostly used; needs /usr/bin/python3
+    python -m benchmarks.comparison              as a user without rights, as they are mostly used
     python -m benchmarks.comparison --details    with the attacks that each did not stop
     python -m benchmarks.comparison --only bubblewrap --only psie
 
 Every attack is tried without a sandbox first; one that does not work there is left out. An attack counts as stopped when it
 says so, or its process was ended, and nothing has happened to what it attacked: here by whatever, while psie's own tests count
-an unexpected reason as a failure. A peer that is not installed is left out.
+an unexpected reason as a failure. A peer that is not installed is left out. What runs this has to be of the same version as a
+Python in /usr/bin.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from sandbox.selftest.attacks import REGISTRY, ROOT, SECONDS, Attack, Where
 from sandbox.selftest.outside import Outside
 from sandbox.version import __version__
 
-PYTHON = "/usr/bin/python3"
+# What peers show in /usr; of our own version, for code travels.
+PYTHON = f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"
 MEMORY_MB, TASKS, FILES = 128, 32, 64  # limits, for those that have such
 STOPPED, NOT_STOPPED, BROKEN = "stopped", "not stopped", "broken"
 

@@ -63,7 +63,8 @@ async def run_code(code: str) -> Outcome:
             # Also what the code itself has caught may be why it did not come to its end.
             reasons = dict.fromkeys(each.explanation.reason for each in sandbox.get_violations() if each.explanation)
             refusal = "\n".join([refusal, *(reason for reason in reasons if reason not in refusal)])
-        return Outcome(value, escape_text(sandbox.output_tail.decode("utf-8", "replace")), refusal)
+    # Now all of it has been read: the value may come before the last of what was printed.
+    return Outcome(value, escape_text(sandbox.output_tail.decode("utf-8", "replace")), refusal)
 
 
 async def solve(task: str, model: Callable[[str], str], attempts: int = 3) -> Outcome:

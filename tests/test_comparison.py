@@ -32,7 +32,10 @@ def test_every_attack_has_a_class_and_every_class_attacks() -> None:
     assert {comparison.class_of(one) for one in comparison.chosen()} == set(comparison.CLASSES)
 
 
-@pytest.mark.skipif(not Path(comparison.PYTHON).exists(), reason=f"no {comparison.PYTHON}")
+without_python = pytest.mark.skipif(not Path(comparison.PYTHON).exists(), reason=f"no {comparison.PYTHON}")
+
+
+@without_python
 def test_what_isolates_nothing_stops_nothing(scratch: Path, tmp_path: Path) -> None:
     plain = Peer("nothing", "0", comparison.plain)
     for name in ("write_outside", "rarely_needed_calls", "socket_udp"):
@@ -40,6 +43,7 @@ def test_what_isolates_nothing_stops_nothing(scratch: Path, tmp_path: Path) -> N
         assert verdict == NOT_STOPPED, (name, reason)
 
 
+@without_python
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap")
 def test_bubblewrap_hides_files_and_leaves_sockets(scratch: Path, tmp_path: Path) -> None:
     peer = next(peer for peer in comparison.available() if peer.name == "bubblewrap")
