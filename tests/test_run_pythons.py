@@ -46,9 +46,9 @@ def test_the_newest_of_each_and_no_virtual_environment(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool, "ELSEWHERE", (f"{tmp_path}/more/*/bin/python3",))
-    older = program(tmp_path / "a" / "bin" / "python3.13", "3 13 1 cpython 0")
+    older = program(tmp_path / "a" / "bin" / "python3.13", "3 13 98 cpython 0")
     program(tmp_path / "a" / "bin" / "python3-config", "3 99 0 cpython 0")
-    newer = program(tmp_path / "more" / "b" / "bin" / "python3", "3 13 10 cpython 0")
+    newer = program(tmp_path / "more" / "b" / "bin" / "python3", "3 13 100 cpython 0")
     program(tmp_path / "venv" / "bin" / "python3", "3 14 0 cpython 0")
     (tmp_path / "venv" / "pyvenv.cfg").touch()
     folders = [str(tmp_path / name / "bin") for name in ("a", "venv")]
