@@ -528,6 +528,8 @@ _LIMITS_VARIABLES: dict[str, tuple[str, Callable[[str, str], object], Check]] = 
     ),
 }
 
+VARIABLES = {"isolation": _ISOLATION_VARIABLES, "limits": _LIMITS_VARIABLES}  # by table
+
 
 def _from_env(
     variables: Mapping[str, tuple[str, Callable[[str, str], object], Check]], environ: Mapping[str, str] | None
@@ -601,22 +603,44 @@ def load_config(
         ConfigError: the file cannot be read, is no TOML, or holds something unknown or wrong; one sentence that names file
             and key.
     """
+    name, tables = read_settings(path)
+    if environ is not None:
+        for (table, key), (value, _) in from_environment(environ).items():
+            tables[table].setdefault(key, value)
+    try:
+        return (
+            IsolationConfig(**tables["isolation"]),
+            PluginLimitsV2(**tables["limits"]),
+            PluginPermissionsV2(**tables["permissions"]),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def read_settings(path: str | os.PathLike[str]) -> tuple[str, dict[str, dict[str, Any]]]:
+    """How messages name the file, and what it says as `tables_of` gives it. Raises ConfigError."""
     name, data = _read_file(path)
-    document = parse_toml(name, decoded(name, data))
+    return name, tables_of(name, parse_toml(name, decoded(name, data)))
+
+
+def tables_of(name: str, document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a document says: checked values by key, for each of the tables. Raises ConfigError, which begins with `name`."""
     for key, value in document.items():
         if key not in TABLES:
             _refuse_key(name, key, value)
         if not isinstance(value, dict):
             raise ConfigError(f"{name}: {key} is {show(value)}: make it a table, [{key}]")
-    isolation: dict[str, Any] = {} if environ is None else _from_env(_ISOLATION_VARIABLES, environ)
-    limits: dict[str, Any] = {} if environ is None else _from_env(_LIMITS_VARIABLES, environ)
-    isolation.update(read_table(name, "isolation", document))
-    limits.update(read_table(name, "limits", document))
-    permissions = read_table(name, "permissions", document)
-    try:
-        return IsolationConfig(**isolation), PluginLimitsV2(**limits), PluginPermissionsV2(**permissions)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}") from None
+    return {table: read_table(name, table, document) for table in TABLES}
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[tuple[str, str], tuple[Any, str]]:
+    """What the SANDBOX_* variables say: the value and its variable by table and key. Raises ConfigError."""
+    told: dict[tuple[str, str], tuple[Any, str]] = {}
+    for table, variables in VARIABLES.items():
+        names = {key: variable for variable, (key, _, _) in variables.items()}
+        for key, value in _from_env(variables, environ).items():
+            told[table, key] = value, names[key]
+    return told
 
 
 def _read_file(path: str | os.PathLike[str]) -> tuple[str, bytes]:

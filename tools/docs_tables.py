@@ -14,7 +14,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from enum import Enum
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,11 +24,13 @@ sys.path.insert(0, os.fspath(ROOT))
 import click  # noqa: E402
 
 import sandbox  # noqa: E402
-from sandbox import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, host, recipe  # noqa: E402
+from sandbox import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, config, host, recipe  # noqa: E402
 from sandbox.cli import app, options  # noqa: E402
+from sandbox.cli.settings import KINDS  # noqa: E402
 from sandbox.errors import SandboxInitializationError  # noqa: E402
 from sandbox.explanations import RULES, Rule  # noqa: E402
 from sandbox.host import HostFacts  # noqa: E402
+from sandbox.plugins import effective  # noqa: E402
 from sandbox.recipe_data import ENFORCED, Protection, Recipe  # noqa: E402
 
 MARK = re.compile(r"(<!-- made by tools/docs_tables\.py: (?P<name>[\w-]+) -->\n).*?(<!-- end: (?P=name) -->)", re.DOTALL)
@@ -208,7 +211,39 @@ def allowing(rule: Rule) -> str:
     return ", or ".join(each for each in (flag, settings) if each) + (f"; {rule.note}" if rule.note else "")
 
 
+def settings() -> str:
+    """Every setting: its default, its variable, and what a file that nobody has accepted can make of it."""
+    variables = from_variables()
+    rows = []
+    for table_name, kind in KINDS.items():
+        for each in fields(kind):
+            value = getattr(kind(), each.name)
+            shown = value.value if isinstance(value, Enum) else list(value) if isinstance(value, tuple) else value
+            default = "-" if shown is None else str(shown).lower() if isinstance(shown, bool) else str(shown)
+            rule = LESS[effective.RULES[kind][each.name]]
+            rows.append([f"[{table_name}]", f"`{each.name}`", default, variables.get((table_name, each.name), ""), rule])
+    return table(["table", "setting", "default", "variable", "not accepted"], rows)
+
+
+def from_variables() -> dict[tuple[str, str], str]:
+    return {(name, key): f"`{variable}`" for name, known in config.VARIABLES.items() for variable, (key, _, _) in known.items()}
+
+
+LESS: dict[Callable[..., object], str] = {
+    effective.HOST: "nothing",
+    effective.SMALLER: "less",
+    effective.BOTH: "no",
+    effective.EITHER: "yes",
+    effective.STRICTER: "stricter",
+    effective.UNION: "more",
+    effective.COMMON: "fewer",
+    effective.HOSTS: "fewer",
+    effective.MODULES: "fewer",
+}
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "settings": settings,
     "levels": levels,
     "promises": promises,
     "poorer": poorer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -118,9 +119,14 @@ def learn(**given: Any) -> None:
 @group.command()
 @click.option("--level", metavar="LEVEL", help="minimal, standard, strict or maximum; all if left out.")
 @click.option("--config", metavar="FILE.toml", help="Settings: tables [isolation], [limits], [permissions].")
-@click.option("--json", "as_json", is_flag=True, help="The recipes as JSON.")
+@click.option("--sources", is_flag=True, help="Show every setting instead, and where it comes from.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.argument("file", required=False)
 def explain(**given: Any) -> None:
-    """Show each protection of a level, its mechanism, and what this host makes of it."""
+    """Show each protection of a level, its mechanism, and what this host makes of it.
+
+    With FILE it is for a run of that plugin, with the settings beside it.
+    """
     from sandbox.cli import explain as command
 
     sys.exit(command.explain(**given))
@@ -187,6 +193,32 @@ def levels() -> None:
     from sandbox.cli import explain as command
 
     sys.exit(command.levels())
+
+
+@group.command()
+@click.option("--list", "as_list", is_flag=True, help="Show what was accepted, and whether it is still as it was.")
+@click.option("--forget", is_flag=True, help="FILE counts no more.")
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+def trust(**given: Any) -> None:
+    """Accept FILE, a psie.toml or pyproject.toml beside a plugin, as your settings for what lies there.
+
+    Read it first: it may allow more than the defaults. It counts as it is now; one that is changed has to be accepted again.
+    """
+    from sandbox.cli import trust as command
+
+    sys.exit(command.trust(**given))
+
+
+@group.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete psie's commands, options and arguments.
+
+    For bash: psie completion bash >~/.local/share/bash-completion/completions/psie
+    """
+    from sandbox.cli import completion as command
+
+    sys.exit(command.script(shell))
 
 
 @group.command()
@@ -337,6 +369,10 @@ def audit_verify(**given: Any) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the group; a mistake on the command line is one sentence and status 125."""
+    if "_PSIE_COMPLETE" in os.environ:  # a shell asks
+        from sandbox.cli import completion
+
+        completion.prepare(group)
     try:
         result = group.main(list(arguments), prog_name="psie", standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -1,7 +1,7 @@
 """Recipes of earlier runs: compiling one costs 35 ms of imports, which a run with the same options need not pay again.
 
 An entry is a recipe with its wire form and the limits that it is for, kept under a key of everything that compile() looks at:
-the options, variables and config file, the host and its namespaces, and psie's own files; it counts while the folders of
+the options and variables, the host and its namespaces, and psie's own files; it counts while the folders of
 installed packages are what they were. When a set-up fails, all entries are
 dropped.
 """
@@ -13,7 +13,7 @@ import os
 import zlib
 
 from sandbox import state
-from sandbox.cli import late
+from sandbox.cli import beside, late
 from sandbox.engine import client
 from sandbox.recipe_data import Recipe
 
@@ -48,17 +48,19 @@ SOURCES = (
 
 def recipe_for(
     given: dict[str, Any], read_only: Sequence[str]
-) -> tuple[Recipe, dict[str, Any], dict[str, Any], dict[str, int]]:
-    """(recipe, wire form, limits by name, numbers of system calls) for these options. Raises what compiling it raises."""
+) -> tuple[Recipe, dict[str, Any], dict[str, Any], dict[str, int], list[str]]:
+    """(recipe, wire form, limits by name, numbers of system calls, notes) for these options; see `settings.Gathered` for notes.
+    Raises what compiling it raises."""
+    files = bool(given.get("config")) or bool(beside.find(given))
     key = repr(_key(given, read_only)).encode()
     cache = state.Cache("recipes")
     name = f"{zlib.crc32(key):08x}"
     stored = cache.read(name)
-    if stored is not None and not given.get("config"):  # a file may block folders, whose links have to be followed anew
+    if stored is not None and not files:  # they may block folders, whose links have to be followed anew
         try:
             kept_key, packages, data, wire, asked, calls = marshal.loads(stored)
             if kept_key == key and packages == stamps([path for path, *_ in packages]):
-                return Recipe.from_dict(data), wire, asked, calls
+                return Recipe.from_dict(data), wire, asked, calls, []
         except (ValueError, TypeError, EOFError, KeyError):
             cache.remove(name)
     late.make_up()
@@ -66,13 +68,15 @@ def recipe_for(
     from sandbox import host, recipe
     from sandbox.cli import settings
 
-    config, limits, permissions = settings.settings(given)
-    compiled = recipe.compile(config, limits, permissions, host.facts(), read_only=read_only)
+    gathered = settings.gathered(given)
+    limits = gathered.limits
+    compiled = recipe.compile(gathered.config, limits, gathered.permissions, host.facts(), read_only=read_only)
     wire = client.wire_form(compiled)
-    cache.trim(ENTRIES)
     asked, calls = dict(vars(limits)), system_calls()
-    cache.write(name, marshal.dumps((key, packages, compiled.to_dict(), wire, asked, calls)))
-    return compiled, wire, asked, calls
+    if not files:
+        cache.trim(ENTRIES)
+        cache.write(name, marshal.dumps((key, packages, compiled.to_dict(), wire, asked, calls)))
+    return compiled, wire, asked, calls, gathered.notes
 
 
 def system_calls() -> dict[str, int]:
@@ -93,8 +97,6 @@ def _key(given: dict[str, Any], read_only: Sequence[str]) -> list[object]:
     variables = [(name, os.environ.get(name)) for name in sorted(chosen)]
     files = [os.path.join(own, source) for source in SOURCES]
     files += [os.path.join(own, "seccomp", profile + ".toml") for profile in ("denylist", "allowlist", "tight")]
-    if given.get("config"):
-        files.append(os.path.abspath(given["config"]))
     return [state.host_key(), options, variables, stamps(files), list(read_only)]
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from sandbox import host, recipe, static
 from sandbox import learn as learning
+from sandbox.cli import beside, settings, trial
 from sandbox.cli import run as run_command
-from sandbox.cli import settings, trial
 from sandbox.cli.inputs import UsageError
 from sandbox.cli.remembered import Remembered
 from sandbox.cli.session import FAILED, guarded, say
@@ -71,6 +71,11 @@ def _check(given: dict[str, Any]) -> int:
     source = run_command.source_of(path)
     if given["args"] and not given["run"]:
         raise UsageError("arguments are for a run: give --run before them, or leave them out")
+    if given["config"] is None:  # what psie run would take
+        accepted = [
+            found.path for found in beside.find({"file": path}) if found.is_accepted and found.path.endswith(beside.OWN)
+        ]
+        given["config"] = accepted[0] if accepted else None
     config, limits, permissions = settings.settings({"level": given["level"], "config": given["config"]})
     own = Settings(config, limits, permissions, host.facts())
     level = config.level.value

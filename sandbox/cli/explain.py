@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from enum import Enum
+from typing import Any
 
 from sandbox import host, recipe
+from sandbox.cli import run as run_command
 from sandbox.cli import settings
-from sandbox.cli.session import complain
+from sandbox.cli.session import complain, say
 from sandbox.cli.table import print_table
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
 from sandbox.errors import SandboxException
@@ -15,12 +18,15 @@ from sandbox.recipe_data import ENFORCED
 from sandbox.text import escape_text
 
 
-def explain(level: str | None, config: str | None, as_json: bool) -> int:
+def explain(level: str | None, config: str | None, as_json: bool, sources: bool, file: str | None) -> int:
     """Print the recipe of one level or of all; 0 also where a level cannot be had: the text says so."""
+    given = {"level": level, "config": config, "file": file}
+    if sources:
+        return tell_sources(given, as_json)
     try:
-        given = {"level": level, "config": config}
         base, limits, permissions = settings.settings(given)
-        levels = [base.level] if level is not None or config is not None else list(IsolationLevel)
+        is_one = level is not None or config is not None or file is not None
+        levels = [base.level] if is_one else list(IsolationLevel)
         facts = host.facts()
         recipes = [recipe.compile(replace(base, level=each), limits, permissions, facts, strict=False) for each in levels]
         refusals = [refusal(replace(base, level=each), limits, permissions, facts) for each in levels]
@@ -28,7 +34,7 @@ def explain(level: str | None, config: str | None, as_json: bool) -> int:
         return complain(error)
     if as_json:
         data = [{**each.to_dict(), "refused": refused} for each, refused in zip(recipes, refusals, strict=True)]
-        print(json.dumps(data[0] if level is not None else data, indent=2))
+        print(json.dumps(data[0] if is_one else data, indent=2))
         return 0
     who = "root" if facts.root else f"user {facts.uid}"
     for each, refused in zip(recipes, refusals, strict=True):
@@ -42,6 +48,39 @@ def explain(level: str | None, config: str | None, as_json: bool) -> int:
             print(f"  this level is refused here: {refused}")
         print()
     return 0
+
+
+def tell_sources(given: dict[str, Any], as_json: bool) -> int:
+    """Every setting that a run of `file` would have with these options, and where it comes from."""
+    try:
+        if given["file"] is not None:
+            given["file"] = run_command.plugin_path(given["file"])
+        gathered = settings.gathered(given)
+    except (run_command.Failed, SandboxException, ValueError, TypeError, OSError) as error:
+        return complain(error)
+    told = [
+        {"table": table, "setting": key, "value": plain(value), "source": gathered.origins.get((table, key), settings.DEFAULT)}
+        for table, each in gathered.objects().items()
+        for key, value in vars(each).items()
+    ]
+    if as_json:
+        print(json.dumps({"settings": told, "notes": gathered.notes}, indent=2))
+        return 0
+    for table in gathered.objects():
+        rows = [[each["setting"], shown(each["value"]), each["source"]] for each in told if each["table"] == table]
+        print_table([table, "value", "from"], rows)
+        print()
+    for note in gathered.notes:
+        say(note)
+    return 0
+
+
+def plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else list(value) if isinstance(value, tuple) else value
+
+
+def shown(value: Any) -> str:
+    return "-" if value is None else json.dumps(value) if isinstance(value, (list, bool)) else str(value)
 
 
 def refusal(config: IsolationConfig, limits: PluginLimitsV2, permissions: PluginPermissionsV2, facts: host.HostFacts) -> str:

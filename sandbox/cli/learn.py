@@ -12,8 +12,9 @@ import sys
 from time import monotonic
 
 from sandbox import learn as learning
+from sandbox import trusted
+from sandbox.cli import beside, settings, trial
 from sandbox.cli import run as run_command
-from sandbox.cli import settings, trial
 from sandbox.cli.inputs import UsageError
 from sandbox.cli.remembered import Remembered
 from sandbox.cli.session import guarded, say
@@ -219,7 +220,11 @@ class Learning:
         put(self.output, text, is_new=not self.given["force"])
         say(f"{self.output} is written; {worked}")
         environment = [word for entry in self.given["env"] for word in ("--env", entry)]  # which no file of settings has
-        command = ["psie", "run", "--config", self.output, *environment, self.given["file"], *self.given["args"]]
+        is_beside = self.output == os.path.join(os.path.dirname(self.runner.path), beside.OWN)
+        if is_beside:  # the person has asked for it, and has been told of each grant
+            trusted.accept(self.output, text.encode())
+        named = [] if is_beside else ["--config", self.output]
+        command = ["psie", "run", *named, *environment, self.given["file"], *self.given["args"]]
         say(f"to use it: {shlex.join(command)}")
         return 0
 

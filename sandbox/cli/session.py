@@ -127,7 +127,7 @@ class Session:
         self.result_file, self.report = target("--result-file", given), target("--report", given)
         if self.result_file is not None and self.report is not None and self.result_file.path == self.report.path:
             raise inputs.UsageError(f"--report {given['report']}: this is the result file too: give another one")
-        self.recipe, self.wire, self.limits, self.numbers = cached.recipe_for(given, [*read_only, *folders])
+        self.recipe, self.wire, self.limits, self.numbers, self.notes = cached.recipe_for(given, [*read_only, *folders])
         self.settled: Settled | None = None  # what became of changes in granted folders
         if self.recipe.granted:
             self._check_granted()
@@ -269,6 +269,8 @@ class Session:
         return confirm(self.recipe.protections, read_back) if read_back is not None else self.recipe.protections
 
     def warn(self) -> None:
+        for note in () if self.given["quiet"] else self.notes:
+            say(note)
         if self.recipe.weakened and not self.given["quiet"]:
             listed = "; ".join(f"{protection.name}: {protection.mechanism}" for protection in self.recipe.weakened)
             say(f"not as on a host with everything (psie explain says why): {listed}")

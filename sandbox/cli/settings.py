@@ -1,4 +1,4 @@
-"""From the command's options to limits, permissions and config: flags before file before environment before defaults.
+"""From the command's options, files and variables to limits, permissions and config: what holds, and where it comes from.
 
 Imports what it takes to check settings: on the start path of `psie run` only where its recipe is not cached.
 """
@@ -6,13 +6,23 @@ Imports what it takes to check settings: on the start path of `psie run` only wh
 from __future__ import annotations
 
 import os
+from shlex import quote
 
-from sandbox.cli import options
+from sandbox.cli import beside, options
 from sandbox.cli.inputs import UsageError
-from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, load_config
+from sandbox.config import (
+    ConfigError,
+    IsolationConfig,
+    IsolationLevel,
+    PluginLimitsV2,
+    PluginPermissionsV2,
+    from_environment,
+    read_settings,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
 SUBPROCESSES = 16  # with --allow-subprocess and no --pids
@@ -54,45 +64,147 @@ def host(text: str) -> str:
         raise UsageError(f"--allow-host {text}: {error}") from None
 
 
+DEFAULT = "default"
+KINDS = {"isolation": IsolationConfig, "limits": PluginLimitsV2, "permissions": PluginPermissionsV2}
+Setting = tuple[str, str]  # table and key
+
+
+class Gathered:
+    """The settings of a run, each with where it comes from.
+
+    In this order, a later one wins: defaults, SANDBOX_* variables, [tool.psie] of the pyproject.toml beside the plugin, the
+    psie.toml beside it, both if a person has accepted them; in place of these two the file of --config; options. A file beside
+    the plugin that nobody has accepted comes before the options, and only makes less of what there is.
+
+    Attributes:
+        config, limits, permissions: the settings.
+        origins: where each setting comes from that is not the default.
+        notes: what a person should know of files that wanted more, a sentence each.
+    """
+
+    def __init__(self, given: dict[str, Any], found: Sequence[beside.Found]) -> None:
+        self.origins: dict[Setting, str] = {}
+        self.notes: list[str] = []
+        self._values: dict[str, dict[str, Any]] = {table: {} for table in KINDS}
+        for (table, key), (value, variable) in from_environment(os.environ).items():
+            self._put(table, key, value, variable)
+        name = ""
+        if given.get("config"):
+            name, tables = read_settings(given["config"])
+            self._put_all(name, tables)
+        asking = []
+        for file in found:
+            if file.is_accepted:
+                name = file.name
+                self._put_all(name, file.tables())
+            else:
+                asking.append((file, file.tables()))
+        self._build(name)
+        for file, tables in asking:
+            self._lessen(file.name, tables)
+        self._options(given)
+        for file, tables in asking:
+            self._note(file, tables)
+
+    def _put(self, table: str, key: str, value: Any, origin: str) -> None:
+        self._values[table][key] = value
+        self.origins[table, key] = origin
+
+    def _put_all(self, name: str, tables: dict[str, dict[str, Any]]) -> None:
+        for table, values in tables.items():
+            for key, value in values.items():
+                self._put(table, key, value, name)
+
+    def _build(self, name: str) -> None:
+        try:
+            self.config = IsolationConfig(**self._values["isolation"])
+            self.limits = PluginLimitsV2(**self._values["limits"])
+            self.permissions = PluginPermissionsV2(**self._values["permissions"])
+        except (TypeError, ValueError) as error:
+            if not name:
+                raise
+            raise ConfigError(f"{name}: {error}") from None
+
+    def objects(self) -> dict[str, Any]:
+        return {"isolation": self.config, "limits": self.limits, "permissions": self.permissions}
+
+    def _lessen(self, name: str, tables: dict[str, dict[str, Any]]) -> None:
+        """By what a file asks for that nobody has accepted: as by a plugin's manifest."""
+        from sandbox.plugins import effective
+        from sandbox.plugins.manifest import Manifest
+
+        before = {table: dict(vars(each)) for table, each in self.objects().items()}
+        asked = Manifest(name, limits=tables["limits"], permissions=tables["permissions"], isolation=tables["isolation"])
+        try:
+            self.config, self.limits, self.permissions = effective.effective(asked, self.config, self.limits, self.permissions)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{name}: {error}") from None
+        for table, each in self.objects().items():
+            for key, value in vars(each).items():
+                if value != before[table][key]:
+                    self.origins[table, key] = f"{name}, not accepted: only less"
+
+    def _note(self, file: beside.Found, tables: dict[str, dict[str, Any]]) -> None:
+        from sandbox.plugins import effective
+
+        objects = self.objects()
+        more = [key for table, asked in tables.items() for key in effective.asks_for_more(objects[table], asked)]
+        if more:
+            self.notes.append(
+                f"{file.name} asks for more than it gets ({', '.join(more)}), and nobody has accepted it: read it, then "
+                f"psie trust {quote(file.path)}"
+            )
+
+    def _options(self, given: dict[str, Any]) -> None:
+        if given.get("level") is not None:
+            self._set("isolation", "level", level(given["level"]), "--level")
+        for name in ("allow_degraded", "require_limits"):
+            if given.get(name):
+                self._set("isolation", name, True, f"--{name.replace('_', '-')}")
+        bounds: dict[str, Any] = {}
+        if given.get("memory") is not None:
+            bounds["max_memory_mb"] = megabytes(given["memory"])
+        if given.get("timeout") is not None:
+            bounds["max_execution_time_seconds"] = number("--timeout", given["timeout"])
+        if given.get("cpu") is not None:
+            bounds["max_cpu_percent"] = number("--cpu", given["cpu"])
+        if given.get("pids") is not None:
+            if not given["pids"].removeprefix("-").isdecimal():
+                raise UsageError(f"--pids {given['pids']}: give a whole number")
+            bounds["max_thread_count"] = int(given["pids"])
+        if given.get("allow_subprocess"):
+            self._set("permissions", "allow_subprocess_execution", True, "--allow-subprocess")
+            bounds["max_subprocess_count"] = bounds.get("max_thread_count", self.limits.max_subprocess_count or SUBPROCESSES)
+        if given.get("allow_host"):
+            hosts = [*self.permissions.allowed_hosts, *(host(text) for text in given["allow_host"])]
+            self._set("permissions", "allow_network_access", True, "--allow-host")
+            self._set("permissions", "allowed_hosts", hosts, "--allow-host")
+        if given.get("rw"):
+            self._set("permissions", "allowed_directories", [*self.permissions.allowed_directories, *given["rw"]], "--rw")
+        if given.get("allow_delete"):
+            self._set("permissions", "allow_file_deletion", True, "--allow-delete")
+        if bounds:
+            self.limits = _bounded(self.limits, bounds)
+            for name in bounds:
+                without_number = name == "max_subprocess_count" and given.get("pids") is None
+                self.origins["limits", name] = "--allow-subprocess" if without_number else _FLAG_OF[name]
+
+    def _set(self, table: str, key: str, value: Any, origin: str) -> None:
+        setattr(self.objects()[table], key, value)
+        before = self.origins.get((table, key))
+        adds = isinstance(value, list) and before not in (None, origin)
+        self.origins[table, key] = f"{before}, {origin}" if adds else origin
+
+
+def gathered(given: dict[str, Any]) -> Gathered:
+    """Raises UsageError, ConfigError, ValueError or TypeError, each with one sentence; ResourceError as `beside.find`."""
+    return Gathered(given, beside.find(given))
+
+
 def settings(given: dict[str, Any]) -> tuple[IsolationConfig, PluginLimitsV2, PluginPermissionsV2]:
-    """Raises UsageError, ConfigError, ValueError or TypeError, each with one sentence."""
-    if given.get("config"):
-        config, limits, permissions = load_config(given["config"], os.environ)
-    else:
-        config, limits, permissions = IsolationConfig.from_env(), PluginLimitsV2.from_env(), PluginPermissionsV2()
-    changes: dict[str, Any] = {}
-    if given.get("level") is not None:
-        changes["level"] = level(given["level"])
-    for name in ("allow_degraded", "require_limits"):
-        if given.get(name):
-            changes[name] = True
-    for name, value in changes.items():
-        setattr(config, name, value)
-    subprocess = bool(given.get("allow_subprocess"))
-    bounds: dict[str, Any] = {}
-    if given.get("memory") is not None:
-        bounds["max_memory_mb"] = megabytes(given["memory"])
-    if given.get("timeout") is not None:
-        bounds["max_execution_time_seconds"] = number("--timeout", given["timeout"])
-    if given.get("cpu") is not None:
-        bounds["max_cpu_percent"] = number("--cpu", given["cpu"])
-    if given.get("pids") is not None:
-        if not given["pids"].removeprefix("-").isdecimal():
-            raise UsageError(f"--pids {given['pids']}: give a whole number")
-        bounds["max_thread_count"] = int(given["pids"])
-    if subprocess:
-        permissions.allow_subprocess_execution = True
-        bounds["max_subprocess_count"] = bounds.get("max_thread_count", limits.max_subprocess_count or SUBPROCESSES)
-    if given.get("allow_host"):
-        permissions.allow_network_access = True
-        permissions.allowed_hosts = [*permissions.allowed_hosts, *(host(text) for text in given["allow_host"])]
-    if given.get("rw"):
-        permissions.allowed_directories = [*permissions.allowed_directories, *given["rw"]]
-    if given.get("allow_delete"):
-        permissions.allow_file_deletion = True
-    if bounds:
-        limits = _bounded(limits, bounds)
-    return config, limits, permissions
+    """Raises what `gathered` raises."""
+    all_of_it = gathered(given)
+    return all_of_it.config, all_of_it.limits, all_of_it.permissions
 
 
 _FLAG_OF = {

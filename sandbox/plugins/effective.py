@@ -184,6 +184,18 @@ def effective(
     return IsolationConfig(**_combined(config, manifest.isolation)), least, allowed
 
 
+def asks_for_more(host: Any, asked: Mapping[str, Any]) -> list[str]:
+    """The fields of what is asked for that the host's settings do not give in full."""
+    more = []
+    for name, value in asked.items():
+        rule = RULES[type(host)][name]
+        given = rule(host if rule is HOSTS else getattr(host, name), value)
+        is_less = set(given) != set(value) if isinstance(value, list) else given != value
+        if is_less and rule is not UNION:
+            more.append(name)
+    return more
+
+
 def retry_memory(manifest: Manifest, limits: PluginLimitsV2) -> float:
     """The memory in MB that a plugin may have for a second try, never more than the host's limit; 0: there is none."""
     return min(manifest.retry_memory_mb or 0.0, limits.max_memory_mb)
