@@ -40,7 +40,7 @@ def accept(path: str, content: bytes) -> None:
     place = _place()
     with private.folder(place) as folder:
         name = _name(path)
-        temporary = f"{name}.{os.getpid()}"
+        temporary = f"{name}.new"  # always the same, so that a writer that was killed leaves nothing that stays
         fd = private.open_file(folder, temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, os.path.join(place, temporary))
         try:
             with open(fd, "wb") as file:

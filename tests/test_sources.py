@@ -24,6 +24,7 @@ Write = Callable[..., Path]
 def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records and an environment of its own."""
     monkeypatch.setattr(private, "default_folder", lambda: str(tmp_path / "state"))
+    (tmp_path / "plugin.py").touch()
     for name in [name for name in os.environ if name.startswith("SANDBOX_")]:
         monkeypatch.delenv(name)
 
@@ -157,6 +158,7 @@ def test_accepted_is_a_path_with_its_content(tmp_path: Path, write: Write) -> No
     path = write("psie.toml", "[limits]\nmax_memory_mb = 200\n", accepted=True)
     other = tmp_path / "elsewhere"
     other.mkdir()
+    (other / "plugin.py").touch()
     (other / "psie.toml").write_bytes(path.read_bytes())
     assert memory(gathered(other))[0] == 128
     assert [each.path for each in trusted.accepted()] == [str(path)]
@@ -209,12 +211,35 @@ def test_a_pyproject_of_others_is_not_read(tmp_path: Path, write: Write) -> None
         gathered(tmp_path)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root to give a file away")
-def test_a_file_of_somebody_else_does_not_count(tmp_path: Path, write: Write) -> None:
-    path = write("psie.toml", "[limits]\nmax_memory_mb = 20\n")
+@pytest.mark.parametrize("text", ["[tool]\npsie.limits.max_memory_mb = 20\n", "[ tool . psie . limits ]\nmax_memory_mb = 20\n"])
+def test_however_a_pyproject_spells_it(text: str, tmp_path: Path, write: Write) -> None:
+    write("pyproject.toml", text)
     assert memory(gathered(tmp_path))[0] == 20
-    os.chown(path, 65534, 65534)
-    assert memory(gathered(tmp_path)) == (128, "default")
+
+
+def test_a_file_that_comes_meanwhile_is_not_remembered(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was there when the settings were looked for is what counts."""
+    plugin = tmp_path / "plugin.py"
+    found = beside.find({"file": str(plugin)})
+    write("psie.toml", "[limits]\nmax_memory_mb = 200\n", accepted=True)
+    assert settings.Gathered({"file": str(plugin)}, found).limits.max_memory_mb == 128
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to give a file away")
+@pytest.mark.parametrize("kind", ["file", "unreadable", "link", "of the plugin's owner"])
+def test_a_file_of_somebody_else_stops_nobody(kind: str, tmp_path: Path, write: Write) -> None:
+    plugin = tmp_path / "plugin.py"
+    path = tmp_path / "psie.toml"
+    if kind == "link":
+        path.symlink_to("/etc/shadow")
+    else:
+        path.write_text("[limits]\nmax_memory_mb = 20\n")
+    os.chown(path, 65534, 65534, follow_symlinks=False)
+    if kind == "unreadable":
+        path.chmod(0)
+    if kind == "of the plugin's owner":
+        os.chown(plugin, 65534, 65534)
+    assert memory(gathered(tmp_path))[0] == (20 if kind == "of the plugin's owner" else 128)
 
 
 def test_every_field_has_an_answer_to_asking_for_more() -> None:

@@ -33,21 +33,48 @@ class Found:
     @property
     def name(self) -> str:
         """How its messages begin: what a person knows it by."""
-        from sandbox.text import escape_text
+        shown = shown_path(self.path)
+        return f"{shown}, [tool.psie]" if self.is_project else shown
 
-        shown = escape_text(self.path, keep="")
-        return f"{shown}, [tool.psie]" if os.path.basename(self.path) == PROJECT else shown
+    @property
+    def is_project(self) -> bool:
+        return os.path.basename(self.path) == PROJECT
+
+    def says_something(self) -> bool:
+        """Whether it is there for psie. A pyproject.toml that is no TOML is none of our business, unless it looks like that."""
+        if not self.is_project or MARK in self.content:
+            return True
+        if b"psie" not in self.content:
+            return False
+        from sandbox.config import ConfigError
+
+        try:
+            return "psie" in self._document().get("tool", {})
+        except (ConfigError, TypeError):
+            return False
+
+    def _document(self) -> dict[str, Any]:
+        from sandbox import config
+
+        return config.parse_toml(self.name, config.decoded(self.name, self.content))
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """What it says, checked. Raises ConfigError."""
         from sandbox import config
 
-        document: Mapping[str, Any] = config.parse_toml(self.name, config.decoded(self.name, self.content))
-        if os.path.basename(self.path) == PROJECT:
-            document = document.get("tool", {}).get("psie", {})
+        document = self._document()
+        if self.is_project:
+            tools = document.get("tool", {})
+            document = tools.get("psie", {}) if isinstance(tools, dict) else {}
             if not isinstance(document, dict):
                 raise config.ConfigError(f"{self.name} is no table: give it [tool.psie.limits] and the like")
         return config.tables_of(self.name, document)
+
+
+def shown_path(path: str) -> str:
+    from sandbox.text import escape_text
+
+    return escape_text(path, keep="")
 
 
 def find(given: Mapping[str, Any]) -> list[Found]:
@@ -62,29 +89,43 @@ def find(given: Mapping[str, Any]) -> list[Found]:
     found = []
     for name in (PROJECT, OWN):
         path = os.path.join(folder, name)
-        content = read(path)
-        if content is not None and (name == OWN or MARK in content):
-            found.append(Found(path, content))
+        content = read(path, file)
+        if content is not None:
+            each = Found(path, content)
+            if each.says_something():
+                found.append(each)
     return found
 
 
-def read(path: str) -> bytes | None:
-    """The bytes of a regular file; None where there is none, or only somebody else's, which is none of ours."""
+def read(path: str, plugin: str | None = None) -> bytes | None:
+    """The bytes of a regular file; None where there is none.
+
+    Of somebody who is neither we nor root nor the owner of the `plugin`, it is nobody's: in a folder such as /tmp others could
+    stop whatever they like by it.
+    """
     try:
+        status = os.lstat(path)
+        if plugin is not None and status.st_uid not in (0, os.getuid(), os.stat(plugin).st_uid):
+            return None
+        if stat.S_ISLNK(status.st_mode) and os.path.basename(path) == OWN:
+            raise refusal(path, "it is a link: remove it, or name what it leads to with --config")
+        if not stat.S_ISREG(status.st_mode):
+            return None
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         if os.path.basename(path) == PROJECT:
-            return None  # it may be there for others
-        from sandbox.config import ConfigError
-        from sandbox.text import escape_text
-
-        reason = "it is a link: remove it, or name what it leads to with --config" if os.path.islink(path) else error.strerror
-        raise ConfigError(f"{escape_text(path, keep='')} cannot be read: {reason}") from None
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.getuid()):
+            return None  # it is there for others
+        raise refusal(path, error.strerror or "") from None
+    if not os.path.samestat(os.fstat(fd), status):  # another one by now
         os.close(fd)
         return None
     with open(fd, "rb") as file:
         return file.read(MOST + 1)
+
+
+def refusal(path: str, reason: str) -> Exception:
+    from sandbox.config import ConfigError
+
+    return ConfigError(f"{shown_path(path)} cannot be read: {reason}")

@@ -51,7 +51,8 @@ def recipe_for(
 ) -> tuple[Recipe, dict[str, Any], dict[str, Any], dict[str, int], list[str]]:
     """(recipe, wire form, limits by name, numbers of system calls, notes) for these options; see `settings.Gathered` for notes.
     Raises what compiling it raises."""
-    files = bool(given.get("config")) or bool(beside.find(given))
+    found = beside.find(given)
+    files = bool(given.get("config")) or bool(found)
     key = repr(_key(given, read_only)).encode()
     cache = state.Cache("recipes")
     name = f"{zlib.crc32(key):08x}"
@@ -68,7 +69,7 @@ def recipe_for(
     from sandbox import host, recipe
     from sandbox.cli import settings
 
-    gathered = settings.gathered(given)
+    gathered = settings.Gathered(given, found)
     limits = gathered.limits
     compiled = recipe.compile(gathered.config, limits, gathered.permissions, host.facts(), read_only=read_only)
     wire = client.wire_form(compiled)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from sandbox import host, recipe, static
 from sandbox import learn as learning
-from sandbox.cli import beside, settings, trial
 from sandbox.cli import run as run_command
+from sandbox.cli import settings, trial
 from sandbox.cli.inputs import UsageError
 from sandbox.cli.remembered import Remembered
 from sandbox.cli.session import FAILED, guarded, say
@@ -71,12 +71,7 @@ def _check(given: dict[str, Any]) -> int:
     source = run_command.source_of(path)
     if given["args"] and not given["run"]:
         raise UsageError("arguments are for a run: give --run before them, or leave them out")
-    if given["config"] is None:  # what psie run would take
-        accepted = [
-            found.path for found in beside.find({"file": path}) if found.is_accepted and found.path.endswith(beside.OWN)
-        ]
-        given["config"] = accepted[0] if accepted else None
-    config, limits, permissions = settings.settings({"level": given["level"], "config": given["config"]})
+    config, limits, permissions = settings.settings({"level": given["level"], "config": given["config"], "file": path})
     own = Settings(config, limits, permissions, host.facts())
     level = config.level.value
     if given["run"]:
@@ -203,10 +198,10 @@ def is_writable(path: str, made: Recipe) -> bool:
 def by_running(given: dict[str, Any], path: str, source: bytes, own: Settings) -> tuple[list[Row], dict[str, str]]:
     """What it was refused at each level, and how it ended there."""
     files = run_command.siblings(path, source)
-    plain = {"config": given["config"]}
+    plain = {"config": given["config"], "file": path}
     Remembered(plain, path, path, source, files[1:], say).refuse_quarantined()
     runner = trial.Runner(given["file"], given["args"], given["env"], trial.standard_input())
-    toml = ""
+    toml = None
     if given["config"]:
         with open(given["config"], encoding="utf-8") as file:
             toml = file.read()

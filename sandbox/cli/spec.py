@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def spec(file: str | None, args: Sequence[str], level: str | None, config: str | None, bundle: str | None) -> int:
     """Print it, or make the bundle; what an OCI runtime cannot do goes to stderr."""
     try:
-        isolation, limits, permissions = settings.settings({"level": level, "config": config})
+        isolation, limits, permissions = settings.settings({"level": level, "config": config, "file": file})
         facts = host.facts()
         compiled = recipe.compile(isolation, limits, permissions, facts)
         plugin = None

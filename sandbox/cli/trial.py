@@ -110,17 +110,18 @@ class Runner:
         self.stdin = stdin
         self.runs = 0
 
-    def run(self, toml: str, level: str | None = None) -> Result:
-        """Under the settings of this file's text alone, at its level or another: no variable of the environment counts."""
+    def run(self, toml: str | None, level: str | None = None) -> Result:
+        """Under the settings of this file's text alone, at its level or another: no variable of the environment counts. None:
+        under those that `psie run` would have without --config."""
         self.runs += 1
         files = {name: os.memfd_create(f"psie {name}", os.MFD_CLOEXEC) for name in ("in", "out", "err", "result", "settings")}
         try:
-            for name, content in (("in", self.stdin), ("settings", toml.encode())):
+            for name, content in (("in", self.stdin), ("settings", (toml or "").encode())):
                 with open(f"/proc/self/fd/{files[name]}", "wb") as file:
                     file.write(content)
             child = os.fork()
             if child == 0:
-                self._child(files, level)
+                self._child(files, level, is_named=toml is not None)
             try:
                 _, wait_status = os.waitpid(child, 0)
             except BaseException:
@@ -135,7 +136,7 @@ class Runner:
             for fd in files.values():
                 os.close(fd)
 
-    def _child(self, files: dict[str, int], level: str | None) -> None:
+    def _child(self, files: dict[str, int], level: str | None, *, is_named: bool) -> None:
         """Never returns. The files are in memory: whoever is killed leaves none behind."""
         status = 1
         try:
@@ -144,16 +145,16 @@ class Runner:
             privileges.die_with_parent()
             for number, name in enumerate(("in", "out", "err")):
                 os.dup2(files[name], number)
-            for name in [name for name in os.environ if name.startswith("SANDBOX_")]:
+            for name in [name for name in os.environ if is_named and name.startswith("SANDBOX_")]:
                 del os.environ[name]
-            told = self._inside(f"/proc/self/fd/{files['settings']}", level)
+            told = self._inside(f"/proc/self/fd/{files['settings']}" if is_named else None, level)
             with open(f"/proc/self/fd/{files['result']}", "w", encoding="utf-8") as file:
                 json.dump(told, file)
             status = 0
         finally:
             os._exit(status)
 
-    def _inside(self, config: str, level: str | None) -> dict[str, Any]:
+    def _inside(self, config: str | None, level: str | None) -> dict[str, Any]:
         given = {**options.defaults(options.RUN), "file": self.path, "args": self.arguments, "env": self.environment}
         given |= {"config": config, "level": level, "quiet": True}
         try:

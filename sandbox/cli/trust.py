@@ -43,10 +43,11 @@ def read(file: str) -> beside.Found:
         raise UsageError(f"{file}: only {beside.OWN} and {beside.PROJECT} count beside a plugin: name others by --config")
     content = beside.read(path)
     if content is None:
-        raise UsageError(f"{file}: there is no such file, or it is neither yours nor root's")
-    if os.path.basename(path) == beside.PROJECT and beside.MARK not in content:
+        raise UsageError(f"{file}: there is no such file")
+    found = beside.Found(path, content)
+    if not found.says_something():
         raise UsageError(f"{file} has no table [tool.psie]: there is nothing to accept")
-    return beside.Found(path, content)
+    return found
 
 
 def wishes(found: beside.Found) -> str:
