@@ -13,6 +13,8 @@ VM := dnsmasq-base e2fsprogs iproute2 iptables libvirt-clients libvirt-daemon-dr
 
 demo: .venv/ready
 	$(BIN)/psie run examples/hello.py --level strict --summary -- from the demo
+	@echo
+	@echo "It works. '. .venv/bin/activate' puts psie on your path; 'psie doctor' says what this machine can do."
 
 test: .venv/ready
 	PACKAGES="$(PEERS)" ./tools/apt-install || echo "without $(PEERS): they cannot be installed"
@@ -64,9 +66,10 @@ bench: .venv/bench
 # The venv may be used by other users (the tests start an unprivileged one), and has its bytecode compiled whatever
 # PYTHONDONTWRITEBYTECODE says.
 .venv/ready: pyproject.toml sandbox/version.py bin/psie bin/psie-python
-	PACKAGES="$(APT)" ./tools/apt-install
+	@PACKAGES="$(APT)" ./tools/apt-install
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@echo "installing psie and the Python packages that it needs into .venv (a minute or so)"
+	PIP_USE_PEP517=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	$(BIN)/python -m compileall -q sandbox
 	touch $@
 

@@ -16,6 +16,7 @@ import os
 import pwd
 import resource
 import select
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from sandbox import host, recipe, state
 from sandbox.causes import BEFORE, CHECKS, YOURS, Cause, Check, Files, Mend, Seen
@@ -474,7 +476,7 @@ def ask_another() -> Other:
         uid, gid, [sys.executable, os.path.realpath(sys.executable), os.__file__, package + "/sandbox/doctor.py"]
     )
     if closed:
-        advice = "python3 -m venv /opt/psie && /opt/psie/bin/pip install psie"
+        advice = f"python3 -m venv /opt/psie && /opt/psie/bin/pip install {shlex.quote(installed_from())}"
         mends = (Mend("installs psie where every user can read it", (advice,), YOURS),)
         text = f"user {name} cannot use this psie: {closed} is closed to it"
         return Other(uid, name, why, None, Cause(text, mends))
@@ -490,6 +492,18 @@ def ask_another() -> Other:
             )
         except (OSError, ValueError) as error:
             return Other(uid, name, why, None, Cause(f"psie does not run as user {name}: {error or type(error).__name__}"))
+
+
+def installed_from() -> str:
+    """What pip installed psie from, for pip to install it again: a folder, a file or an address; else its name."""
+    from importlib import metadata
+
+    try:
+        told = json.loads(metadata.distribution("psie").read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, OSError, ValueError):
+        return "psie"
+    url = str(told.get("url") or "psie")
+    return unquote(urlsplit(url).path) if url.startswith("file:///") else url
 
 
 def answer(command: list[str], **options: Any) -> bytes:

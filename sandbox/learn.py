@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from sandbox.cli.trial import Result
 
 READ, WRITE, DELETE, PROCESS, HOST, LIMIT = "read", "write", "delete", "process", "host", "limit"
-KERNEL, PLUGIN = "the kernel", "the plugin"  # whose word it is
+WEB = (80, 443)  # where an allowed host may be connected to if no port is said
+KERNEL, PLUGIN, RESOLVER = "the kernel", "the plugin", "this host's resolver"  # whose word it is
 SUBPROCESSES = 16  # at once, until fewer are known to do
 FEWER = (2, 4, 8)
 MANY_FILES = 5  # of one folder, from which on the folder is granted
@@ -125,6 +126,8 @@ def seen_in(result: Result, folder: str) -> Seen:
     seen = Seen()
     for wish in result.wishes:
         _from_wish(wish, folder, seen)
+    for name, address in result.leads:
+        seen.wishes.append(Wish(HOST, address, f"{name} leads there", seen=RESOLVER))
     written = {wish.value for wish in seen.wishes if wish.kind == WRITE}
     for violation in result.violations:
         _from_violation(violation, written, seen)
@@ -177,7 +180,7 @@ def _from_violation(violation: Mapping[str, Any], written: set[str], seen: Seen)
     elif setting in ("allow_network_access", "allowed_hosts", "blocked_hosts"):
         if details.get("address"):
             port = details.get("port") or 0
-            if details["operation"] == "resolve" and port in (80, 443):
+            if details["operation"] == "resolve" and port in WEB:
                 port = 0
             seen.wishes.append(Wish(HOST, network.join(details["address"], port), "connections", seen=whose, **where))
         else:
@@ -281,10 +284,13 @@ class Consent:
     processes: bool = True
     ask: Callable[[str], bool] | None = None
 
+    def lists(self, host: str) -> bool:
+        """Whether `hosts` has it."""
+        return bool(HOSTS(PluginPermissionsV2(allow_network_access=True, allowed_hosts=self.hosts), [host]))
+
     def host(self, host: str) -> str:
         """Why it may not connect there; "" if it may."""
-        allowed = PluginPermissionsV2(allow_network_access=True, allowed_hosts=self.hosts)
-        if HOSTS(allowed, [host]):
+        if self.lists(host):
             return ""
         is_private = not is_public_host(host)
         if self.network and not is_private:
@@ -344,7 +350,8 @@ class Grant:
         if where is not None:
             name = os.path.basename(where.file) if where.file == plugin else short(where.file)
             told.append(f"first {name}" + (f", line {where.line}" if where.line is not None else ""))
-        told.append("seen by the kernel" if any(wish.seen == KERNEL for wish in self.wishes) else "the plugin's word")
+        whose = next((each for each in (KERNEL, RESOLVER) if any(wish.seen == each for wish in self.wishes)), PLUGIN)
+        told.append("seen by the kernel" if whose == KERNEL else f"{whose}'s word")
         return escape_text("; ".join(told), keep="")
 
     def title(self) -> str:
@@ -500,10 +507,17 @@ class Policy:
 
     def _host(self, wish: Wish, consent: Consent) -> None:
         try:
-            host = network.join(*network.split(wish.value))
+            place, port = network.split(wish.value)
         except ValueError:
             self._refuse(f"connect to {short(wish.value)}", "it is no name or address of a host")
             return
+        host = network.join(place, port)
+        if not port and not consent.lists(host):  # the person may have named one port of those that it stands for
+            named = [each for each in (network.join(place, number) for number in WEB) if consent.lists(each)]
+            for each in named:
+                self._grant(HOST, each, wish)
+            if named:
+                return
         why = consent.host(host)
         if why:
             self._refuse(f"connect to {host}", why)

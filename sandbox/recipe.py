@@ -171,7 +171,7 @@ class _Compiler:
     def way_to_controllers(self, controller: str = "") -> str:
         """What to change on this host for a cgroup leaf, and for `controller` in it."""
         if controller in self.host.cgroup_v1:
-            return f"boot this host with {controller} in cgroup v2: the kernel parameter systemd.unified_cgroup_hierarchy=1"
+            return f"boot this host with {controller} in cgroup v2 (psie doctor shows how)"
         if self.host.cgroup_kind == "scope":
             names = " ".join(sorted({controller, "cpu", "memory", "pids"} - {""}))
             return f"have root set Delegate={names} for user@.service (systemctl edit user@.service)"

@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = "output"  # the title of a block with what the one before it prints
 ALWAYS_SAID = (
-    "psie: not as on a host with everything"  # by hosts that cannot enforce all limits: shown or not, it is no difference
+    "psie: weaker than on a host with everything"  # by hosts that cannot enforce all limits: shown or not, it is no difference
 )
 FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})(?P<language>[\w+-]*)(?P<info>.*)$")
 TITLE = re.compile(r'title="([^"]+)"')

@@ -427,3 +427,24 @@ def test_a_text_is_only_read(tmp_path: Path) -> None:
     (tmp_path / "p.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')")
     static.findings({"p.py": (tmp_path / "p.py").read_bytes()})
     assert not (tmp_path / "made").exists()
+
+
+# -- names and where they lead -----------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_leads_to_a_private_address_has_it_asked_for() -> None:
+    seen = learn.seen_in(told(leads=[["db.example", "10.0.0.7:5432"]]), "/")
+    without, given = policy(), policy()
+    without.take(seen, Consent(hosts=["db.example:5432"]))
+    assert without.values(HOST) == []
+    assert without.refused == {"connect to 10.0.0.7:5432": "allow it by --allow-host 10.0.0.7:5432"}
+    given.take(seen, Consent(hosts=["db.example:5432", "10.0.0.7:5432"]))
+    assert given.values(HOST) == ["10.0.0.7:5432"]
+    assert "db.example leads there" in given.ordered()[0].reason("p.py")
+
+
+def test_one_port_of_a_host_is_enough_where_only_that_was_named() -> None:
+    wanted = Wish(HOST, "example.com", "connections")
+    assert taken(wanted, consent=Consent(hosts=["example.com:80"])).values(HOST) == ["example.com:80"]
+    assert taken(wanted, consent=Consent(hosts=["example.com"])).values(HOST) == ["example.com"]
+    assert taken(wanted, consent=Consent(hosts=["example.com:22"])).values(HOST) == []

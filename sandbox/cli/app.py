@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 FAILED = 125
+WHOLE = 1000  # characters of a command's first sentence: no limit
 
 
 def with_options(table: Sequence[tuple[str, str, str, str]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -32,7 +34,37 @@ def with_options(table: Sequence[tuple[str, str, str, str]]) -> Callable[[Callab
     return decorate
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Group(click.Group):
+    """A group whose help shows the first sentence of each command whole, and that knows `help`."""
+
+    group_class = type  # of groups within it: this class
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, self.commands[name].get_short_help_str(WHOLE)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] == "help" and "help" not in self.commands:
+            args = [*args[1:], "--help"]  # psie help run: psie run --help
+            if len(args) == 1:
+                click.echo(ctx.get_help())
+                ctx.exit()
+        if args[0] not in self.commands and os.path.isfile(args[0]):
+            ctx.fail(f"no such command {args[0]!r}: to run this file, psie run {shlex.quote(args[0])}")
+        return super().resolve_command(ctx, args)
+
+
+def mistake(error: click.ClickException) -> str:
+    """What click has found wrong, in one sentence, and whose help tells more."""
+    text = error.format_message().rstrip(".")
+    text = text.replace(". (Did you mean", " (did you mean").replace(". Did you mean", ": did you mean").removesuffix("?")
+    context = getattr(error, "ctx", None)
+    place = context.command_path if context is not None else "psie"
+    return f"{text[:1].lower()}{text[1:]}; see {place} --help"
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="psie", message="%(prog)s %(version)s")
 def group() -> None:
     """Run Python code that nobody has to trust, in a sandbox of namespaces, cgroup v2, seccomp and Landlock."""
@@ -383,6 +415,6 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
             click.echo(error.format_message())
             return 0
-        click.echo(f"psie: {error.format_message().rstrip('.')}; see psie --help", err=True)
+        click.echo(f"psie: {mistake(error)}", err=True)
         return FAILED
     return result if isinstance(result, int) else 0

@@ -273,7 +273,7 @@ class Session:
             say(note)
         if self.recipe.weakened and not self.given["quiet"]:
             listed = "; ".join(f"{protection.name}: {protection.mechanism}" for protection in self.recipe.weakened)
-            say(f"not as on a host with everything (psie explain says why): {listed}")
+            say(f"weaker than on a host with everything (psie doctor says why): {listed}")
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -521,6 +521,8 @@ class Session:
         self.error, self.found = error, violations
         if not self.given["quiet"]:
             self._explain(violations, error)
+            if status == 1 and error is not None and self.given.get("args"):
+                self._tell_unseen()
         if self.result_file is not None or self.report is not None:
             self._write(status, error, violations)
         if self.given["summary"]:
@@ -563,6 +565,13 @@ class Session:
         from sandbox.cli import refusals
 
         for line in refusals.lines(violations, error):
+            say(line)
+
+    def _tell_unseen(self) -> None:
+        """Of an exception that may be one about files among its arguments."""
+        from sandbox.cli import unseen
+
+        for line in unseen.lines(self.given["args"], self.recipe, [os.path.realpath(path) for path in self.given["ro"]]):
             say(line)
 
     def _is_unfit(self) -> bool:

@@ -11,7 +11,7 @@ import tempfile
 from sandbox import host, recipe
 from sandbox.cli import settings
 from sandbox.cli.inputs import UsageError
-from sandbox.cli.run import plugin_path, source_of
+from sandbox.cli.run import Failed, plugin_path, source_of
 from sandbox.cli.session import complain
 from sandbox.errors import SandboxException
 from sandbox.spec import Spec, spec_of
@@ -37,7 +37,7 @@ def spec(file: str | None, args: Sequence[str], level: str | None, config: str |
             print(text_of(made))
         else:
             make_bundle(made, bundle)
-    except (SandboxException, ValueError, TypeError, OSError) as error:
+    except (Failed, SandboxException, ValueError, TypeError, OSError) as error:
         return complain(error)
     for sentence in made.lost:
         print(f"psie: not in an OCI container: {escape_text(sentence, keep='')}", file=sys.stderr)

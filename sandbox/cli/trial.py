@@ -43,6 +43,7 @@ class Result:
         explanation: of what ended it, as Explanation.to_dict gives it.
         wishes: files that were looked for and not there: wish, path, count, file, line. The plugin's word.
         changes: kind and path of what it changed in granted folders, and why that could not be kept, if so.
+        leads: names of hosts that were allowed, and addresses of them that do not count, as they are not public.
         unkept: why `psie run` would keep nothing of it; "" if it would, or there is nothing.
         seconds: from its start to its end.
         memory_mb, file_operations, network_requests: the most of it that was used at once, or in all.
@@ -59,6 +60,7 @@ class Result:
     explanation: dict[str, Any] | None = None
     wishes: list[dict[str, str]] = field(default_factory=list)
     changes: list[list[str]] = field(default_factory=list)
+    leads: list[list[str]] = field(default_factory=list)
     unkept: str = ""
     seconds: float = 0.0
     memory_mb: float = 0.0
@@ -75,6 +77,12 @@ class Trial(Session):
     modules = ("sandbox.engine.wishes",)
     changed: tuple[list[str], ...] = ()
     content = unkept = ""
+    leads: tuple[list[str], ...] = ()
+
+    def _resolve(self) -> dict[str, Any]:
+        resolved = super()._resolve()
+        self.leads = tuple(resolved.get("refused", ()))
+        return resolved
 
     def _settle(self, sandbox: client.Sandbox) -> None:
         from sandbox.recovery.granted import GrantedChanges
@@ -180,6 +188,7 @@ class Runner:
             "explanation": explanation.to_dict() if explanation is not None else None,
             "wishes": list((call.wishes or {}).values()),
             "changes": list(trial.changed),
+            "leads": list(trial.leads),
             "unkept": trial.unkept,
             "seconds": seconds,
             "memory_mb": trial.peak_memory_mb(),

@@ -423,7 +423,7 @@ def run(caller: Caller, source: str, *options: str) -> tuple[cli_harness.Done, l
     plugin, result = caller.write("plugin.py", source), caller.folder / "result.json"
     done = caller.run("run", "--level", caller.level, "--result-file", result, *options, plugin)
     told = [line.removeprefix("psie: ") for line in done.err.splitlines() if line.startswith("psie: ")]
-    told = [line for line in told if "was refused: " not in line and not line.startswith("not as on a host")]
+    told = [line for line in told if "was refused: " not in line and not line.startswith("weaker than on a host")]
     return done, told, json.loads(result.read_text())
 
 

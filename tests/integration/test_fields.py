@@ -202,7 +202,7 @@ def test_each_limit_has_a_substitute_or_is_said_to_be_missing() -> None:
 @pytest.mark.parametrize(
     ("here", "mend"),
     [
-        ({"root": True, "cgroup_v1": ("memory",), "cgroup_kind": "root"}, "systemd.unified_cgroup_hierarchy=1"),
+        ({"root": True, "cgroup_v1": ("memory",), "cgroup_kind": "root"}, "psie doctor shows how"),
         ({"root": True}, "--cgroupns=private"),
         ({"root": False}, "systemd-run --user --scope --property=Delegate=yes"),
         ({"root": False, "cgroup_kind": "scope"}, "systemctl edit user@.service"),

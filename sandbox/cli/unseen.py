@@ -1,0 +1,64 @@
+"""What `psie run` says, when the plugin has failed, of arguments that name files which it does not see: a common first hurdle.
+
+Imported only after a failure. Says nothing of places of which it is not certain that they are hidden.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+from sandbox.recipe import HIDDEN
+from sandbox.text import escape_text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sandbox.recipe_data import Recipe
+
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/dev", "/proc", "/sys", "/workspace")  # shown in part
+MOST = 3  # arguments that are spoken of
+
+
+def lines(arguments: Sequence[str], recipe: Recipe, shown: Sequence[str]) -> list[str]:
+    """A sentence with the mend for each argument that is a file or folder here and not there. `shown`: --ro paths."""
+    shown = [*shown, *(grant["path"] for grant in recipe.granted), *(str(mount[1]) for mount in recipe.sandbox_mounts)]
+    told = []
+    for argument in dict.fromkeys(arguments):
+        text = argument.partition("=")[2] if argument.startswith("-") else argument
+        path = os.path.realpath(text)
+        if not text or not os.path.exists(path):
+            continue
+        is_hidden = hides(recipe.level, path) and not is_below(path, shown)
+        if text.startswith("/") and is_hidden:
+            told.append(f"the plugin does not see {quoted(path)}: {ways(path)}")
+        elif not text.startswith("/"):
+            told.append(
+                f"the plugin's working directory is a private workspace: if {quoted(path)} is meant by {quoted(text)}, give it "
+                f"as {quoted(path)}" + (f", and show it: {ways(path)}" if is_hidden else "")
+            )
+    return told[:MOST]
+
+
+def ways(path: str) -> str:
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    return f"--ro {quoted(path)} lets it read, --rw {quoted(folder)} change files; psie learn finds what it needs"
+
+
+def quoted(path: str) -> str:
+    return escape_text(shlex.quote(path), keep="")
+
+
+def hides(level: str, path: str) -> bool:
+    """Whether a level surely hides it, as long as nothing grants it."""
+    if level == "minimal":
+        return False
+    if level == "standard":
+        return is_below(path, (*HIDDEN, "/tmp"))
+    return not is_below(path, (*SYSTEM, sys.base_prefix, sys.prefix))
+
+
+def is_below(path: str, folders: Sequence[str]) -> bool:
+    return any(path == folder or path.startswith(folder.rstrip("/") + "/") for folder in folders)

@@ -1,0 +1,113 @@
+"""What somebody meets who has never used psie: help in every form, mistyped commands, paths that the plugin does not see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from . import cli_harness
+from .cli_harness import Caller
+
+LISTS = "import os, sys\nfor name in sys.argv[1:]:\n    print(os.listdir(name))\n"
+
+
+@pytest.fixture(params=["own", "user"])
+def caller(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Caller]:
+    who: Caller
+    if request.param == "own":
+        who = cli_harness.privileged("strict", tmp_path)
+    else:
+        who = cli_harness.unprivileged("strict", request.getfixturevalue("user"))
+    yield who
+    who.clean()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Caller]:
+    who = cli_harness.privileged("strict", tmp_path)
+    yield who
+    who.clean()
+
+
+# -- help and mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        (["help"], ["--help"]),
+        (["help", "run"], ["run", "--help"]),
+        (["help", "quarantine", "show"], ["quarantine", "show", "--help"]),
+        (["quarantine", "help", "show"], ["quarantine", "show", "--help"]),
+        ([], ["--help"]),
+    ],
+)
+def test_help_is_had_by_its_name(own: Caller, words: list[str], same: list[str]) -> None:
+    asked, known = own.run(*words), own.run(*same)
+    assert (asked.status, known.status) == (0, 0)
+    assert asked.out.strip() == known.out.strip()
+    assert asked.out.startswith("Usage: psie")
+
+
+def test_the_list_of_commands_cuts_no_sentence(own: Caller) -> None:
+    assert "..." not in own.run("--help").out.split("Commands:")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rnu"], "no such command 'rnu': did you mean 'run'; see psie --help"),
+        (["run"], "missing argument 'FILE'; see psie run --help"),
+        (["quarantine", "show"], "missing argument 'ID'; see psie quarantine show --help"),
+        (["a plugin.py"], "no such command 'a plugin.py': to run this file, psie run 'a plugin.py'; see psie --help"),
+        (["help", "nothing"], "no such command 'nothing'; see psie --help"),
+        (["spec", "gone.py"], "gone.py: there is no such file: check the path"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_its_mend(own: Caller, words: list[str], said: str) -> None:
+    own.write("a plugin.py", "")
+    done = own.run(*words)
+    assert (done.status, done.out) == (125, "")
+    assert done.err == f"psie: {said}\n"
+
+
+# -- paths among the arguments -----------------------------------------------------------------------------------------------
+
+
+def told(caller: Caller, *words: str, options: tuple[str, ...] = ()) -> list[str]:
+    """What psie says at the end of a run that fails, or does not."""
+    caller.write("plugin.py", LISTS)
+    done = caller.run("run", "--level", caller.level, *options, "plugin.py", *words)
+    lines = [line.removeprefix("psie: ") for line in done.err.splitlines() if line.startswith("psie: ")]
+    return [line for line in lines if not line.startswith("weaker than")]
+
+
+def test_a_path_that_is_not_shown_is_named_with_what_shows_it(caller: Caller) -> None:
+    folder = caller.write("some data/a.txt", "x").parent
+    (line,) = told(caller, str(folder))
+    assert line.startswith(f"the plugin does not see '{folder}': --ro '{folder}' lets it read")
+    assert told(caller, str(folder), options=("--ro", str(folder))) == []
+
+
+def test_a_relative_path_is_told_from_a_name_in_the_workspace(caller: Caller) -> None:
+    folder = caller.write("data/a.txt", "x").parent
+    (line,) = told(caller, "data")
+    assert f"if {folder} is meant by data, give it as {folder}, and show it: --ro {folder}" in line
+    (line,) = told(caller, "data", options=("--ro", "data"))
+    assert line.endswith(f"give it as {folder}")
+
+
+def test_nothing_is_said_of_what_is_no_file_or_of_a_good_end(caller: Caller) -> None:
+    caller.write("data/a.txt", "x")
+    assert told(caller, "gone", "/gone", "-") == []
+    assert told(caller, "/usr/lib/nothing") == []
+    assert told(caller) == []
+
+
+def test_what_is_said_of_a_path_cannot_drive_a_terminal(own: Caller) -> None:
+    own.write("\x1b[31mdata/a.txt", "x")
+    (line,) = told(own, "\x1b[31mdata")
+    assert "\x1b" not in line
+    assert "31mdata" in line
