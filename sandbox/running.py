@@ -23,7 +23,7 @@ from sandbox.cgroups import leaf, place
 from sandbox.engine import board, channel
 from sandbox.errors import ResourceError
 from sandbox.monitor.sources import CgroupSource, ProcessSource
-from sandbox.ns import processes
+from sandbox.ns import processes, userids
 from sandbox.recipe_data import Recipe, confirm, differences
 from sandbox.text import escape_text
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 KEEP_TRYING = 10.0  # seconds in which what was killed must have gone
 SHORT = 0.02  # seconds between two looks
+ENDING = 0.3  # in which what has no owner any more has gone
 TICKS = os.sysconf("SC_CLK_TCK")
 LINK = f"/memfd:{board.NAME} (deleted)"
 LOCKS = "locks"  # what the ledger calls its file
@@ -325,7 +326,26 @@ class Look:
             said.append("sandboxes of other users are not shown: root sees them")
         if self.elsewhere:
             said.append(f"sandboxes of {self.elsewhere} processes in containers are not shown: run psie ps there")
+        elif count := unseen():
+            said.append(f"of {count} more sandboxes of this user the owner cannot be looked at: see them as root")
         return said
+
+
+def unseen() -> int:
+    """How many sandboxes have a place in our ledger, and none whom we may look at has told of them. What is just beginning or
+    ending is not meant: those are asked for twice."""
+    hidden: set[str] = set()
+    for is_last in (False, True):
+        try:
+            places = userids.living()
+        except (OSError, ResourceError):
+            return 0  # nobody can say
+        with Look() as look:
+            places -= {each.place for each in look.sandboxes()}
+        hidden = places & hidden if is_last else places
+        if hidden and not is_last:
+            select.select([], [], [], ENDING)
+    return len(hidden)
 
 
 def list_running() -> list[RunningSandbox]:

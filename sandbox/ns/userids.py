@@ -108,6 +108,22 @@ def bounds(total_memory: int) -> tuple[int, int]:
     return most, _setting("PSIE_MAX_MEMORY_MB", total_memory >> 20) << 20
 
 
+def living() -> set[str]:
+    """The names of all sandboxes that have a place in our ledger now, by a look at each lock. Raises ResourceError, OSError."""
+    folder = state.folder("run")
+    fd = _open_locks(folder)
+    try:
+        _lock_mutex(fd)
+        ledger = _open_ledger(folder)
+        try:
+            claims = _living(fd, _read(ledger))
+        finally:
+            os.close(ledger)
+        return {f"{_identity(fd)}-{number}" for number, claim in enumerate(claims) if claim}
+    finally:
+        os.close(fd)
+
+
 def hold(name: str) -> Slot | None:
     """The slot that a leftover is named after if no sandbox has it, for as long as that is removed; nothing is claimed.
 

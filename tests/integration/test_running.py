@@ -312,3 +312,31 @@ def test_a_hostile_name_drives_no_terminal(own: Caller) -> None:
             assert str(process.pid) in out
             assert "\x1b" not in out
             assert "\u202e" not in out
+
+
+def test_an_owner_that_cannot_be_looked_at_is_not_passed_over(user: User) -> None:
+    """A process that nobody of its user may trace: prctl(PR_SET_DUMPABLE)."""
+    somebody = cli_harness.unprivileged("standard", user)
+    source = """
+        import asyncio, ctypes, sys
+        from sandbox import EnhancedPluginSandbox, IsolationConfig, PluginLimitsV2, PluginPermissionsV2
+
+        async def main():
+            async with EnhancedPluginSandbox(PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig()):
+                ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+                print("ready", flush=True)
+                sys.stdin.readline()
+
+        asyncio.run(main())
+    """
+    file = somebody.write("owner.py", source)
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": {**somebody.environment, "PSIE_STANDING": "0"}}
+    with subprocess.Popen([*somebody.prefix, str(file)], **streams) as owner:  # type: ignore[call-overload]
+        try:
+            cli_harness.read_until(owner.stdout.fileno(), READY)
+            assert "of 1 more sandboxes of this user the owner cannot be looked at" in somebody.run("ps").err
+        finally:
+            owner.stdin.close()
+            owner.wait(cli_harness.SECONDS)
+    assert "more sandboxes" not in somebody.run("ps").err
+    somebody.clean()
