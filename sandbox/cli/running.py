@@ -7,8 +7,11 @@ import math
 import os
 import pwd
 import select
+import signal
 import sys
-from contextlib import contextmanager
+import termios
+import tty
+from contextlib import contextmanager, suppress
 from time import monotonic
 
 from sandbox import running
@@ -21,7 +24,7 @@ from sandbox.text import escape_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
     from rich.table import Table
@@ -34,6 +37,7 @@ RATES = ("CPU %", "memory/s")
 NONE = "no sandbox runs"
 PLUGIN_LENGTH = 40  # characters of a plugin's name in a table; of a path the end tells the most
 SHORTEST = 0.1  # seconds between two looks
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def listed(*, as_json: bool) -> int:
@@ -154,45 +158,59 @@ def watch(course: Course, seconds: float) -> int:
         about = counted(table.row_count, "sandbox", "sandboxes")
         return Group(Text(f"psie top: {about}, every {seconds:g} s; q ends", style="bold"), table)
 
-    try:
-        with keys() as pressed, Live(shown(), console=Console(highlight=False), screen=True, auto_refresh=False) as live:
-            while "q" not in pressed(seconds):
-                live.update(shown(), refresh=True)
-    except KeyboardInterrupt:
-        pass  # that is how it ends
+    with endings() as ends, Live(shown(), console=Console(highlight=False), screen=True, auto_refresh=False) as live:
+        while not ends(seconds):
+            live.update(shown(), refresh=True)
     return 0
 
 
-def waited(seconds: float) -> str:
-    select.select([], [], [], seconds)
-    return ""
+def pressed() -> bytes:
+    try:
+        return os.read(0, 100)
+    except OSError:  # EIO: the terminal has gone
+        return b""
 
 
 @contextmanager
-def keys() -> Iterator[Any]:
-    """A function that waits for so many seconds, or for a key, and returns what was pressed."""
-    import termios
-    import tty
+def endings() -> Iterator[Callable[[float], bool]]:
+    """A function that waits for so many seconds; True at once if somebody wants an end: q, Ctrl-C, SIGTERM, a closed terminal.
 
-    if not os.isatty(0):
-        yield waited
-        return
-    before = termios.tcgetattr(0)
+    Signals interrupt nothing, wherever they come: the screen is given back as it was.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    known = {number: signal.getsignal(number) for number in ENDS}
+    before = termios.tcgetattr(0) if os.isatty(0) else None
+    watched = [reader, *([0] if before is not None else [])]
 
-    def pressed(seconds: float) -> str:
+    def told(number: int, frame: object) -> None:
+        with suppress(BlockingIOError):  # it has been told often enough
+            os.write(writer, b"\0")
+
+    def ends(seconds: float) -> bool:
         until = monotonic() + seconds
         while (left := until - monotonic()) > 0:
-            if select.select([0], [], [], left)[0]:
-                data = os.read(0, 100)
-                if not data or b"q" in data or b"Q" in data:  # or the terminal has gone
-                    return "q"
-        return ""
+            heard = select.select(watched, [], [], left)[0]
+            if reader in heard:
+                return True
+            if heard:
+                data = pressed()
+                if not data or b"q" in data.lower():
+                    return True
+        return False
 
     try:
-        tty.setcbreak(0)
-        yield pressed
+        for number in ENDS:
+            signal.signal(number, told)
+        if before is not None:
+            tty.setcbreak(0)
+        yield ends
     finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
+        if before is not None:
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
+        for number, handler in known.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
 
 
 # -- kill and inspect ------------------------------------------------------------------------------------------------------

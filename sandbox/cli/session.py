@@ -177,7 +177,10 @@ class Session:
         """Set up, run, tear down; the exit status."""
         modules = client.VALUE_MODULES if job["kind"] == "function" else self.modules
         self.zygote.set_up(self.recipe, modules, single=True, calls=self.numbers)
-        name, plugin = os.urandom(8).hex(), self.remembered.plugin_id if self.remembered is not None else ""
+        name, plugin = (
+            os.urandom(8).hex(),
+            self.remembered.plugin_id if self.remembered is not None else str(self.given.get("file") or ""),
+        )
         sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, name, self._resolve(), plugin=plugin, door="command")
         sandbox.on_network = self._network_operation
         sandbox.begin_lifetime()
