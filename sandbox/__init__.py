@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ResourceLimitExceededError,
         SandboxException,
         SandboxInitializationError,
+        SandboxKilledError,
         SecurityViolationError,
     )
     from sandbox.executor import SandboxExecutor, sandboxed
@@ -66,6 +67,7 @@ __all__ = [
     "SandboxException",
     "SandboxExecutor",
     "SandboxInitializationError",
+    "SandboxKilledError",
     "SandboxRecoveryManager",
     "SandboxTelemetry",
     "SandboxViolation",
@@ -103,6 +105,7 @@ _MODULES = {
     "SandboxException": "sandbox.errors",
     "SandboxExecutor": "sandbox.executor",
     "SandboxInitializationError": "sandbox.errors",
+    "SandboxKilledError": "sandbox.errors",
     "SandboxRecoveryManager": "sandbox.recovery.manager",
     "SandboxTelemetry": "sandbox.telemetry",
     "SandboxViolation": "sandbox.violations",

@@ -75,6 +75,21 @@ class ResourceError(SandboxException):
     """Raised when a resource of the host that a sandbox needs is not to be had."""
 
 
+class SandboxKilledError(SandboxException):
+    """Raised when a person has ended the sandbox from outside, as by `psie kill`.
+
+    Attributes:
+        by: who has, and with what.
+    """
+
+    def __init__(self, message: str = "", *, by: str = "") -> None:
+        super().__init__(message)
+        self.by = by
+
+    def __str__(self) -> str:
+        return escape_text(str(self.args[0]) if self.args else "the sandbox was killed from outside", keep="")
+
+
 class PluginExecutionError(SandboxException):
     """Raised when plugin execution encounters an error.
 

@@ -145,7 +145,9 @@ class SandboxExecutor(concurrent.futures.Executor):
         self._thread: threading.Thread | None = None
 
     def _new_sandbox(self) -> EnhancedPluginSandbox:
-        return EnhancedPluginSandbox(self._limits, self._permissions, self._config, environment=self._environment)
+        sandbox = EnhancedPluginSandbox(self._limits, self._permissions, self._config, environment=self._environment)
+        sandbox._door = "executor"
+        return sandbox
 
     def prewarm(self, count: int | None = None) -> int:
         """Have sandboxes stand ready for so many calls, max_workers if None; see EnhancedPluginSandbox.prewarm."""

@@ -24,7 +24,7 @@ from time import monotonic
 
 from sandbox import files, host, network, recipe, state, transport
 from sandbox.config import IsolationConfig, PluginLimitsV2, PluginPermissionsV2
-from sandbox.engine import channel, client, codec, outcome
+from sandbox.engine import board, channel, client, codec, outcome
 from sandbox.engine.recording import Recorder
 from sandbox.engine.service import Service, Worker, service
 from sandbox.errors import (
@@ -149,6 +149,7 @@ class EnhancedPluginSandbox:
         self._operations: dict[str, int] = {}  # of the network, by call
         self._output_tail = bytearray()
         self._is_told = False  # its observers that it is open
+        self._door = "library"  # by which it was opened, for those who look from outside
         self._is_recorded = True  # each call: not where whoever uses it does that
         self._returns_early = True  # a call, with its value: not where what it does later could be seen, or has to be judged
         self._has_told = False  # that they cannot be
@@ -281,6 +282,8 @@ class EnhancedPluginSandbox:
             self._finished()
 
     def _attach(self, opened: client.Sandbox) -> None:
+        opened.line.know(name=self.sandbox_id[: board.NAME_LENGTH], door=self._door)
+        opened.line.tell(board.OPEN)
         opened.on_gone = self._finished
         opened.on_network = lambda fields: self._tell(self._network_operation, fields)
 
@@ -586,6 +589,7 @@ class EnhancedPluginSandbox:
             raise
         remembered.call = run.call
         self._plugins[run.call.number] = remembered.name
+        run.call.sandbox.line.is_about(remembered.name)
         run.call.source_file = file
         try:
             await run.execute(instruction, payload, self.limits.max_execution_time_seconds, conversation)

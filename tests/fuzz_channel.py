@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sandbox import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, host, recipe
-from sandbox.engine import channel, client, codec, failure, outcome
+from sandbox.engine import board, channel, client, codec, failure, outcome
 from sandbox.engine.loop import PollLoop
 from sandbox.errors import SandboxException
 from sandbox.ns import userids
@@ -290,6 +290,7 @@ def run(seconds: float, seed: str) -> tuple[int, int, list[str]]:
     findings: list[str] = []
     end = time.monotonic() + seconds
     with prepared() as (plan, pid):
+        board.own()  # a process has one for good
         usual = descriptors()
         while time.monotonic() < end and len(findings) < 10:
             name = f"{seed}:{rounds}"

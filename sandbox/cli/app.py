@@ -254,6 +254,54 @@ def completion(shell: str) -> None:
 
 
 @group.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def ps(**given: Any) -> None:
+    """List the sandboxes that run now, of whichever process of this user; for root those of all users."""
+    from sandbox.cli import running as command
+
+    sys.exit(command.listed(**given))
+
+
+@group.command()
+@click.option("-n", "seconds", metavar="SECONDS", type=float, default=2.0, help="Between two looks (default: 2).")
+@click.option("--once", is_flag=True, help="Print one table, and end.")
+def top(**given: Any) -> None:
+    """Show what the sandboxes that run use, again and again until q or Ctrl-C.
+
+    Where stdout is no terminal one table is printed.
+    """
+    from sandbox.cli import running as command
+
+    sys.exit(command.top(**given))
+
+
+@group.command()
+@click.option("--all", "is_all", is_flag=True, help="All that psie ps shows of this user.")
+@click.argument("ids", metavar="[ID]...", nargs=-1)
+def kill(**given: Any) -> None:
+    """End sandboxes by their ids, or by what an id begins with, whoever's process has opened them.
+
+    Their callers see that a person has killed them, and psie history says so.
+    """
+    from sandbox.cli import running as command
+
+    sys.exit(command.kill(**given))
+
+
+@group.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with the whole recipe.")
+@click.argument("name", metavar="ID")
+def inspect(**given: Any) -> None:
+    """Show what a sandbox was made by, and each of its protections as the kernel tells it now.
+
+    The exit status is 1 if one is not as the recipe says.
+    """
+    from sandbox.cli import running as command
+
+    sys.exit(command.inspect(**given))
+
+
+@group.command()
 def gc() -> None:
     """Remove what is left of sandboxes that were killed together with all that would have cleaned up."""
     from sandbox.cli import leftovers as command

@@ -17,7 +17,7 @@ from sandbox.cli import cached, inputs, remembered
 from sandbox.cli import run as run_command
 from sandbox.engine import channel, client, spawn
 from sandbox.engine.loop import PollLoop
-from sandbox.errors import ResourceLimitExceededError, SandboxException, SecurityViolationError
+from sandbox.errors import ResourceLimitExceededError, SandboxException, SandboxKilledError, SecurityViolationError
 from sandbox.recipe_data import Protection, confirm
 from sandbox.text import TerminalEscaper, escape_text
 
@@ -46,6 +46,7 @@ FAILED = run_command.FAILED
 TIMED_OUT = 124
 VIOLATED = 126
 OUT_OF_MEMORY = 137
+KILLED = 128 + int(signal.SIGTERM)  # by a person, from outside
 OUTPUT_EXCEEDED = 128 + int(signal.SIGXFSZ)
 TAIL_BYTES = 64 << 10  # of the output that are evidence
 LIVE_AFTER = 1.0  # seconds that a plugin must have run to be worth a line
@@ -176,7 +177,11 @@ class Session:
         """Set up, run, tear down; the exit status."""
         modules = client.VALUE_MODULES if job["kind"] == "function" else self.modules
         self.zygote.set_up(self.recipe, modules, single=True, calls=self.numbers)
-        sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, "run", self._resolve())
+        name, plugin = (
+            os.urandom(8).hex(),
+            self.remembered.plugin_id if self.remembered is not None else str(self.given.get("file") or ""),
+        )
+        sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, name, self._resolve(), plugin=plugin, door="command")
         sandbox.on_network = self._network_operation
         sandbox.begin_lifetime()
         self.warn()
@@ -593,6 +598,8 @@ class Session:
             known = {"memory": OUT_OF_MEMORY, "output": OUTPUT_EXCEEDED, "cpu": 128 + int(signal.SIGXCPU)}
             known |= {"time": TIMED_OUT, "lifetime": TIMED_OUT}
             return known.get(error.limit, code or 1)
+        if isinstance(error, SandboxKilledError):
+            return KILLED
         if self.call.error is not None or self.call.outcome is None:
             return FAILED
         if number is not None:

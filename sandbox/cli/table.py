@@ -23,11 +23,15 @@ COLOURS |= {LIMIT: "yellow", **dict.fromkeys(FAILURES, "red")}
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns side by side, wrapped to the terminal where there is one; a state in the first one is coloured."""
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table_of(head, rows))
+
+
+def table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The same, to be printed."""
     table = Table(box=None, pad_edge=True, show_edge=False, header_style="bold")
     for title in head:
         table.add_column(title, overflow="fold")
     for first, *others in rows:
         cells = [escape_text(cell, keep="") for cell in others]
         table.add_row(Text(escape_text(first, keep=""), style=COLOURS.get(first, "")), *map(Text, cells))
-    console.print(table)
+    return table

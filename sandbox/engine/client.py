@@ -17,9 +17,15 @@ from time import clock_gettime_ns, monotonic, time
 
 from sandbox import state
 from sandbox.cgroups import leaf, place
-from sandbox.engine import channel, spawn, sweep
+from sandbox.engine import board, channel, spawn, sweep
 from sandbox.engine import loop as loops
-from sandbox.errors import ResourceError, ResourceLimitExceededError, SandboxException, SandboxInitializationError
+from sandbox.errors import (
+    ResourceError,
+    ResourceLimitExceededError,
+    SandboxException,
+    SandboxInitializationError,
+    SandboxKilledError,
+)
 from sandbox.ns import userids, workspace
 from sandbox.recipe_data import differences
 
@@ -352,7 +358,7 @@ class Zygote:
         self.error = error
         self.close()
         for sandbox in list(self.sandboxes.values()):
-            sandbox.fail(error)
+            sandbox.fail(sandbox.killed() or error)
             sandbox.clean_up()
             sandbox.gone()
         self.sandboxes.clear()
@@ -417,9 +423,12 @@ class Sandbox:
         name: str,
         resolved: dict[str, Any] | None = None,
         network: int | None = None,
+        *,
+        plugin: str = "",
+        door: str = "library",
     ) -> None:
         """`resolved` is what sandbox.network.resolve says about the recipe's network access; `network` the namespace of
-        others that it is to be in."""
+        others that it is to be in; `plugin` and `door` are what is told of it, see sandbox.engine.board."""
         self.zygote = zygote
         self.network = network
         self.resolved = resolved or {}
@@ -451,6 +460,7 @@ class Sandbox:
         self.leaf: tuple[int, str] | None = None
         self.leaf_fd = -1  # of its cgroup, for a watch
         self.folder: str | None = None
+        self.line = board.Line(self._facts(door), plugin)
         try:
             self._open(wire)
         except BaseException:
@@ -501,6 +511,12 @@ class Sandbox:
             close_fds(opened)
             for _, inside in pairs:
                 inside.close()
+
+    def _facts(self, door: str) -> dict[str, object]:
+        """What `psie ps` has of it from its beginning."""
+        facts = {"id": self.name, "level": self.recipe.level, "door": door, "since": board.now(), "zygote": self.zygote.pid}
+        slot = {"slot": self.slot.number, "lock": self.slot.fd, "place": self.slot.name}
+        return {**facts, **slot, "memory": int(self.recipe.limits["memory_bytes"])}
 
     def _ids(self) -> dict[str, Any]:
         """Where the ids of this sandbox lie on the host, and what the plugin's id is inside."""
@@ -663,7 +679,7 @@ class Sandbox:
             self.zygote.catch_up()
             # A warden that is just being cloned holds the control socket too: that it is open says nothing.
             died = ZYGOTE_DIED if self.zygote.has_ended() else WARDEN_DIED
-            self.fail(self.error or self.zygote.error or self._unanswered or ResourceError(died))
+            self.fail(self.error or self.killed() or self.zygote.error or self._unanswered or ResourceError(died))
             return False
         try:
             kind, fields = understood(data)
@@ -676,6 +692,7 @@ class Sandbox:
             self.layers = fds.pop() if len(fds) > 1 else None
             self.workspace = fds.pop() if fds else None
             self.granted_kinds = fields["granted"]
+            self.line.opened(int(fields.get("pid", "0")), self.recipe)
             if self.on_opened is not None:
                 self.on_opened()
         elif kind == "renewed":
@@ -739,6 +756,11 @@ class Sandbox:
                 return
             self._supervised(data)
 
+    def killed(self) -> SandboxKilledError | None:
+        """Whether somebody has ended it from outside: its warden does not live to tell."""
+        by = self.line.mark()
+        return SandboxKilledError(f"the sandbox was killed by {by}", by=by) if by else None
+
     def fail(self, error: SandboxException) -> None:
         """Nothing of it works any more; its calls end with `error`."""
         if self.error is None:
@@ -753,6 +775,7 @@ class Sandbox:
         if self.closing:
             return
         self.closing = True
+        self.line.tell(board.CLOSING)
         if self._lifetime is not None:
             self._lifetime.cancel()
         self._leaving = self.expect("it was to leave")
@@ -789,10 +812,11 @@ class Sandbox:
             pass  # what the warden has said last may be unread still
         self.is_gone = True
         if not self.closing and self.error is None:
-            self.error = self._unanswered or ResourceError(WARDEN_DIED)
+            self.error = self.killed() or self._unanswered or ResourceError(WARDEN_DIED)
         self.close()
         if self._leaving is not None:
             self._leaving.cancel()
+        self.line.forget()
         self.slot.release(for_all=True)
         self._close_leaf_fd()
         if self.leaf is not None:
@@ -811,6 +835,7 @@ class Sandbox:
             self._remove_places()
         except OSError as error:
             self.left = f"{error.filename}: {error.strerror}"
+        self.line.forget()
         self.slot.release()
 
     def _close_leaf_fd(self) -> None:
@@ -942,6 +967,7 @@ class Call:
             self._set_clock(monotonic())
             self.expect("a call was to end", self.seconds)
             self.awaits = True
+            self.sandbox.line.tell(board.RUNNING)
             self._hand_over(instruction, payload)
 
     def next_reply(self) -> Answer:
@@ -951,6 +977,7 @@ class Call:
             self._waiting.cancel()
         answer = Answer(self)
         self.awaits = False
+        self.sandbox.line.tell(board.IDLE)
         self.reply_kind, self.reply, self.reply_complete, self.reply_size = b"", bytearray(), False, 0
         self._forget_memory()
         self.passing = None
@@ -972,6 +999,7 @@ class Call:
         self.sandbox._instruct({"op": "deadline", "call": self.number, "seconds": seconds, "grace": grace}, clock)
         self.expect("a call was to end", self.seconds)
         self.has_job = self.awaits = True
+        self.sandbox.line.tell(board.RUNNING)
 
     def _hand_over(self, instruction: dict[str, object], payload: bytes) -> None:
         """In one message what fits into one, and else in a memory file."""
@@ -1218,6 +1246,8 @@ class Call:
         if self.done:
             return
         self.done = True
+        if self.has_job and not any(call.is_running for call in self.sandbox.calls.values()):
+            self.sandbox.line.tell(board.IDLE)
         self._close_job()
         self._forget_memory()
         if self.clock >= 0:

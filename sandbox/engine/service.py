@@ -14,6 +14,7 @@ from collections import deque
 from concurrent.futures import Future
 from time import monotonic
 
+from sandbox.engine import board
 from sandbox.engine.client import GRACE, VALUE_MODULES, Call, Sandbox, Zygote
 from sandbox.engine.loop import PollLoop, PollTimer
 from sandbox.engine.spawn import spawn_zygote
@@ -206,6 +207,7 @@ class Service:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
+        board.use_memory()
         self.loop = ThreadLoop()
         self.zygotes: dict[str, Zygote] = {}
         self.stocks: dict[int, Stock] = {}  # of the recipes in use, by the identity of their wire form
@@ -308,6 +310,7 @@ class Service:
             worker = self._new(recipe, stock.wire, {})
         except (SandboxException, OSError):
             return False  # the next caller makes its own, and is told why if that fails
+        worker.sandbox.line.tell(board.STANDING)
         worker.sandbox.on_gone = lambda: stock.remove(worker)
         worker.on_stands = lambda error: stock.tell()
         stock.ready.append(worker)

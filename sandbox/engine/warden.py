@@ -35,10 +35,6 @@ NAMESPACES = {
     "net": sc.CLONE_NEWNET,
 }
 SUPERVISOR = "sandbox.engine.supervisor"
-STATUS_LINES = (
-    *("Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Seccomp_filters", "NSpid"),
-    *("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"),
-)
 
 
 # A mount namespace takes a millisecond to be torn down, which whoever closes it last waits for: we do it when nobody waits
@@ -140,7 +136,7 @@ class Warden:
         for way in ways:
             mounts.readonly("", way)
         fds = [os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for folder in folders]
-        channel.send(self.hub, "opened", {"granted": ",".join(self.granted.kinds)}, fds)
+        channel.send(self.hub, "opened", {"granted": ",".join(self.granted.kinds), "pid": os.getpid()}, fds)
         for fd in fds:
             os.close(fd)
 
@@ -320,7 +316,7 @@ class Warden:
         worker = None
         try:
             worker = os.pidfd_open(pid)
-            fields.update(self.read_back(pid, call.pid))
+            fields.update(processes.read_back(pid, call.pid, self.own_namespaces))
         except OSError as error:
             if worker is not None:
                 os.close(worker)  # perhaps another's by now, and not ours to kill
@@ -329,29 +325,6 @@ class Warden:
             return
         call.worker = worker
         channel.send(self.hub, "sealed", {"call": call.number, **fields})
-
-    def read_back(self, pid: int, init_pid: int) -> dict[str, str]:
-        """What the kernel says about the worker (proc_pid_status(5), proc_pid_ns(5), proc_pid_limits(5)).
-
-        Raises ProcessLookupError where `pid` is no child of init any more: the worker has ended, its number may be another's.
-        """
-        fields = {}
-        for line in read(f"/proc/{pid}/status").split("\n"):
-            name, _, value = line.partition(":")
-            if name in STATUS_LINES:
-                fields[name] = value.strip()
-            elif name == "PPid" and int(value) != init_pid:
-                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), f"/proc/{pid}")
-        for name in self.recipe["namespaces"]:
-            own = os.readlink(f"/proc/{pid}/ns/{name}") != self.own_namespaces[name]
-            fields["ns/" + name] = "own" if own else "shared"
-        if "user" in self.recipe["namespaces"]:
-            fields["uid_map"] = " ".join(read(f"/proc/{pid}/uid_map").split())
-        fields["init"] = str(init_pid)
-        fields["cgroup"] = read(f"/proc/{pid}/cgroup").strip().replace("\n", " ")
-        for line in read(f"/proc/{pid}/limits").splitlines()[1:]:
-            fields["limit/" + line[:26].strip()] = line[26:47].strip()
-        return fields
 
     def kill(self, call: Call, cause: str) -> None:
         call.cause = cause

@@ -1,13 +1,23 @@
-"""Processes below a process, from /proc: no look at all the others of a host, whose number is not ours.
+"""Processes below a process, and what the kernel says that holds one, from /proc: no look at all the others of a host, whose
+number is not ours.
 
 Must be light: the zygote and the warden use it. Source: proc_tid_children(5), proc_pid_stat(5).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 STANDING = ("T", "t", "Z", "X")  # states of a thread that is stopped, traced, or has ended
+STATUS_LINES = (
+    *("Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Seccomp_filters", "NSpid"),
+    *("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"),
+)
 
 
 def children(pid: int) -> list[int]:
@@ -60,3 +70,28 @@ def read(path: str) -> str:
         return data.decode(errors="replace")
     finally:
         os.close(fd)
+
+
+def read_back(pid: int, init: int, namespaces: Mapping[str, str]) -> dict[str, str]:
+    """What the kernel says about a worker (proc_pid_status(5), proc_pid_ns(5), proc_pid_limits(5)).
+
+    `namespaces` are links of those in which it must not be, by name. Raises OSError; ProcessLookupError where `pid` is no child
+    of `init` any more: the worker has ended, its number may be another's.
+    """
+    fields = {}
+    for line in read(f"/proc/{pid}/status").split("\n"):
+        name, _, value = line.partition(":")
+        if name in STATUS_LINES:
+            fields[name] = value.strip()
+        elif name == "PPid" and int(value) != init:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), f"/proc/{pid}")
+    for name, others in namespaces.items():
+        own = os.readlink(f"/proc/{pid}/ns/{name}") != others
+        fields["ns/" + name] = "own" if own else "shared"
+    if "user" in namespaces:
+        fields["uid_map"] = " ".join(read(f"/proc/{pid}/uid_map").split())
+    fields["init"] = str(init)
+    fields["cgroup"] = read(f"/proc/{pid}/cgroup").strip().replace("\n", " ")
+    for line in read(f"/proc/{pid}/limits").splitlines()[1:]:
+        fields["limit/" + line[:26].strip()] = line[26:47].strip()
+    return fields

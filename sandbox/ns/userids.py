@@ -86,10 +86,11 @@ def claim(memory: int, total_memory: int) -> Slot:
     Raises NoPlaceError if either would be passed.
     """
     most, allowed = bounds(total_memory)
-    fd = _open_locks()
+    folder = state.folder("run")
+    fd = _open_locks(folder)
     try:
         _lock_mutex(fd)
-        ledger = _open_ledger()
+        ledger = _open_ledger(folder)
         try:
             slot = _choose(fd, ledger, memory, most, allowed)
         finally:
@@ -105,6 +106,22 @@ def bounds(total_memory: int) -> tuple[int, int]:
     """How many sandboxes of this user may be open, and how many bytes of memory they may claim. Raises ResourceError."""
     most = min(_setting("PSIE_MAX_SANDBOXES", MAX_SANDBOXES), SLOTS)
     return most, _setting("PSIE_MAX_MEMORY_MB", total_memory >> 20) << 20
+
+
+def living() -> set[str]:
+    """The names of all sandboxes that have a place in our ledger now, by a look at each lock. Raises ResourceError, OSError."""
+    folder = state.folder("run")
+    fd = _open_locks(folder)
+    try:
+        _lock_mutex(fd)
+        ledger = _open_ledger(folder)
+        try:
+            claims = _living(fd, _read(ledger))
+        finally:
+            os.close(ledger)
+        return {f"{_identity(fd)}-{number}" for number, claim in enumerate(claims) if claim}
+    finally:
+        os.close(fd)
 
 
 def hold(name: str) -> Slot | None:
@@ -138,15 +155,15 @@ def _identity(locks: int) -> str:
     return f"{found.st_dev:x}-{found.st_ino:x}"
 
 
-def _open_locks() -> int:
+def _open_locks(folder: str = "") -> int:
     """Nobody may open the locks for reading: at level minimal without root a plugin has the caller's id and could, and a
     read lock would stop everyone else."""
-    path = os.path.join(state.folder("run"), "locks")
+    path = os.path.join(folder or state.folder("run"), "locks")
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o200)
 
 
-def _open_ledger() -> int:
-    path = os.path.join(state.folder("run"), "ledger")
+def _open_ledger(folder: str = "") -> int:
+    path = os.path.join(folder or state.folder("run"), "ledger")
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 

@@ -440,6 +440,7 @@ class EnhancedPluginFramework:
         if load.config.level is not IsolationLevel.MINIMAL and not self._needs(hidden, permissions):
             permissions.blocked_directories = [*permissions.blocked_directories, hidden]
         sandbox = EnhancedPluginSandbox(load.limits, permissions, load.config, read_only=(ready.staged.root,))
+        sandbox._door = "plugin folder"
         sandbox._is_recorded = False  # the load is
         sandbox._returns_early = False  # and what it did in all of its call decides about quarantine
         return sandbox
