@@ -573,7 +573,8 @@ class Session:
         if missing:
             say(missing)
             return
-        for line in unseen.lines(self.given["args"], self.recipe, [os.path.realpath(path) for path in self.given["ro"]]):
+        names = [*self.given["args"], *unseen.wanted(error)]
+        for line in unseen.lines(names, self.recipe, [os.path.realpath(path) for path in self.given["ro"]]):
             say(line)
 
     def _is_unfit(self) -> bool:

@@ -45,6 +45,17 @@ def lines(arguments: Sequence[str], recipe: Recipe, shown: Sequence[str]) -> lis
     return told[:MOST]
 
 
+def wanted(error: SandboxException) -> list[str]:
+    """The file that the plugin has ended by not finding. Its own word: no secret is spoken of, whatever it asks for."""
+    from sandbox.learn import secret, secret_within
+
+    missing = re.fullmatch(r"\[Errno 2\] No such file or directory: '([^']+)'", getattr(error, "exception_message", ""))
+    if getattr(error, "exception_type", "") != "FileNotFoundError" or missing is None or "\\" in missing[1]:
+        return []
+    path = os.path.realpath(missing[1])
+    return [] if secret(path) or (os.path.isdir(path) and secret_within(path)) else [missing[1]]
+
+
 def module(error: SandboxException) -> str:
     """Where a module would have come from that was not found; "" if that is not how the plugin ended."""
     missing = re.fullmatch(r"No module named '([\w.]+)'", getattr(error, "exception_message", ""))
@@ -63,8 +74,9 @@ def installed() -> set[str]:
 
 
 def ways(path: str) -> str:
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    return f"--ro {quoted(path)} lets it read, --rw {quoted(folder)} change files; psie learn finds what it needs"
+    """Of a file not its folder: that may be a whole home."""
+    change = f", --rw {quoted(path)} change files" if os.path.isdir(path) else ""
+    return f"--ro {quoted(path)} lets it read{change}; psie learn finds what it needs"
 
 
 def quoted(path: str) -> str:

@@ -113,6 +113,12 @@ def test_what_is_said_of_a_path_cannot_drive_a_terminal(own: Caller) -> None:
     assert "31mdata" in line
 
 
+def test_a_file_that_the_plugin_names_itself_is_named_too_unless_it_is_a_secret(caller: Caller) -> None:
+    data, secret = caller.write("data/a.txt", "x"), caller.write("data/.ssh/id_rsa", "x")
+    assert last_words(caller, f"open({str(data)!r})").startswith(f"psie: the plugin does not see {data}: --ro {data} lets it read")
+    assert last_words(caller, f"open({str(secret)!r})").startswith("FileNotFoundError: ")
+
+
 # -- modules -----------------------------------------------------------------------------------------------------------------
 
 
