@@ -74,7 +74,7 @@ VIEWS = {
     "host": "the host's files, read-only by Landlock",
     "host-hidden": "the host's files, read-only; /root, /home, /run, /var, /tmp hidden",
     "libraries": "only interpreter, libraries, plugin",
-    "minimal": "only interpreter, standard library, shared libraries, plugin, in a tmpfs root",
+    "minimal": "only interpreter, standard library, installed packages, shared libraries, plugin, in a tmpfs root",
 }
 PROFILES = ("denylist", "allowlist", "tight")
 _SECURITY_PROFILE = {SecurityLevel.HIGH: "allowlist", SecurityLevel.MAXIMUM: "tight"}

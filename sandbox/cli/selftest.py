@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections import Counter
 
-from sandbox.cli import settings
+from sandbox.cli import settings, words
 from sandbox.cli.session import complain, say
 from sandbox.cli.table import print_table
 from sandbox.errors import SandboxException
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sandbox.selftest.run import Result
+
+
+def counted(results: Iterator[Result]) -> Iterator[Result]:
+    """The same, with their number so far in a line on the terminal, if there is one: it takes a while."""
+    is_shown = os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb"
+    for number, result in enumerate(results, 1):
+        if is_shown:
+            sys.stderr.write(f"\rpsie: {words.counted(number, 'attack')} tried ")
+            sys.stderr.flush()
+        yield result
+    if is_shown:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
 
 
 def run(level: str | None, names: tuple[str, ...], as_json: bool) -> int:
@@ -21,7 +41,7 @@ def run(level: str | None, names: tuple[str, ...], as_json: bool) -> int:
         chosen = settings.settings({"level": level or "strict", "config": None})[0].level
         from sandbox.selftest import run as selftest  # heavy
 
-        results = list(selftest.run(chosen, names))
+        results = list(counted(selftest.run(chosen, names)))
     except (SandboxException, ValueError, TypeError, OSError) as error:
         return complain(error)
     seconds = time.monotonic() - start

@@ -526,8 +526,8 @@ class Session:
         self.error, self.found = error, violations
         if not self.given["quiet"]:
             self._explain(violations, error)
-            if status == 1 and error is not None and self.given.get("args"):
-                self._tell_unseen()
+            if status == 1 and error is not None and "raw" in self.given:
+                self._tell_unseen(error)
         if self.result_file is not None or self.report is not None:
             self._write(status, error, violations)
         if self.given["summary"]:
@@ -572,11 +572,16 @@ class Session:
         for line in refusals.lines(violations, error):
             say(line)
 
-    def _tell_unseen(self) -> None:
-        """Of an exception that may be one about files among its arguments."""
+    def _tell_unseen(self, error: SandboxException) -> None:
+        """Of an exception that may be one about a module, or about files among its arguments."""
         from sandbox.cli import unseen
 
-        for line in unseen.lines(self.given["args"], self.recipe, [os.path.realpath(path) for path in self.given["ro"]]):
+        missing = unseen.module(error)
+        if missing:
+            say(missing)
+            return
+        names = [*self.given["args"], *unseen.wanted(error)]
+        for line in unseen.lines(names, self.recipe, [os.path.realpath(path) for path in self.given["ro"]]):
             say(line)
 
     def _is_unfit(self) -> bool:

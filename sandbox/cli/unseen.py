@@ -1,4 +1,4 @@
-"""What `psie run` says, when the plugin has failed, of arguments that name files which it does not see: a common first hurdle.
+"""What `psie run` says, when the plugin has failed, of files and modules that it does not see: the common first hurdles.
 
 Imported only after a failure. Says nothing of places of which it is not certain that they are hidden.
 """
@@ -6,6 +6,8 @@ Imported only after a failure. Says nothing of places of which it is not certain
 from __future__ import annotations
 
 import os
+import pkgutil
+import re
 import shlex
 import sys
 
@@ -16,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sandbox.errors import SandboxException
     from sandbox.recipe_data import Recipe
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/dev", "/proc", "/sys", "/workspace")  # shown in part
@@ -42,9 +45,38 @@ def lines(arguments: Sequence[str], recipe: Recipe, shown: Sequence[str]) -> lis
     return told[:MOST]
 
 
+def wanted(error: SandboxException) -> list[str]:
+    """The file that the plugin has ended by not finding. Its own word: no secret is spoken of, whatever it asks for."""
+    from sandbox.learn import secret, secret_within
+
+    missing = re.fullmatch(r"\[Errno 2\] No such file or directory: '([^']+)'", getattr(error, "exception_message", ""))
+    if getattr(error, "exception_type", "") != "FileNotFoundError" or missing is None or "\\" in missing[1]:
+        return []
+    path = os.path.realpath(missing[1])
+    return [] if secret(path) or (os.path.isdir(path) and secret_within(path)) else [missing[1]]
+
+
+def module(error: SandboxException) -> str:
+    """Where a module would have come from that was not found; "" if that is not how the plugin ended."""
+    missing = re.fullmatch(r"No module named '([\w.]+)'", getattr(error, "exception_message", ""))
+    if getattr(error, "exception_type", "") != "ModuleNotFoundError" or missing is None:
+        return ""
+    name = missing[1].partition(".")[0]
+    if name in installed():
+        return ""
+    python = quoted(sys.executable)
+    return f"plugins have the packages of the Python that psie is installed in, where no {name} is: {python} -m pip install it"
+
+
+def installed() -> set[str]:
+    """Names of all that can be imported by its first name; nothing is imported for that."""
+    return {found.name for found in pkgutil.iter_modules()} | sys.stdlib_module_names
+
+
 def ways(path: str) -> str:
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    return f"--ro {quoted(path)} lets it read, --rw {quoted(folder)} change files; psie learn finds what it needs"
+    """Of a file not its folder: that may be a whole home."""
+    change = f", --rw {quoted(path)} change files" if os.path.isdir(path) else ""
+    return f"--ro {quoted(path)} lets it read{change}; psie learn finds what it needs"
 
 
 def quoted(path: str) -> str:

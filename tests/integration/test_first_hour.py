@@ -111,3 +111,44 @@ def test_what_is_said_of_a_path_cannot_drive_a_terminal(own: Caller) -> None:
     (line,) = told(own, "\x1b[31mdata")
     assert "\x1b" not in line
     assert "31mdata" in line
+
+
+def test_a_file_that_the_plugin_names_itself_is_named_too_unless_it_is_a_secret(caller: Caller) -> None:
+    data, secret = caller.write("data/a.txt", "x"), caller.write("data/.ssh/id_rsa", "x")
+    assert last_words(caller, f"open({str(data)!r})").startswith(
+        f"psie: the plugin does not see {data}: --ro {data} lets it read"
+    )
+    assert last_words(caller, f"open({str(secret)!r})").startswith("FileNotFoundError: ")
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------------
+
+
+def last_words(caller: Caller, source: str) -> str:
+    caller.write("plugin.py", source)
+    return caller.run("run", "--level", caller.level, "plugin.py").err.splitlines()[-1]
+
+
+def test_a_module_that_is_not_there_is_told_where_from_it_would_be(caller: Caller) -> None:
+    last = last_words(caller, "import psie_no_such_module.part")
+    assert last.startswith(
+        "psie: plugins have the packages of the Python that psie is installed in, where no psie_no_such_module"
+    )
+    assert last.endswith("-m pip install it")
+
+
+def test_nothing_is_said_of_modules_where_that_is_not_why(own: Caller) -> None:
+    assert last_words(own, "import os.nothing").startswith("ModuleNotFoundError: ")
+    assert last_words(own, "raise ModuleNotFoundError('any text')") == "ModuleNotFoundError: any text"
+
+
+# -- while one waits ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_selftest_counts_on_a_terminal_and_nowhere_else(own: Caller) -> None:
+    words = ["selftest", "--level", "standard", "socket_udp"]
+    assert "attacks tried" not in own.run(*words).err
+    with cli_harness.Session(own, *words) as session:
+        session.until(b"\rpsie: 1 attack tried ")
+        session.until(b"\r\x1b[K")
+        session.until(b"1 stopped, 0 NOT STOPPED")
