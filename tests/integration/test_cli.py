@@ -560,7 +560,7 @@ def test_variables(caller: Caller) -> None:
 
 
 MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "no file": (["run"], ("FILE", "psie --help")),
+    "no file": (["run"], ("FILE", "psie run --help")),
     "missing file": (["run", "missing.py"], ("missing.py", "no such file")),
     "folder": (["run", "."], ("directory", "give the Python file")),
     "level": (["run", "--level", "strct", "plugin.py"], ("strct", "did you mean strict", "minimal, standard")),
