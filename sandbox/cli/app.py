@@ -57,7 +57,7 @@ class Group(click.Group):
 
 def mistake(error: click.ClickException) -> str:
     """What click has found wrong, in one sentence, and whose help tells more."""
-    text = error.format_message().rstrip(".")
+    text = " ".join(error.format_message().split()).rstrip(".").replace(". Choose", ": choose")
     text = text.replace(". (Did you mean", " (did you mean").replace(". Did you mean", ": did you mean").removesuffix("?")
     context = getattr(error, "ctx", None)
     place = context.command_path if context is not None else "psie"

@@ -54,10 +54,10 @@ class Session:
         """`place` itself if anybody may walk to it, else a copy of its `parts` (or of all) in the home."""
         if all(folder.stat().st_mode & 0o001 for folder in (place, *place.parents)):
             return place
-        copy = Path(self.home) / place.name
+        copy = Path(self.home) / "copies" / place.name  # apart: a clone is called psie, as psie's own folder in a home is
         for part in parts or [entry.name for entry in place.iterdir() if not entry.name.startswith(HEAVY)]:
             source = place / part
-            copy.mkdir(exist_ok=True)
+            copy.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
                 shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
             else:

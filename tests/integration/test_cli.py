@@ -560,7 +560,7 @@ def test_variables(caller: Caller) -> None:
 
 
 MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "no file": (["run"], ("FILE", "psie run --help")),
+    "no file": (["run"], ("FILE", "--help")),
     "missing file": (["run", "missing.py"], ("missing.py", "no such file")),
     "folder": (["run", "."], ("directory", "give the Python file")),
     "level": (["run", "--level", "strct", "plugin.py"], ("strct", "did you mean strict", "minimal, standard")),
@@ -601,7 +601,7 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "call with bad json": (["call", "--arg", "{x}", "plugin.py:main"], ("--arg {x}", "JSON")),
     "call with bad keyword": (["call", "--kwarg", "1x=2", "plugin.py:main"], ("--kwarg 1x=2", "NAME=JSON")),
     "call with bad json keyword": (["call", "--kwarg", "x=", "plugin.py:main"], ("--kwarg x=", "JSON")),
-    "command": (["rnu", "plugin.py"], ("rnu", "psie --help")),
+    "command": (["rnu", "plugin.py"], ("rnu", "--help")),
     "explain of no level": (["explain", "--level", "strct"], ("strct", "did you mean strict")),
     "selftest of no level": (["selftest", "--level", "strct"], ("strct", "did you mean strict")),
     "selftest of no attack": (["selftest", "unshaer"], ("unshaer", "did you mean unshare")),

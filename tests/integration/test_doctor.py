@@ -202,7 +202,9 @@ def test_folders_of_psie_that_are_noexec(user: User) -> None:
 
 @ROOT
 def test_a_state_folder_that_is_another_user_s(user: User) -> None:
-    prepare = f"mount -t tmpfs -o mode=1777 none /tmp\nmkdir /tmp/psie-{user.uid}-lib\nmkdir /tmp/psie-{user.uid}-run"
+    prepare = f"mount --bind {user.home} /mnt\nmount -t tmpfs -o mode=1777 none /tmp\n"
+    prepare += f"mkdir -p {user.home}\nmount --bind /mnt {user.home}\n"  # psie itself may be in there
+    prepare += f"mkdir /tmp/psie-{user.uid}-lib\nmkdir /tmp/psie-{user.uid}-run"
     found = told("rootless", user, prepare, HOME="/nowhere", XDG_RUNTIME_DIR="")
     one = check(found, "state folders")
     assert f"/tmp/psie-{user.uid}-run belongs to another user" in one["cause"]

@@ -63,6 +63,7 @@ def test_the_list_of_commands_cuts_no_sentence(own: Caller) -> None:
         (["quarantine", "show"], "missing argument 'ID'; see psie quarantine show --help"),
         (["a plugin.py"], "no such command 'a plugin.py': to run this file, psie run 'a plugin.py'; see psie --help"),
         (["help", "nothing"], "no such command 'nothing'; see psie --help"),
+        (["completion"], "missing argument '{bash|zsh|fish}': choose from: bash, zsh, fish; see psie completion --help"),
         (["spec", "gone.py"], "gone.py: there is no such file: check the path"),
     ],
 )

@@ -334,9 +334,9 @@ def test_the_audit_is_verified(caller: Caller, store: Store, here: Path) -> None
         (["history", "--since", "yesterday"], ["--since yesterday", "24h"]),
         (["history", "--since", "99999-01-01"], ["--since 99999-01-01", "24h"]),
         (["history", "--limit", "0"], ["--limit 0", "above 0"]),
-        (["history", "--limit", "many"], ["many", "psie --help"]),
-        (["quarantine", "release"], ["ID", "psie --help"]),
-        (["quarantine", "lock"], ["lock", "psie --help"]),
+        (["history", "--limit", "many"], ["many", "psie history --help"]),
+        (["quarantine", "release"], ["ID", "psie quarantine release --help"]),
+        (["quarantine", "lock"], ["lock", "psie quarantine --help"]),
     ],
 )
 def test_mistakes(caller: Caller, words: list[str], parts: list[str]) -> None:

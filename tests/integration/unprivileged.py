@@ -106,7 +106,16 @@ def temporary_user() -> Iterator[User]:
         repository = harness.REPOSITORY
         if not reachable(repository / "sandbox" / "__init__.py"):
             repository = home / "repository"
-            for part in ("bin", "sandbox", "tests", "pyproject.toml", "plugin_sandbox_isolation_enhanced.py"):
+            for part in (
+                "bin",
+                "docs",
+                "examples",
+                "sandbox",
+                "tests",
+                "README.md",
+                "pyproject.toml",
+                "plugin_sandbox_isolation_enhanced.py",
+            ):
                 source = harness.REPOSITORY / part
                 copy = shutil.copytree if source.is_dir() else shutil.copy2
                 repository.mkdir(exist_ok=True)
