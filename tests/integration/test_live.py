@@ -263,4 +263,4 @@ def test_the_summary_says_what_was_used(caller: Caller) -> None:
     source = "open('a', 'w').write('x'); import socket\ntry: socket.socket().connect(('192.0.2.1', 80))\nexcept OSError: pass"
     lines = caller.plugin(source, options=["--summary", "--memory", "64M"]).err.splitlines()
     (used,) = (line for line in lines if line.startswith("psie: used: "))
-    assert re.search(r"memory [\d.]+ of 64 MB, 1 change to files, \d network operations?$", used), used
+    assert re.search(r"memory [\d.]+ of 64 MB, (CPU [\d.]+ of 50 %, )?1 change to files, \d network operations?$", used), used

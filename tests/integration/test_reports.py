@@ -56,7 +56,7 @@ def test_the_page_is_made_of_the_result_file(caller: Caller) -> None:
     assert result["telemetry"]["resource_samples"]
     assert 0 < result["sampling"]["began_seconds"] < 5
     assert 1 <= result["seconds"] < 30
-    assert [each["path"].rsplit("/", 1)[1] for each in result["file_operations"]] == ["made"]
+    assert {each["path"].rsplit("/", 1)[1] for each in result["file_operations"]} == {"made"}
     assert [each["address"] for each in result["network"] if each["operation"] == "connect"] == ["192.0.2.1"]
     for said in (result["sha256"], "192.0.2.1:80", "course memory", "read back from /proc/PID/status", caller.level):
         assert said in page, said
@@ -64,11 +64,13 @@ def test_the_page_is_made_of_the_result_file(caller: Caller) -> None:
 
 def test_of_a_call_and_of_a_short_run(own: Caller) -> None:
     path = own.write("plugin.py", "def main(): return 7")
-    done = own.run("call", "-q", "--level", "strict", "--report", "out.html", f"{path}:main")
+    files = ("--report", "out.html", "--result-file", "out.json")
+    done = own.run("call", "-q", "--level", "strict", *files, f"{path}:main")
     assert (done.status, done.out) == (0, "7\n")
     page = (own.folder / "out.html").read_text()
     assert f"{path}:main" in page
-    assert "too short for a sample" in page
+    samples = json.loads((own.folder / "out.json").read_text())["telemetry"]["resource_samples"]
+    assert ("too short for a sample" in page) == (not samples)  # on a slow machine it is long enough
 
 
 def test_of_a_run_that_is_ended(own: Caller) -> None:
