@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
+import select
+import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -31,6 +33,9 @@ SYSCALLS = (
     "close_range",
     "landlock_restrict_self",
 )
+
+
+PROBE_TRIES = 2
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,23 @@ def library_path() -> tuple[str, ...]:
     return tuple(entry for entry in chosen if os.path.exists(entry)) or (stdlib,)
 
 
-def in_child(action: Callable[[], None]) -> str:
-    """Run `action` in a forked child; "" if it returned, else the text of its OSError."""
+def in_child(action: Callable[[], None], seconds: float = 10.0) -> str:
+    """Run `action` in a forked child; "" if it returned, else the text of its OSError. It has so many seconds for it.
+
+    A fork of a process with threads may find a lock taken that nobody in it will ever release: then it is killed, and another
+    one is tried.
+    """
+    for _ in range(PROBE_TRIES):
+        told = _forked(action, seconds)
+        if told:
+            return told[1:].decode()
+    return "the probe did not finish"
+
+
+def _forked(action: Callable[[], None], seconds: float) -> bytes:
+    """What a child says of `action`, after a byte that tells that it has said something; nothing if it did not in time."""
     reader, writer = os.pipe()
+    os.set_blocking(reader, False)
     pid = os.fork()
     if pid == 0:
         text = b"the probe did not finish"
@@ -98,13 +117,20 @@ def in_child(action: Callable[[], None]) -> str:
         except BaseException as error:
             text = repr(error).encode()
         finally:
-            os.write(writer, text)
+            os.write(writer, b"\0" + text)
             os._exit(0)
     os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        text = pipe.read()
-    reap(pid)
-    return text.decode()
+    try:
+        # Its word, not the pipe's end: others may have been forked meanwhile, and keep that open.
+        waiting = select.poll()
+        waiting.register(reader, select.POLLIN)
+        if not waiting.poll(seconds * 1000):
+            os.kill(pid, signal.SIGKILL)
+            return b""
+        return os.read(reader, 65536)
+    finally:
+        os.close(reader)
+        reap(pid)
 
 
 def reap(pid: int) -> None:
@@ -138,7 +164,7 @@ def _probe_fresh_proc() -> None:
     from sandbox.ns import syscalls as sc
 
     _enter_user_namespace(sc.CLONE_NEWNS | sc.CLONE_NEWPID)
-    reason = in_child(lambda: sc.mount("proc", "/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC))
+    reason = in_child(lambda: sc.mount("proc", "/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC), 3.0)
     if reason:
         raise OSError(errno.EPERM, reason)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from integration import harness
 
 from escape import kit
 from sandbox import learn
@@ -93,14 +94,14 @@ print(found)
 """
     file = plugin(place, source)
     subprocess.run([sys.executable, str(file)], check=True, stdout=subprocess.DEVNULL)
-    assert seen == [SECRET.encode()]  # without a sandbox
+    assert harness.wait_until(lambda: seen == [SECRET.encode()])  # without a sandbox
     by_hand = place / "by-hand.toml"
     by_hand.write_text(
         f'[isolation]\nlevel = "strict"\n[permissions]\nreadable_paths = ["{key}"]\n'
         f'allow_network_access = true\nallowed_hosts = ["127.0.0.1:{port}"]\n'
     )
     assert psie("run", "-q", "--config", by_hand, file).stdout == f"{SECRET}\n"
-    assert seen == [SECRET.encode()] * 2  # and if learning granted what is asked for
+    assert harness.wait_until(lambda: seen == [SECRET.encode()] * 2)  # and if learning granted what is asked for
     done = psie("learn", *options, file)
     assert done.returncode == 0, done.stderr  # it has gone on without
     assert len(seen) == 2

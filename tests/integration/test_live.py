@@ -124,7 +124,7 @@ def test_the_live_line_is_never_mixed_into_output(caller: Caller) -> None:
     assert all(line.startswith("psie: ") for line in live), "behind or before something else"
     assert any("memory" in line and "process" in line for line in live), live
     assert not [line for line in (*screen.stood, *screen.lines) if "half" in line and "psie" in line]
-    shown = [line for line in screen.lines if not line.startswith("psie: not as on")]
+    shown = [line for line in screen.lines if not line.startswith("psie: weaker than")]
     assert shown == ["one", "", "two", "half whole", "", ""], "nothing of it stays"
 
 
@@ -222,7 +222,7 @@ def test_what_a_plugin_writes_cannot_disturb_it(caller: Caller) -> None:
             time.sleep(0.05)
     """
     screen = drawn(on_terminal(caller, hostile))
-    plain = {line for line in screen.lines if not line.startswith("psie: not as on")}
+    plain = {line for line in screen.lines if not line.startswith("psie: weaker than")}
     assert plain == {"a", r"b\x1b[K\x1b[5A\x08\x1b[2Jc", r"\x1b]0;title\x07d", ""}
     assert any(LIVE.match(line) for line in screen.stood)
 
