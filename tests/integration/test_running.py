@@ -87,7 +87,7 @@ def test_protections_are_read_back_now(level: IsolationLevel) -> None:
         async with harness.open_sandbox(level) as sandbox:
             found = await asyncio.to_thread(running.inspect, ours()[sandbox.sandbox_id].id)
             assert found.recipe == sandbox.recipe
-            from_here = set() if harness.ROOT else {"Uid", "Gid", "uid_map"}  # the warden is in a user namespace
+            from_here = set() if harness.ROOT else {"Uid", "Gid", "Groups", "uid_map"}  # the warden is in a user namespace
             same = found.read_back.keys() - from_here
             assert {name: found.read_back[name] for name in same} == {name: sandbox._read_back[name] for name in same}
             expected = {each.name for each in found.recipe.protections if each.expected}
