@@ -55,6 +55,8 @@ def spawn_early(level: str | None, promised: spawn.Early | None = None) -> spawn
 
 def plugin_path(file: str) -> str:
     """The absolute path of the plugin. Raises Failed for what is no readable file."""
+    if file == "-":
+        raise Failed("-: there is no such file: give /dev/stdin to run what comes on standard input")
     if not os.path.exists(file):
         raise Failed(f"{file}: there is no such file: check the path")
     if os.path.isdir(file):

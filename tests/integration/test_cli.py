@@ -561,6 +561,7 @@ def test_variables(caller: Caller) -> None:
 
 MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no file": (["run"], ("FILE", "--help")),
+    "standard input": (["run", "-"], ("-: there is no such file", "/dev/stdin")),
     "missing file": (["run", "missing.py"], ("missing.py", "no such file")),
     "folder": (["run", "."], ("directory", "give the Python file")),
     "level": (["run", "--level", "strct", "plugin.py"], ("strct", "did you mean strict", "minimal, standard")),
