@@ -28,6 +28,7 @@ from sandbox import (
     SecurityViolationError,
     network,
 )
+from sandbox.violations import SandboxViolationType
 
 from . import cli_harness, harness
 
@@ -534,7 +535,8 @@ def test_no_record_is_lost_where_the_caller_is_busy(level: IsolationLevel, echo:
             await call
             connects = [each for each in sandbox.get_network_activity() if each["operation"] == "connect"]
             assert [(each["port"], each["allowed"]) for each in connects] == [(echo, True), (1, False), (echo, True)]
-            assert len(sandbox.get_violations()) == 1
+            violations = sandbox.get_violations()  # on a slow machine also of CPU
+            assert [each.type for each in violations].count(SandboxViolationType.NETWORK_VIOLATION) == 1
 
     asyncio.run(main())
 
