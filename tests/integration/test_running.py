@@ -130,6 +130,7 @@ def test_a_session_is_idle_between_its_calls() -> None:
 
 def test_executors_and_what_stands_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PSIE_STANDING", "1")
+    service.shut_down()  # what was opened just before by other tests would have more of them made
     try:
         with SandboxExecutor(1, level="strict") as executor:
             executor.prewarm(1)
