@@ -20,7 +20,10 @@ from sandbox.errors import ResourceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 # Clear of subordinate ids (100000 up), of systemd-nspawn (524288-1879048191) and of the last ids before 2^31.
 PREFERRED = (1879048192, 2147352575)
@@ -86,20 +89,31 @@ def claim(memory: int, total_memory: int) -> Slot:
     Raises NoPlaceError if either would be passed.
     """
     most, allowed = bounds(total_memory)
+    fd, slot = _alone(lambda locks, ledger: _choose(locks, ledger, memory, most, allowed))
+    return Slot(slot, fd)
+
+
+def _alone(work: Callable[[int, int], T]) -> tuple[int, T]:
+    """The descriptor of the locks, and what came of `work(locks, ledger)`, during which nobody else changes them.
+
+    Unlocked explicitly: a fork of another thread may have a copy of the descriptor, and would keep the lock.
+    """
     folder = state.folder("run")
     fd = _open_locks(folder)
     try:
         _lock_mutex(fd)
-        ledger = _open_ledger(folder)
         try:
-            slot = _choose(fd, ledger, memory, most, allowed)
+            ledger = _open_ledger(folder)
+            try:
+                found = work(fd, ledger)
+            finally:
+                os.close(ledger)
         finally:
-            os.close(ledger)
-        _lock(fd, fcntl.F_UNLCK, _MUTEX)
+            _lock(fd, fcntl.F_UNLCK, _MUTEX)
     except BaseException:
         os.close(fd)
         raise
-    return Slot(slot, fd)
+    return fd, found
 
 
 def bounds(total_memory: int) -> tuple[int, int]:
@@ -110,15 +124,8 @@ def bounds(total_memory: int) -> tuple[int, int]:
 
 def living() -> set[str]:
     """The names of all sandboxes that have a place in our ledger now, by a look at each lock. Raises ResourceError, OSError."""
-    folder = state.folder("run")
-    fd = _open_locks(folder)
+    fd, claims = _alone(lambda locks, ledger: _living(locks, _read(ledger)))
     try:
-        _lock_mutex(fd)
-        ledger = _open_ledger(folder)
-        try:
-            claims = _living(fd, _read(ledger))
-        finally:
-            os.close(ledger)
         return {f"{_identity(fd)}-{number}" for number, claim in enumerate(claims) if claim}
     finally:
         os.close(fd)
