@@ -3,8 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 APT := gcc libcap-dev libseccomp2 python3-dev python3-venv util-linux
-# What some tests try psie's documents with; without them they are skipped.
-PEERS := crun golang-github-opencontainers-specs-dev
+# What some tests try psie's documents and completion with; without them they are skipped.
+PEERS := crun fish golang-github-opencontainers-specs-dev zsh
 BOX ?= trixie
 VM := dnsmasq-base e2fsprogs iproute2 iptables libvirt-clients libvirt-daemon-driver-qemu libvirt-daemon-system mmdebstrap \
 	openssh-client qemu-system-x86 qemu-utils rsync vagrant vagrant-libvirt

@@ -150,7 +150,7 @@ def _from_wish(told: Mapping[str, str], folder: str, seen: Seen) -> None:
         if os.path.lexists(meant) and len(path) <= PATH:
             seen.hints.append(
                 f"{path} is looked for in the plugin's working directory, which is its workspace: if your {meant} was meant, "
-                "have it use that name"
+                "have it use that name, or show it in a run that starts in its folder (psie run --ro, --chdir)"
             )
         return
     kind = WRITE if word in ("write", "make", "delete") else READ
@@ -682,6 +682,7 @@ def render(
             f"Settings for {name}, as psie learn found them in {runs} runs"
             + (f" with {shown(arguments)}." if arguments else ".")
         ),
+        "# They hold for each plugin in this folder.",
         "# They allow what it was seen to use there. Ways through it that it did not take may need more.",
         '# "The plugin\'s word": told by its own interpreter, so it may be made up. Delete what you do not want it to have.',
     ]

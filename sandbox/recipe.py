@@ -729,7 +729,7 @@ class _Compiler:
                 "cgroup leaf",
                 "no cgroup v2 tree that we may write",
                 self.way_to_controllers(),
-                "PID namespace" if "pid" in self.namespaces else "",
+                "all end with their PID namespace" if "pid" in self.namespaces else "",
             )
         self.limit(
             "memory", f"{limits.max_memory_mb:g} MB", "memory", "memory.max, swap 0, oom.group",

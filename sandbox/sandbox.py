@@ -962,14 +962,7 @@ class EnhancedPluginSandbox:
     def _workspace(self) -> Iterator[int]:
         """A descriptor of the workspace's root."""
         self._see_ends()
-
-        def opened() -> int:
-            sandbox = self._opened_sandbox()
-            path = "." if sandbox.folder is None else sandbox.folder + "/files"
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            return os.open(path, flags, dir_fd=sandbox.workspace if sandbox.folder is None else None)
-
-        root = self._in_engine(opened)
+        root = self._in_engine(lambda: self._opened_sandbox().open_workspace())
         try:
             yield root
         finally:

@@ -55,13 +55,26 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def mistake(error: click.ClickException) -> str:
+def mistake(error: click.ClickException, arguments: Sequence[str]) -> str:
     """What click has found wrong, in one sentence, and whose help tells more."""
-    text = " ".join(error.format_message().split()).rstrip(".").replace(". Choose", ": choose")
-    text = text.replace(". (Did you mean", " (did you mean").replace(". Did you mean", ": did you mean").removesuffix("?")
-    context = getattr(error, "ctx", None)
-    place = context.command_path if context is not None else "psie"
-    return f"{text[:1].lower()}{text[1:]}; see {place} --help"
+    if isinstance(error, click.NoSuchOption) and error.possibilities:
+        text = f"{error.message.rstrip('.')}: did you mean {error.possibilities[0]!r}"  # the nearest is the first of them
+    else:
+        text = " ".join(error.format_message().split()).rstrip(".").replace(". Choose", ": choose")
+        text = text.replace(". Did you mean", ": did you mean").removesuffix("?")
+    return f"{text[:1].lower()}{text[1:]}; see {command_of(arguments)} --help"
+
+
+def command_of(arguments: Sequence[str]) -> str:
+    """The command that was meant, as far as the words name one: "psie plugins run"."""
+    words = ["psie"]
+    command: click.Command = group
+    for word in arguments:
+        inner = command.commands.get(word) if isinstance(command, click.Group) else None
+        if inner is None:
+            break
+        words, command = [*words, word], inner
+    return " ".join(words)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -463,6 +476,6 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
             click.echo(error.format_message())
             return 0
-        click.echo(f"psie: {mistake(error)}", err=True)
+        click.echo(f"psie: {mistake(error, arguments)}", err=True)
         return FAILED
     return result if isinstance(result, int) else 0

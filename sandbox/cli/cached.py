@@ -27,6 +27,7 @@ NOT_SETTINGS = (
     "file",
     "target",
     "args",
+    "chdir",
     "env",
     "result_file",
     "report",

@@ -36,7 +36,7 @@ SETTINGS = {  # what allows it, by the kind of finding
     static.NEVER: "no setting allows it",
     static.READ: "--ro PATH, or readable_paths",
     static.WRITE: "--rw FOLDER, or allowed_directories",
-    static.LOCAL: "its working directory is a workspace that is empty at first: name it by its whole path, and --ro PATH",
+    static.LOCAL: "its working directory is a workspace that is empty at first: --ro PATH, and its whole path or --chdir DIR",
     static.VARIABLE: "--env NAME",
     static.MODULE: "allowed_modules or blocked_modules of the settings",
     static.SYNTAX: "mend it",

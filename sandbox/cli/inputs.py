@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 OWN_PLACES = ("/", "/run", "/tmp", "/var/tmp", "/workspace")  # a sandbox has its own
 
 
@@ -59,3 +63,16 @@ def readable(paths: tuple[str, ...]) -> list[str]:
         refuse_own("--ro", path, full)
         found.append(full)
     return found
+
+
+def start(path: str | None, shown: Sequence[str]) -> str | None:
+    """--chdir DIR, absolute; `shown`: the --ro and --rw paths. What lies on the way to one of them is there too."""
+    if path is None:
+        return None
+    full = os.path.realpath(path)
+    if not os.path.isdir(full):
+        raise UsageError(f"--chdir {path}: there is no such folder")
+    refuse_own("--chdir", path, full)
+    if not any(f"{each}/".startswith(full + "/") or full.startswith(each + "/") for each in shown):
+        raise UsageError(f"--chdir {path}: the plugin does not see it: show it with --ro {path}, or --rw {path}")
+    return full

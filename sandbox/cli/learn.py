@@ -66,6 +66,7 @@ class Learning:
             ask=Questions() if os.isatty(0) and os.isatty(2) and not given["no_input"] else None,
         )
         self.peaks = Peaks()
+        self.is_guess = False  # limits were raised without a word of the run's which of them was too low
         self.hints: dict[str, None] = {}
         self.impossible: dict[str, None] = {}
         files = run_command.siblings(path, self.runner.source)
@@ -144,15 +145,26 @@ class Learning:
 
     def proof(self, unsure: str) -> tuple[str, Result]:
         """The text of the file, and a run under it. It differs from those before by its limits alone: where it fails, they are
-        too low all the same, and are raised."""
+        too low all the same, and are raised; those that were raised on a guess are lowered again where that works."""
         limits = learning.limits_for(self.policy, self.peaks)
+        measured = dict(limits)
         for _ in range(PROOFS):
-            text = learning.render(self.policy, limits, self.runner.runs + 1, self.given["args"], unsure)
-            proof = self.runner.run(text)
-            if proof.failed:
-                raise run_command.Failed(proof.failed)
+            text, proof = self.under(limits, unsure)
             if self.is_proof(proof) or not self.raise_limits(limits, proof):
                 break
+        for name in [name for name in limits if self.is_guess and self.is_proof(proof) and limits[name] != measured[name]]:
+            lower = {**limits, name: measured[name]}
+            lower_text, lower_proof = self.under(lower, unsure)
+            if self.is_proof(lower_proof):
+                limits, text, proof = lower, lower_text, lower_proof
+        return text, proof
+
+    def under(self, limits: dict[str, tuple[float, str]], unsure: str) -> tuple[str, Result]:
+        """The text of the file with these limits, and a run under it."""
+        text = learning.render(self.policy, limits, self.runner.runs + 1, self.given["args"], unsure)
+        proof = self.runner.run(text)
+        if proof.failed:
+            raise run_command.Failed(proof.failed)
         return text, proof
 
     def is_proof(self, result: Result) -> bool:
@@ -171,6 +183,7 @@ class Learning:
                     "the peak with its headroom was not enough: doubled until it was",
                 )
             if room:
+                self.is_guess = self.is_guess or names is not passed
                 return True
         return False
 

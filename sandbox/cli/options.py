@@ -22,6 +22,12 @@ SHARED: tuple[tuple[str, str, str, str], ...] = (
     ("--cpu", VALUE, "PERCENT", "CPU rate in percent of one CPU (default: 50)."),
     ("--pids", VALUE, "N", "Threads; with --allow-subprocess also processes that may exist at once (default: 4)."),
     ("--ro", MANY, "PATH", "A file or folder that the plugin may read, at its real path. Repeatable."),
+    (
+        "--chdir",
+        VALUE,
+        "DIR",
+        "Where it starts: in a folder of yours that it sees, or on the way to what it sees (default: an empty workspace).",
+    ),
     ("--env", MANY, "NAME[=VALUE]", "An environment variable, or one of yours to pass on. Repeatable."),
     ("--allow-host", MANY, "HOST[:PORT]", "It may connect there by TCP; without PORT to 80 and 443. Repeatable."),
     ("--allow-subprocess", FLAG, "", "The plugin may start processes."),

@@ -238,9 +238,7 @@ class Workspace:
     """The files of an open sandbox's workspace, for Evidence."""
 
     def __init__(self, sandbox: Sandbox) -> None:
-        path = "." if sandbox.folder is None else sandbox.folder + "/files"
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.root = os.open(path, flags, dir_fd=sandbox.workspace if sandbox.folder is None else None)
+        self.root = sandbox.open_workspace()
 
     def list_files(self) -> list[FileEntry]:
         from sandbox import files

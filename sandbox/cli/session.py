@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 import sys
+from itertools import islice
 from time import monotonic, time
 
 from sandbox.cli import cached, inputs, remembered
@@ -49,6 +50,7 @@ OUT_OF_MEMORY = 137
 KILLED = 128 + int(signal.SIGTERM)  # by a person, from outside
 OUTPUT_EXCEEDED = 128 + int(signal.SIGXFSZ)
 TAIL_BYTES = 64 << 10  # of the output that are evidence
+MOST = 100  # files of a working directory that are looked at
 LIVE_AFTER = 1.0  # seconds that a plugin must have run to be worth a line
 
 
@@ -62,6 +64,8 @@ def say(text: str) -> None:
 
 
 def complain(error: Exception) -> int:
+    if isinstance(error, BrokenPipeError):
+        raise error  # nobody reads any more, which is no mistake of anybody's: sandbox.cli.written
     say(str(error))
     return FAILED
 
@@ -125,6 +129,7 @@ class Session:
         self.start, self.begun = time(), monotonic()
         self.environment = inputs.environment(given["env"])
         folders = inputs.readable(given["ro"])
+        self.directory = inputs.start(given["chdir"], [*folders, *self.given["rw"]])
         self.result_file, self.report = target("--result-file", given), target("--report", given)
         if self.result_file is not None and self.report is not None and self.result_file.path == self.report.path:
             raise inputs.UsageError(f"--report {given['report']}: this is the result file too: give another one")
@@ -161,6 +166,7 @@ class Session:
         self.evidence: Evidence | None = None
         self.error: SandboxException | None = None  # what its end was, and all that it ran into
         self.found: list[SandboxViolation] = []
+        self.lost: list[str] = []  # what it has written to the workspace, which goes with the sandbox
 
     def _zygote(self, started: spawn.Early | None) -> client.Zygote:
         """The one that was started early, if it was started as this recipe needs it."""
@@ -203,6 +209,7 @@ class Session:
                 flush()
             try:
                 self.evidence = remembered.evidence_of(self, sandbox)
+                self.lost = self._written(sandbox)
                 if sandbox.layers is not None and self.call is not None and self.call.done:
                     self._settle(sandbox)
             finally:
@@ -212,6 +219,20 @@ class Session:
             self.loop.run_until(lambda: sandbox.is_gone)
             self.zygote.close()
         return self._status()
+
+    def _written(self, sandbox: client.Sandbox) -> list[str]:
+        """What lies in its working directory at the end, of MOST entries; hidden files are not counted as its work."""
+        if self.given["quiet"] or "raw" not in self.given or self.directory is not None:
+            return []
+        try:
+            root = sandbox.open_workspace()
+        except OSError:
+            return []  # a sandbox that never came up, or is gone
+        try:
+            with os.scandir(root) as entries:
+                return sorted(entry.name for entry in islice(entries, MOST) if not entry.name.startswith("."))
+        finally:
+            os.close(root)
 
     def _resolve(self) -> dict[str, Any]:
         """What names in allowed_hosts stand for now; what does not help is said."""
@@ -313,7 +334,7 @@ class Session:
         environment["TERM"] = os.environ.get("TERM", "dumb") if self.given.get("raw") else "dumb"
         instruction = {
             **job,
-            "cwd": workspace,
+            "cwd": self.directory or workspace,
             "environment": {**environment, **self.environment},
             "allowed_modules": self.recipe.modules["allowed"],
             "blocked_modules": self.recipe.modules["blocked"],
@@ -528,6 +549,9 @@ class Session:
             self._explain(violations, error)
             if status == 1 and error is not None and "raw" in self.given:
                 self._tell_unseen(error)
+            if self.lost:
+                more = f" and {len(self.lost) - 1} more" if self.lost[1:] else ""
+                say(f"not kept, with the plugin's working directory: {self.lost[0]}{more}; to keep files, --rw DIR --chdir DIR")
         if self.result_file is not None or self.report is not None:
             self._write(status, error, violations)
         if self.given["summary"]:
@@ -567,10 +591,13 @@ class Session:
     def _explain(self, violations: list[SandboxViolation], error: SandboxException | None) -> None:
         if not violations and getattr(error, "explanation", None) is None:
             return
-        from sandbox.cli import refusals
+        from sandbox.cli import beside, refusals
 
         for line in refusals.lines(violations, error):
             say(line)
+        files = ", ".join(found.name for found in beside.find(self.given))
+        if files:
+            say(f"what holds here is also said by {files}: psie explain --sources FILE shows which settings")
 
     def _tell_unseen(self, error: SandboxException) -> None:
         """Of an exception that may be one about a module, or about files among its arguments."""
@@ -581,7 +608,8 @@ class Session:
             say(missing)
             return
         names = [*self.given["args"], *unseen.wanted(error)]
-        for line in unseen.lines(names, self.recipe, [os.path.realpath(path) for path in self.given["ro"]]):
+        shown = [os.path.realpath(path) for path in self.given["ro"]]
+        for line in unseen.lines(names, self.recipe, shown, self.directory):
             say(line)
 
     def _is_unfit(self) -> bool:

@@ -25,8 +25,11 @@ SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/dev", "
 MOST = 3  # arguments that are spoken of
 
 
-def lines(arguments: Sequence[str], recipe: Recipe, shown: Sequence[str]) -> list[str]:
-    """A sentence with the mend for each argument that is a file or folder here and not there. `shown`: --ro paths."""
+def lines(arguments: Sequence[str], recipe: Recipe, shown: Sequence[str], start: str | None) -> list[str]:
+    """A sentence with the mend for each argument that is a file or folder here and not there.
+
+    `shown`: --ro paths; `start`: where --chdir lets it start, which makes relative names its own business.
+    """
     shown = [*shown, *(grant["path"] for grant in recipe.granted), *(str(mount[1]) for mount in recipe.sandbox_mounts)]
     told = []
     for argument in dict.fromkeys(arguments):
@@ -37,12 +40,18 @@ def lines(arguments: Sequence[str], recipe: Recipe, shown: Sequence[str]) -> lis
         is_hidden = hides(recipe.level, path) and not is_below(path, shown)
         if text.startswith("/") and is_hidden:
             told.append(f"the plugin does not see {quoted(path)}: {ways(path)}")
-        elif not text.startswith("/"):
-            told.append(
-                f"the plugin's working directory is a private workspace: if {quoted(path)} is meant by {quoted(text)}, give it "
-                f"as {quoted(path)}" + (f", and show it: {ways(path)}" if is_hidden else "")
-            )
+        elif not text.startswith("/") and start is None:
+            told.append(relative(text, path, is_hidden))
     return told[:MOST]
+
+
+def relative(text: str, path: str, is_hidden: bool) -> str:
+    """How the plugin comes to `path`, which it may have meant by a relative name."""
+    if is_below(path, [os.getcwd()]):
+        way = f"{f'show it with --ro {quoted(text)}, and ' if is_hidden else ''}start the plugin here by --chdir ."
+    else:
+        way = f"give it as {quoted(path)}" + (f", and show it: {ways(path)}" if is_hidden else "")
+    return f"the plugin's working directory is a private workspace: if {quoted(path)} is meant by {quoted(text)}, {way}"
 
 
 def wanted(error: SandboxException) -> list[str]:

@@ -562,6 +562,12 @@ class Sandbox:
                 mend="run psie doctor to see what this host lacks; what it said before is not believed any more",
             ) from None
 
+    def open_workspace(self) -> int:
+        """A descriptor of the workspace's root, for reading. Raises OSError when the sandbox is at its end."""
+        path = "." if self.folder is None else self.folder + "/files"
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(path, flags, dir_fd=self.workspace if self.folder is None else None)
+
     def _make_folder(self, owner: list[int]) -> int:
         """The workspace as a folder on disk; returns an fd of its parent."""
         work = os.path.join(state.folder("lib"), "work")

@@ -136,10 +136,8 @@ class Recorder:
 
     def _open(self) -> None:
         sandbox = self.sandbox
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        path = "." if sandbox.folder is None else sandbox.folder + "/files"
         try:
-            root = os.open(path, flags, dir_fd=sandbox.workspace if sandbox.folder is None else None)
+            root = sandbox.open_workspace()
             self._add(str(sandbox.recipe.workspace["path"]).replace("{folder}", sandbox.folder or ""), root)
             for number, kind in enumerate(sandbox.granted_kinds.split(",")):
                 if kind in LAYERS and sandbox.layers is not None:

@@ -223,6 +223,7 @@ class Refusals:
         real = os.path.realpath(path)
         if (real in self.places or real.startswith(self.below)) and not real.startswith(self.read_only):
             return  # there it is a matter of the file's own mode
+        path = os.path.join(os.getcwd(), path)  # one that is absolute stays as it is
         count = self._count((operation, path[:TEXT], number))
         if count:
             where = {"file": file[:TEXT], "line": line, "count": count}

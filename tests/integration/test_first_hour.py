@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,9 @@ def test_the_list_of_commands_cuts_no_sentence(own: Caller) -> None:
     ("words", "said"),
     [
         (["rnu"], "no such command 'rnu': did you mean 'run'; see psie --help"),
+        (["run", "--levl", "strict"], "no such option '--levl': did you mean '--level'; see psie run --help"),
+        (["run", "plugin.py", "--allow-host"], "option '--allow-host' requires an argument; see psie run --help"),
+        (["plugins", "rn"], "no such command 'rn': did you mean 'run'; see psie plugins --help"),
         (["run"], "missing argument 'FILE'; see psie run --help"),
         (["quarantine", "show"], "missing argument 'ID'; see psie quarantine show --help"),
         (["a plugin.py"], "no such command 'a plugin.py': to run this file, psie run 'a plugin.py'; see psie --help"),
@@ -95,9 +100,87 @@ def test_a_path_that_is_not_shown_is_named_with_what_shows_it(caller: Caller) ->
 def test_a_relative_path_is_told_from_a_name_in_the_workspace(caller: Caller) -> None:
     folder = caller.write("data/a.txt", "x").parent
     (line,) = told(caller, "data")
-    assert f"if {folder} is meant by data, give it as {folder}, and show it: --ro {folder}" in line
+    assert line.endswith(f"if {folder} is meant by data, show it with --ro data, and start the plugin here by --chdir .")
     (line,) = told(caller, "data", options=("--ro", "data"))
-    assert line.endswith(f"give it as {folder}")
+    assert line.endswith(f"if {folder} is meant by data, start the plugin here by --chdir .")
+    assert told(caller, "data", options=("--ro", "data", "--chdir", ".")) == []
+    above = caller.write("other/plugin.py", "raise OSError").parent
+    done = caller.run("run", "--chdir", str(above), "--ro", str(above), str(above / "plugin.py"), "data")
+    assert "data" not in done.err.replace(str(above), ""), "it knows itself where it starts"
+
+
+@pytest.mark.parametrize("level", ["minimal", "standard", "strict", "maximum"])
+def test_it_starts_where_chdir_says_and_sees_only_what_is_shown(caller: Caller, level: str) -> None:
+    data = caller.write("data/a.txt", "x")
+    caller.write("data/b.txt", "y")
+    script = caller.write("data/plugin.py", "import os\nprint(os.getcwd(), open('a.txt').read(), os.path.exists('b.txt'))\n")
+    start = ["run", "-q", "--level", level, "--chdir", str(data.parent)]
+    done = caller.run(*start, "--ro", str(data), str(script))
+    assert done.out.startswith(f"{data.parent} x ")
+    assert done.err == ""
+    assert level == "minimal" or done.out.endswith(" False\n"), "minimal may show the host's files"
+    caller.write("data/plugin.py", "open('new', 'w')")
+    done = caller.run(*start, "--rw", str(data.parent), str(script))
+    assert (done.status, done.err) == (0, "")
+    assert (data.parent / "new").exists()
+
+
+def test_what_is_refused_by_a_relative_name_is_told_whole(caller: Caller) -> None:
+    assert last_words(caller, "import os; os.chdir('/usr'); open('new', 'w')").startswith("psie: /usr/new is not the plugin's")
+
+
+@pytest.mark.parametrize(
+    ("chdir", "said"),
+    [
+        ("gone", "--chdir gone: there is no such folder"),
+        ("plugin.py", "--chdir plugin.py: there is no such folder"),
+        ("other", "--chdir other: the plugin does not see it: show it with --ro other, or --rw other"),
+        ("/", "--chdir /: a sandbox has its own /: give a folder of files"),
+        ("/proc/self", "--chdir /proc/self: a sandbox has its own /proc/"),
+    ],
+)
+def test_a_place_to_start_that_it_does_not_see_is_a_mistake(own: Caller, chdir: str, said: str) -> None:
+    data = own.write("data/a.txt", "x").parent
+    own.write("other/a.txt", "x")
+    own.write("plugin.py", "print('it ran')")
+    done = own.run("run", "--ro", str(data), "--chdir", chdir, "plugin.py")
+    assert (done.status, done.out) == (125, "")
+    assert done.err.startswith(f"psie: {said}")
+
+
+def test_what_is_lost_with_the_working_directory_is_said(caller: Caller) -> None:
+    writes = "for name in ('.hidden', 'a\x1b[31m', 'b', 'c'):\n    open(name, 'w')\n"
+    for program, said in (
+        (writes, ["not kept, with the plugin's working directory: a\\x1b[31m and 2 more; to keep files, --rw DIR --chdir DIR"]),
+        ("open('.hidden', 'w')", []),
+        ("pass", []),
+    ):
+        caller.write("plugin.py", program)
+        done = caller.run("run", "--level", caller.level, "plugin.py")
+        assert [line.removeprefix("psie: ") for line in done.err.splitlines() if "weaker" not in line] == said
+        assert caller.run("run", "-q", "--level", caller.level, "plugin.py").err == ""
+
+
+def test_settings_beside_it_are_named_where_something_was_refused(own: Caller) -> None:
+    settings = own.write("psie.toml", "[limits]\nmax_memory_mb = 32\n")
+    own.write("plugin.py", "x = bytearray(10**9)")
+    done = own.run("run", "--level", own.level, "plugin.py")
+    assert done.status == 137
+    assert done.err.splitlines()[-1].startswith(f"psie: what holds here is also said by {settings}: ")
+
+
+@pytest.mark.parametrize("command", ["spec", "explain", "levels"])
+def test_nobody_is_told_of_a_reader_who_has_left(own: Caller, command: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            own.command(command), stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(writer)
+    told = [line for line in done.stderr.decode().splitlines() if not line.startswith("psie: not in an OCI container: ")]
+    assert (done.returncode, told) == (1, [])
 
 
 def test_nothing_is_said_of_what_is_no_file_or_of_a_good_end(caller: Caller) -> None:
