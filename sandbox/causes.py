@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sandbox.errors import SandboxInitializationError
     from sandbox.host import HostFacts
 
+SYS_ADMIN = 21  # CAP_SYS_ADMIN: capability.h
 FLOOR = (6, 1)  # the oldest Linux that psie is made and tested for
 NEWEST_LANDLOCK = (6, 12)  # from here on it has all that a recipe uses
 REBOOT = "needs a reboot"
@@ -131,6 +132,11 @@ class Seen:
         """The first sandbox that could not be opened for one of these errnos."""
         return next((each for each in self.trials if each.errno in numbers), None)
 
+    def may_mount(self) -> bool:
+        """Whether CAP_SYS_ADMIN is in our effective set: proc(5), CapEff."""
+        found = re.search(r"^CapEff:\s*([0-9a-f]+)$", self.files.text("/proc/self/status"), re.MULTILINE)
+        return found is None or bool(int(found[1], 16) >> SYS_ADMIN & 1)
+
     def filtered(self) -> bool:
         """Whether a seccomp filter is on us: proc(5), Seccomp."""
         return bool(re.search(r"^Seccomp:\s*2$", self.files.text("/proc/self/status"), re.MULTILINE))
@@ -176,18 +182,21 @@ def kernel_parameter(parameter: str, what: str) -> Mend:
 CONTAINERS = {
     "docker": {
         "seccomp": "docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined IMAGE",
+        "user": "docker run --user 1000 --security-opt seccomp=unconfined --security-opt apparmor=unconfined IMAGE",
         "apparmor": "docker run --security-opt apparmor=unconfined IMAGE",
         "proc": "docker run --security-opt systempaths=unconfined IMAGE",
         "cgroup": "docker run --cgroupns=private --security-opt writable-cgroups=true IMAGE",
     },
     "podman": {
         "seccomp": "podman run --security-opt seccomp=unconfined IMAGE",
+        "user": "podman run --user 1000 --security-opt seccomp=unconfined IMAGE",
         "apparmor": "podman run --security-opt apparmor=unconfined IMAGE",
         "proc": "podman run --security-opt unmask=ALL IMAGE",
         "cgroup": "podman run --cgroupns=private --security-opt unmask=/sys/fs/cgroup IMAGE",
     },
     "kubernetes": {
         "seccomp": "in the container's securityContext: seccompProfile: {type: Unconfined}",
+        "user": "in the container's securityContext: runAsUser: 1000, seccompProfile: {type: Unconfined}",
         "apparmor": "in the container's securityContext: appArmorProfile: {type: Unconfined}",
         "proc": "in the pod's spec: hostUsers: false; in the container's securityContext: procMount: Unmasked",
         "cgroup": "give the container a writable /sys/fs/cgroup of its own (containerd: cgroup_writable = true)",
@@ -199,6 +208,17 @@ def container_mends(seen: Seen, need: str, what: str) -> tuple[Mend, ...]:
     """For the container that we are in; for each kind where that cannot be told."""
     kinds = [seen.container()] if seen.container() else list(CONTAINERS)
     return tuple(Mend(f"{what} ({kind})", (CONTAINERS[kind][need],), OUTSIDE) for kind in kinds)
+
+
+def unopened(seen: Seen, reason: str) -> Cause:
+    """Of a level that did not open although nothing that we look at is missing."""
+    if seen.is_root and not seen.may_mount() and "EPERM" in reason:
+        text = f"{reason}: this root has no CAP_SYS_ADMIN, as in containers; any other user has, in a user namespace of its own"
+        return Cause(text, container_mends(seen, "user", "starts the container as a user"))
+    if seen.filtered() and re.search("EPERM|EACCES|ENOSYS", reason):
+        text = f"{reason}: most likely the seccomp filter that is on this process, as containers have it"
+        return Cause(text, container_mends(seen, "seccomp", "starts the container without that filter"))
+    return Cause(reason)
 
 
 INSTALL = {

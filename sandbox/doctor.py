@@ -27,7 +27,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from sandbox import host, recipe, state
-from sandbox.causes import BEFORE, CHECKS, YOURS, Cause, Check, Files, Mend, Seen
+from sandbox.causes import BEFORE, CHECKS, YOURS, Cause, Check, Files, Mend, Seen, unopened
 from sandbox.cgroups import place
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
 from sandbox.errors import SandboxException, SandboxInitializationError
@@ -192,7 +192,7 @@ def look(seen: Seen) -> Diagnosis:
     levels, trials = verdicts(facts)
     seen = replace(seen, trials=trials)
     findings = list(findings_of(seen, (*BEFORE, *CHECKS), levels))
-    findings += rest(levels, findings)
+    findings += rest(seen, levels, findings)
     gain = () if seen.is_root else root_would_gain(facts)
     return Diagnosis(seen.uid, seen.user, facts.kernel, levels, tuple(findings), gain)
 
@@ -201,7 +201,7 @@ def blind(seen: Seen, reason: str) -> Diagnosis:
     """Where nothing can be probed: no level is to be had, and only what has to be there before is looked at."""
     levels = tuple(LevelVerdict(level.value, REFUSED, False, reason, "", ()) for level in IsolationLevel)
     findings = list(findings_of(seen, BEFORE, levels))
-    return Diagnosis(seen.uid, seen.user, os.uname().release, levels, (*findings, *rest(levels, findings)))
+    return Diagnosis(seen.uid, seen.user, os.uname().release, levels, (*findings, *rest(seen, levels, findings)))
 
 
 def user_name(uid: int) -> str:
@@ -253,10 +253,15 @@ def verdict(
     except SandboxException as error:
         known = error if isinstance(error, SandboxInitializationError) else None
         blocked = (known.protection or "") if known is not None else ""
-        return LevelVerdict(level.value, REFUSED, False, str(error), blocked, lacking), known
+        return LevelVerdict(level.value, REFUSED, False, without_us(str(error)), blocked, lacking), known
     weak = tuple(each for each in shown if each.state != ENFORCED and each.by_host and each.name not in promised)
     weak += tuple(each for each in lacking if each.name == "granted folders")
     return LevelVerdict(level.value, WEAKER if weak else OK, True, "", "", weak), None
+
+
+def without_us(reason: str) -> str:
+    """Without the advice to ask the doctor: who reads this has done so."""
+    return reason.partition("; run psie doctor")[0]
 
 
 def best(facts: host.HostFacts) -> host.HostFacts:
@@ -308,7 +313,7 @@ def level_state(level: LevelVerdict, protections: tuple[str, ...]) -> str:
     return WEAKER if any(each.name in protections for each in level.lacking) else OK
 
 
-def rest(levels: tuple[LevelVerdict, ...], findings: list[Finding]) -> list[Finding]:
+def rest(seen: Seen, levels: tuple[LevelVerdict, ...], findings: list[Finding]) -> list[Finding]:
     """What is lacking and no finding with a cause accounts for: in the recipe's words, or those of the failure."""
     names = {check.name: check.protections for check in CHECKS}
     known = {name for finding in findings if finding.cause is not None for name in names.get(finding.name, ())}
@@ -321,7 +326,7 @@ def rest(levels: tuple[LevelVerdict, ...], findings: list[Finding]) -> list[Find
     unexplained = [level for level in levels if level.reason and all(each.levels[level.level] != REFUSED for each in found)]
     for reason in dict.fromkeys(level.reason for level in unexplained):
         states = {level.level: REFUSED if level.reason == reason else OK for level in levels}
-        found.append(Finding("opening a sandbox", "the last word on a level", states, Cause(reason)))
+        found.append(Finding("opening a sandbox", "the last word on a level", states, unopened(seen, reason)))
     return found[len(findings) :]
 
 

@@ -563,7 +563,9 @@ class Sandbox:
             ) from None
 
     def open_workspace(self) -> int:
-        """A descriptor of the workspace's root, for reading. Raises OSError when the sandbox is at its end."""
+        """A descriptor of the workspace's root, for reading. Raises OSError before the sandbox is open, and at its end."""
+        if self.workspace is None and self.folder is None:
+            raise OSError(errno.ENOENT, "the sandbox is not open")
         path = "." if self.folder is None else self.folder + "/files"
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(path, flags, dir_fd=self.workspace if self.folder is None else None)

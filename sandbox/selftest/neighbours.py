@@ -43,12 +43,17 @@ def signal_a_process(pid: int, numbers: dict[str, int], secret: bytes) -> str:
     import os
     import signal
 
+    def group() -> None:
+        """0 is a group outside our PID namespace, for which killpg(2) takes our own; 1, as in containers, all that we may."""
+        theirs = os.getpgid(pid)
+        os.killpg(theirs if theirs > 1 else pid, 0)
+
     return first_escape(
         {
             "0": lambda: os.kill(pid, 0),
             "kill": lambda: os.kill(pid, signal.SIGTERM),
             "tgkill": lambda: syscall(numbers["tgkill"], pid, pid, signal.SIGTERM),
-            "group": lambda: os.killpg(os.getpgid(pid), 0),
+            "group": group,
             "pidfd": lambda: signal.pidfd_send_signal(os.pidfd_open(pid), signal.SIGTERM),
         }
     )

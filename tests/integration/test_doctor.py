@@ -143,9 +143,23 @@ if "landlock" in sys.argv[1]:
 if "quiet" in sys.argv[1]:
     refuse = s.SyscallFilter(s.ALLOW)
     refuse.add_rule(s.ERRNO(1), "unshare")
+if "partial" in sys.argv[1]:
+    refuse = s.SyscallFilter(s.ALLOW)
+    refuse.add_rule(s.ERRNO(1), "sethostname")
 refuse.load()
 os.execv(sys.argv[2], sys.argv[2:])
 """
+
+
+def filtered(script: Path, kind: str) -> dict[str, Any]:
+    """What the doctor says below such a filter, as in a container."""
+    argv = [sys.executable, str(script), kind, sys.executable, "-m", "sandbox.cli", "doctor", "--json"]
+    path = os.pathsep.join(filter(None, [str(harness.REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "container": "podman"}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60 * harness.PATIENCE, check=False)
+    assert done.returncode == 1, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.parametrize("kind", ["docker", "landlock", "quiet"])
@@ -153,12 +167,7 @@ def test_a_container_s_filter(kind: str, tmp_path: Path) -> None:
     """As Docker's: EPERM for namespaces and mounts, ENOSYS for clone3; or one that refuses unshare(2) alone."""
     script = tmp_path / "filter.py"
     script.write_text(FILTER)
-    argv = [sys.executable, str(script), kind, sys.executable, "-m", "sandbox.cli", "doctor", "--json"]
-    path = os.pathsep.join(filter(None, [str(harness.REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "container": "podman"}
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60 * harness.PATIENCE, check=False)
-    assert done.returncode == 1, done.stderr
-    found = json.loads(done.stdout)
+    found = filtered(script, kind)
     one = check(found, "user namespaces")
     assert "a seccomp filter on this process refuses to make namespaces" in one["cause"]
     assert "podman run --security-opt seccomp=unconfined" in commands(one)
@@ -171,6 +180,43 @@ def test_a_container_s_filter(kind: str, tmp_path: Path) -> None:
         assert set(states(found).values()) == {"refused"}
     if kind == "landlock":
         assert "a seccomp filter on this process refuses Landlock" in check(found, "Landlock")["cause"]
+
+
+def test_a_filter_that_lets_namespaces_be_made_and_refuses_what_is_done_in_them(tmp_path: Path) -> None:
+    """As Podman's: sethostname(2) takes a capability there that the container does not have."""
+    script = tmp_path / "filter.py"
+    script.write_text(FILTER)
+    found = filtered(script, "partial")
+    one = check(found, "opening a sandbox")
+    assert "line call: hostname: " in one["cause"]
+    assert "most likely the seccomp filter that is on this process" in one["cause"]
+    assert "psie doctor" not in one["cause"] + found["summary"]
+    assert commands(one) == "podman run --security-opt seccomp=unconfined IMAGE"
+    assert states(found)["minimal"] != "refused"
+    assert {states(found)[level] for level in LEVELS[1:]} == {"refused"}
+
+
+@ROOT
+def test_root_of_a_container() -> None:
+    """Without CAP_SYS_ADMIN it can mount nothing, and psie does not make it a user: what is root's is not the plugin's."""
+    path = os.pathsep.join(filter(None, [str(harness.REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "container": "docker"}
+    argv = [
+        "setpriv",
+        "--bounding-set=-sys_admin",
+        "--inh-caps=-sys_admin",
+        sys.executable,
+        "-m",
+        "sandbox.cli",
+        "doctor",
+        "--json",
+    ]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60 * harness.PATIENCE, check=False)
+    found = json.loads(done.stdout)
+    assert states(found)["strict"] == states(found)["maximum"] == "refused"
+    one = next(each for each in found["checks"] if each["name"] == "opening a sandbox")
+    assert "this root has no CAP_SYS_ADMIN, as in containers" in one["cause"]
+    assert commands(one).startswith("docker run --user 1000 ")
 
 
 # -- mounts --------------------------------------------------------------------------------------------------------------
