@@ -41,6 +41,14 @@ def spec(file: str | None, args: Sequence[str], level: str | None, config: str |
         return complain(error)
     for sentence in made.lost:
         print(f"psie: not in an OCI container: {escape_text(sentence, keep='')}", file=sys.stderr)
+    gate = recipe.unwalkable(os.path.join(os.path.abspath(bundle), "rootfs")) if bundle is not None and facts.root else None
+    if gate is not None:
+        closed = escape_text(gate, keep="")
+        print(
+            f"psie: {closed} is closed to the container's ids, which newer versions of crun mind: chmod +x it, or make the "
+            "bundle elsewhere",
+            file=sys.stderr,
+        )
     if bundle is None and file is not None:
         print("psie: its root file system and FILE are in a bundle alone: make one with --bundle DIR", file=sys.stderr)
     return 0

@@ -10,6 +10,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -339,6 +341,14 @@ def crun() -> None:
         pytest.skip(f"crun needs a cgroup v2 tree, which cannot be mounted here: {tried.stderr.strip()}")
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that the container's ids can come to; pytest's are closed."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
 def contained(level: IsolationLevel, source: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A plugin, in a container that crun makes of a bundle."""
     plugin, bundle = folder / "attack.py", folder / "bundle"
@@ -351,7 +361,7 @@ def contained(level: IsolationLevel, source: str, folder: Path, *arguments: str)
 
 
 @pytest.mark.usefixtures("crun")
-def test_crun_runs_the_plugin(level: IsolationLevel, tmp_path: Path) -> None:
+def test_crun_runs_the_plugin(level: IsolationLevel, open_folder: Path) -> None:
     source = (
         "import json, os, sys\n"
         "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
@@ -360,21 +370,31 @@ def test_crun_runs_the_plugin(level: IsolationLevel, tmp_path: Path) -> None:
         "status['CapBnd'].strip(), status['NoNewPrivs'].strip(), status['Seccomp'].strip(), os.listdir()]))\n"
         "sys.exit(3)\n"
     )
-    done = contained(level, source, tmp_path, "one", "two")
+    done = contained(level, source, open_folder, "one", "two")
     assert done.returncode == 3, done.stderr
     argv = [f"{PLUGIN_FOLDER}/attack.py", "one", "two"]
     assert json.loads(done.stdout) == [argv, 1, 1000, "/workspace", "psie", "0" * 16, "1", "2", ["left"]]
 
 
+def test_a_bundle_that_the_container_cannot_come_to_is_told_of(as_root: None, open_folder: Path, tmp_path: Path) -> None:
+    for folder, gates in ((open_folder, []), (tmp_path, [f"psie: {tmp_path.parent.parent} is closed to the container's ids"])):
+        plugin = folder / "plugin.py"
+        plugin.write_text("")
+        done = psie("spec", "--bundle", folder / "bundle", plugin)
+        assert done.returncode == 0
+        told = [line.partition(",")[0] for line in done.stderr.splitlines() if "is closed" in line]
+        assert told == gates
+
+
 @pytest.mark.usefixtures("crun")
-def test_attacks_fail_in_crun(level: IsolationLevel, tmp_path: Path) -> None:
+def test_attacks_fail_in_crun(level: IsolationLevel, open_folder: Path) -> None:
     """Each is done outside first, by a process with the same program."""
     import socket
 
     file = Path(f"/etc/psie-attack-{os.getpid()}")
     with socket.create_server(("127.0.0.1", 0)) as server:
         head = f"import os\nFILE, PORT, FORKS = {str(file)!r}, {server.getsockname()[1]}, {{}}\nreading, writing = os.pipe()\n"
-        control = tmp_path / "outside.py"
+        control = open_folder / "outside.py"
         control.write_text(head.format(True) + ATTACKS)
         words = ["unshare", "--mount", "--uts", "--propagation", "private", sys.executable, str(control)]
         try:
@@ -383,7 +403,7 @@ def test_attacks_fail_in_crun(level: IsolationLevel, tmp_path: Path) -> None:
         finally:
             file.unlink(missing_ok=True)
         assert set(json.loads(done.stdout).values()) == {"done"}
-        inside = contained(level, head.format(False) + ATTACKS, tmp_path)
+        inside = contained(level, head.format(False) + ATTACKS, open_folder)
     assert inside.returncode == 0, inside.stderr
     told = json.loads(inside.stdout)
     assert "done" not in told.values(), told
