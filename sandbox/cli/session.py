@@ -221,8 +221,11 @@ class Session:
         return self._status()
 
     def _written(self, sandbox: client.Sandbox) -> list[str]:
-        """What lies in its working directory at the end, of MOST entries; hidden files are not counted as its work."""
-        if self.given["quiet"] or "raw" not in self.given or self.directory is not None:
+        """What lies in its working directory at the end, of MOST entries; hidden files are not counted as its work.
+
+        Nothing for somebody who has given it a place for files.
+        """
+        if self.given["quiet"] or "raw" not in self.given or self.directory is not None or self.given["rw"]:
             return []
         try:
             root = sandbox.open_workspace()
