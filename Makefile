@@ -16,9 +16,10 @@ demo: .venv/ready
 	@echo
 	@echo "It works. '. .venv/bin/activate' puts psie on your path; 'psie doctor' says what this machine can do."
 
+# Without ALL=1 in two of four levels, and without what takes long.
 test: .venv/ready
 	PACKAGES="$(PEERS)" ./tools/apt-install || echo "without $(PEERS): they cannot be installed"
-	$(BIN)/python tools/run_tests.py
+	$(BIN)/python tools/run_tests.py $(if $(ALL),,--quick)
 
 # All tests with each Python that is found on this machine; ARGS="3.13", ARGS="--debian sid".
 test-pythons: .venv/ready

@@ -5,6 +5,9 @@ those of a user without rights and some more, "rest" all that is left, so that n
 marked `alone` changes what other sandboxes of this user depend on, or would be disturbed by their end: meanwhile the other
 processes run none that opens sandboxes of this user.
 
+With `--quick`, as `make test` has it without ALL=1, what is marked `long` is left out, and of integration tests with a level
+for each of the four those of standard and strict: minimal has no namespaces, maximum has all. Continuous integration runs all.
+
 Sandboxes and frameworks that tests open themselves record nothing where a person's records are.
 """
 
@@ -21,6 +24,7 @@ import pytest
 from sandbox import state
 from sandbox.recovery import private
 
+ENDS, MIDDLE = {"minimal", "maximum"}, {"standard", "strict"}
 PARTS = ("library", "rootless", "rest")
 # Integration tests that are in other parts, so that each part takes about as long.
 ELSEWHERE = {
@@ -31,10 +35,31 @@ ELSEWHERE = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", choices=PARTS, help="run only this part of the tests")
+    parser.addoption("--quick", action="store_true", help="leave out long tests, and the two levels in the middle")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: left out by --quick")
     config.addinivalue_line("markers", "alone: not beside tests of another pytest process of this user")
+
+
+def left_out(items: list[pytest.Item]) -> list[pytest.Item]:
+    """What --quick leaves out."""
+    with_ends = {(item.path, item.originalname) for item in items if words_of(item) & ENDS}  # type: ignore[attr-defined]
+    return [
+        item
+        for item in items
+        if item.get_closest_marker("long")
+        or (
+            item.path.parent.name == "integration" and words_of(item) & MIDDLE and (item.path, item.originalname) in with_ends  # type: ignore[attr-defined]
+        )
+    ]
+
+
+def words_of(item: pytest.Item) -> set[str]:
+    """Of its parameters."""
+    callspec = getattr(item, "callspec", None)
+    return set(callspec.id.split("-")) if callspec is not None else set()
 
 
 def part_of(item: pytest.Item) -> str:
@@ -44,9 +69,12 @@ def part_of(item: pytest.Item) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = config.getoption("--part")
     others = [item for item in items if wanted is not None and part_of(item) != wanted]
+    if config.getoption("--quick"):
+        others += left_out([item for item in items if item not in set(others)])
     if others:
         config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if part_of(item) == wanted]
+        left = set(others)
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -904,6 +904,7 @@ def test_many_empty_containers_are_refused_before_they_are_built() -> None:
     refused_soon(forge(b"l*" + b"l1" * many, [many] + [0] * many), "more than 1000000 values")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ops", "counts", "ints", "text", "raw"),
     [
@@ -1061,6 +1062,7 @@ LEGITIMATE: dict[str, Callable[[], list[Any]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LEGITIMATE)
 def test_large_honest_tables(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables of a quarter of the size that matters here, with a quarter of the steps allowed."""

@@ -1091,6 +1091,7 @@ def test_each_profile_permits_less_than_the_one_before(machine: str) -> None:
         assert allowed[0] > allowed[1] > allowed[2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("machine", MACHINES)
 @every_profile
 def test_a_permission_only_opens(machine: str, profile: str) -> None:

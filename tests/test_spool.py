@@ -314,6 +314,7 @@ def test_several_processes_write_while_others_move(here: Path) -> None:
     assert told == []
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_killed_at_any_moment_no_run_is_lost_or_doubled(here: Path) -> None:
     """Writers and who moves their records, one of them killed each time; what was acknowledged is a row, once."""

@@ -83,6 +83,7 @@ def look_for(word: str) -> list[str]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("level", NAMESPACED)
 def test_names_of_folders_are_no_other_sandboxs_business(level: IsolationLevel) -> None:
     """Sandboxes of one kind share a root: what one is granted leaves no name there, for those beside it or after it."""
@@ -109,6 +110,7 @@ def test_names_of_folders_are_no_other_sandboxs_business(level: IsolationLevel) 
         trial.bounded(go(), 60.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("level", STRICTER)
 def test_deep_folders_do_not_use_up_what_sandboxes_share(level: IsolationLevel, tmp_path: Path) -> None:
     async def go() -> None:

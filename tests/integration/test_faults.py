@@ -46,6 +46,7 @@ from sandbox.ns import userids
 
 from . import faults, harness, plugins
 
+pytestmark = pytest.mark.long
 rootless = pytest.mark.rootless
 EVERY = os.environ.get("PSIE_TEST_EVERY_FAULT") == "1"
 long = pytest.mark.timeout(1800 if EVERY else 60 * harness.PATIENCE)

@@ -526,6 +526,7 @@ def test_the_command_ends_with_its_sandbox(level: IsolationLevel, command: str, 
     assert harness.wait_until(lambda: gone(harness.TOKEN + "-cli"))
 
 
+@pytest.mark.long
 def test_the_command_does_not_wait_for_a_stopped_warden(plugin: Path) -> None:
     config = plugin.with_name("psie.toml")
     config.write_text(f"[isolation]\nwatchdog_timeout_seconds = {WAIT}\n[limits]\nmax_execution_time_seconds = 1\n")

@@ -124,6 +124,7 @@ def write_without_end(here: Path, prefix: str, out: int) -> None:
         os.write(out, f"audit {prefix}-{number}\n".encode())
 
 
+@pytest.mark.long
 @pytest.mark.timeout(60 * harness.PATIENCE)
 def test_killed_at_any_moment_nothing_is_lost(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "ROTATE_BYTES", 100_000)

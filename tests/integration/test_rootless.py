@@ -24,7 +24,6 @@ FILES = [
     "test_framework.py",
     "test_recovery.py",
     "test_lifetimes.py",
-    "test_faults.py",
     "test_documentation.py",
 ]
 
@@ -34,8 +33,9 @@ TWO_LEVELS = {"test_recovery.py", "test_lifetimes.py", "test_faults.py", "test_s
 
 
 @pytest.mark.timeout(120 * harness.PATIENCE)
-@pytest.mark.parametrize("file", FILES)
-def test_as_a_user_without_rights(user: User, file: str) -> None:
+@pytest.mark.parametrize("file", [*FILES, pytest.param("test_faults.py", marks=pytest.mark.long)])
+def test_as_a_user_without_rights(user: User, file: str, pytestconfig: pytest.Config) -> None:
+    is_quick = pytestconfig.getoption("--quick")
     report = user.home / f"{file}.xml"
     options = [
         "-m",
@@ -47,7 +47,7 @@ def test_as_a_user_without_rights(user: User, file: str) -> None:
         "--maxfail=20",
         f"--timeout={15 * harness.PATIENCE}",
         f"--junitxml={report}",
-        *(["-k", "not standard and not strict"] if file in TWO_LEVELS else []),
+        *(["--quick"] if is_quick else ["-k", "not standard and not strict"] if file in TWO_LEVELS else []),
     ]
     path = user.repository / "tests" / "integration" / file
     done = user.run(user.interpreter, "-m", "pytest", *options, str(path), seconds=110 * harness.PATIENCE)
