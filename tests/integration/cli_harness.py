@@ -26,6 +26,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
+
 from sandbox import state
 
 from . import harness
@@ -210,6 +212,14 @@ def unprivileged(level: str, user: User) -> Caller:
     if not script.exists():
         install(place, user.interpreter, user.path or packages(), user.repository)
     return Caller(level, folder, tuple(user.command(user.interpreter)), environment, user.uid, str(script))
+
+
+@contextlib.contextmanager
+def called(who: str, level: str, folder: Path, request: pytest.FixtureRequest) -> Iterator[Caller]:
+    """Whoever runs the tests ("own"), or a user without rights ("user")."""
+    one = privileged(level, folder) if who == "own" else unprivileged(level, request.getfixturevalue("user"))
+    yield one
+    one.clean()
 
 
 def read_until(fd: int, wanted: bytes, seen: bytes = b"", seconds: float = SECONDS) -> bytes:

@@ -37,26 +37,20 @@ def cli_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cli")
 
 
-def as_user(level: str, request: pytest.FixtureRequest) -> Caller:
-    return cli_harness.unprivileged(level, request.getfixturevalue("user"))
-
-
 @pytest.fixture(params=EVERYWHERE, ids="-".join)
 def everywhere(request: pytest.FixtureRequest, cli_folder: Path) -> Iterator[Caller]:
     """Every level as whoever runs the tests, and the commonest without rights."""
     who, level = request.param
-    caller = cli_harness.privileged(level, cli_folder) if who == "own" else as_user(level, request)
-    yield caller
-    caller.clean()
+    with cli_harness.called(who, level, cli_folder, request) as caller:
+        yield caller
 
 
 @pytest.fixture(params=TWICE, ids="-".join)
 def twice(request: pytest.FixtureRequest, cli_folder: Path) -> Iterator[Caller]:
     """With and without rights: for what depends less on the level."""
     who, level = request.param
-    caller = cli_harness.privileged(level, cli_folder) if who == "own" else as_user(level, request)
-    yield caller
-    caller.clean()
+    with cli_harness.called(who, level, cli_folder, request) as caller:
+        yield caller
 
 
 @pytest.fixture
@@ -68,11 +62,10 @@ def caller(cli_folder: Path) -> Iterator[Caller]:
 
 
 @pytest.fixture
-def somebody(request: pytest.FixtureRequest) -> Iterator[Caller]:
+def somebody(request: pytest.FixtureRequest, cli_folder: Path) -> Iterator[Caller]:
     """A user without rights."""
-    caller = as_user("standard", request)
-    yield caller
-    caller.clean()
+    with cli_harness.called("user", "standard", cli_folder, request) as caller:
+        yield caller
 
 
 def assert_refused(done: Done, *parts: str) -> None:
@@ -907,9 +900,8 @@ def test_a_plugin_whose_parts_are_stopped_still_ends(caller: Caller) -> None:
 @pytest.fixture(params=[("own", "maximum"), ("own", "minimal"), ("user", "standard")], ids="-".join)
 def at_terminal(request: pytest.FixtureRequest, cli_folder: Path) -> Iterator[Caller]:
     who, level = request.param
-    caller = cli_harness.privileged(level, cli_folder) if who == "own" else as_user(level, request)
-    yield caller
-    caller.clean()
+    with cli_harness.called(who, level, cli_folder, request) as caller:
+        yield caller
 
 
 CONVERSATION = """

@@ -19,7 +19,7 @@ import pytest
 from sandbox import doctor
 from sandbox.cgroups import place
 
-from . import harness
+from . import harness, prepared
 from .unprivileged import User
 
 ROOT = pytest.mark.usefixtures("as_root")
@@ -40,32 +40,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run it in the namespaces that `unshare` makes, where `prepare`, a piece of shell, has been run with all rights."""
     argv, environment, folder = command(who, user, *arguments)
-    inner = f"{prepare}\nexec {shlex.join(argv)}"
-    process = subprocess.Popen(
-        ["unshare", *unshare, "--", "/bin/sh", "-ec", f"read go\nexec /bin/sh -ec {shlex.quote(inner)}"],
-        env={**environment, **more},
-        cwd=folder,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            if "--user" in unshare:
-                map_every_id(process.pid)
-            out, err = process.communicate("go\n", timeout=60 * harness.PATIENCE)
-        finally:
-            process.kill()
-    return subprocess.CompletedProcess(argv, process.returncode, out, err)
-
-
-def map_every_id(pid: int) -> None:
-    """To itself, in the user namespace that `pid` is about to make."""
-    own = os.readlink("/proc/self/ns/user")
-    assert harness.wait_until(lambda: os.readlink(f"/proc/{pid}/ns/user") != own)
-    for name in ("uid_map", "gid_map"):
-        Path(f"/proc/{pid}/{name}").write_text("0 0 4294967295")
+    return prepared.run(argv, prepare, unshare=unshare, env={**environment, **more}, cwd=folder)
 
 
 def told(who: str, user: User, prepare: str, **more: Any) -> dict[str, Any]:
@@ -417,7 +392,7 @@ def test_fix_asks(answer: str, user: User) -> None:
     if child == 0:
         os.chdir(folder)
         os.execvpe("unshare", ["unshare", "--user", "/bin/sh", "-ec", script], environment)
-    map_every_id(child)
+    prepared.map_every_id(child)
     os.write(master, b"go\n")
     shown = b""
     try:

@@ -17,13 +17,8 @@ LISTS = "import os, sys\nfor name in sys.argv[1:]:\n    print(os.listdir(name))\
 
 @pytest.fixture(params=["own", "user"])
 def caller(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Caller]:
-    who: Caller
-    if request.param == "own":
-        who = cli_harness.privileged("strict", tmp_path)
-    else:
-        who = cli_harness.unprivileged("strict", request.getfixturevalue("user"))
-    yield who
-    who.clean()
+    with cli_harness.called(request.param, "strict", tmp_path, request) as one:
+        yield one
 
 
 @pytest.fixture

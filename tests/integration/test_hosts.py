@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sandbox.cgroups import place
 
-from . import harness
+from . import harness, prepared
 from .unprivileged import User
 
 pytestmark = pytest.mark.usefixtures("as_root")
@@ -36,28 +33,11 @@ def probe(who: str, user: User, unshare: str, prepare: str, *switches: str) -> d
     python, repository = (user.interpreter, user.repository) if rootless else (sys.executable, harness.REPOSITORY)
     path = os.pathsep.join(filter(None, [str(repository), str(repository / "tests"), user.path if rootless else ""]))
     program = [python, str(repository / "tests" / "integration" / "probe.py"), *switches]
-    inner = f"{prepare}\nexec {shlex.join(user.command(*program) if rootless else program)}"
-    process = subprocess.Popen(
-        ["unshare", unshare, "--", "/bin/sh", "-ec", f"read go\nexec /bin/sh -ec {shlex.quote(inner)}"],
-        env={**(user.environment() if rootless else os.environ), "PYTHONPATH": path},
-        cwd=repository,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            if unshare == "--user":
-                own = os.readlink("/proc/self/ns/user")
-                assert harness.wait_until(lambda: os.readlink(f"/proc/{process.pid}/ns/user") != own)
-                for name in ("uid_map", "gid_map"):
-                    Path(f"/proc/{process.pid}/{name}").write_text("0 0 4294967295")
-            out, err = process.communicate("go\n", timeout=60 * harness.PATIENCE)
-        finally:
-            process.kill()
-    assert process.returncode == 0, err
-    found: dict[str, Any] = json.loads(out)
+    environment = {**(user.environment() if rootless else os.environ), "PYTHONPATH": path}
+    argv = user.command(*program) if rootless else program
+    done = prepared.run(argv, prepare, unshare=(unshare,), env=environment, cwd=repository)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
     assert found["uid"] == (user.uid if rootless else 0)
     assert found["left"] == {}
     return found

@@ -25,12 +25,8 @@ EXAMPLE = harness.REPOSITORY / "examples" / "wordcount.py"
 @pytest.fixture(params=["own", "user"])
 def caller(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Caller]:
     """Whoever runs the tests, and a user without rights."""
-    if request.param == "own":
-        one = cli_harness.privileged("strict", tmp_path)
-    else:
-        one = cli_harness.unprivileged("strict", request.getfixturevalue("user"))
-    yield one
-    one.clean()
+    with cli_harness.called(request.param, "strict", tmp_path, request) as one:
+        yield one
 
 
 @pytest.fixture
