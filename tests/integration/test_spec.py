@@ -376,8 +376,10 @@ def test_crun_runs_the_plugin(level: IsolationLevel, open_folder: Path) -> None:
     assert json.loads(done.stdout) == [argv, 1, 1000, "/workspace", "psie", "0" * 16, "1", "2", ["left"]]
 
 
-def test_a_bundle_that_the_container_cannot_come_to_is_told_of(as_root: None, open_folder: Path, tmp_path: Path) -> None:
-    for folder, gates in ((open_folder, []), (tmp_path, [f"psie: {tmp_path.parent.parent} is closed to the container's ids"])):
+def test_a_bundle_that_the_container_cannot_come_to_is_told_of(as_root: None, open_folder: Path) -> None:
+    closed = open_folder / "closed"
+    closed.mkdir(mode=0o700)
+    for folder, gates in ((open_folder, []), (closed, [f"psie: {closed} is closed to the container's ids"])):
         plugin = folder / "plugin.py"
         plugin.write_text("")
         done = psie("spec", "--bundle", folder / "bundle", plugin)
