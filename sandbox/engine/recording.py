@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 
 from sandbox.monitor.tree import HIDDEN, FileTree
-from sandbox.ns import syscalls as sc
 from sandbox.text import escape_text
 
 TYPE_CHECKING = False
@@ -141,6 +140,8 @@ class Recorder:
             self._add(str(sandbox.recipe.workspace["path"]).replace("{folder}", sandbox.folder or ""), root)
             for number, kind in enumerate(sandbox.granted_kinds.split(",")):
                 if kind in LAYERS and sandbox.layers is not None:
+                    from sandbox.ns import syscalls as sc
+
                     granted = sandbox.granted[number]
                     root = sc.open_beneath(sandbox.layers, f"{number}/upper", os.O_RDONLY | os.O_DIRECTORY)
                     self._add(granted.path, root, os.dup(granted.fd) if kind == "overlay" else None)

@@ -220,13 +220,6 @@ class Warden:
             if call.cause != "failed":  # else init has ended over a line of its own, and this only follows from that
                 self.report_failure(mounts.LineFailed("call: id maps and link", error), number)
             self.kill(call, "failed")
-        self.learn_to_supervise()
-
-    def learn_to_supervise(self) -> None:
-        """Where our zygote has put that off: while a worker comes up there is time for it. In a sandbox psie's files are not
-        to be seen."""
-        if SUPERVISOR not in sys.modules:
-            mounts.visit(self.host_namespace, lambda: __import__(SUPERVISOR))
 
     def bless(self, call: Call) -> None:
         """What only a parent can do for its child: the id maps, and the link's inner end."""
@@ -272,13 +265,23 @@ class Warden:
         own_pid = os.getpid()
         pid, pidfd = sc.clone3(0)
         if pid == 0:
-            wanted = {**self.recipe["network"], "access": None} if self.is_cut_off else self.recipe["network"]
-            from sandbox.engine import supervisor  # the zygote has it, or we have it since the first call
-
-            supervisor.run(there, self.fds["violations"], own_pid, wanted, self.instruction["resolved"])
+            self.supervise(there, own_pid)
         there.close()
         self.supervisor = pid, pidfd, here
         self.poll.register(pidfd, select.POLLIN)
+
+    def supervise(self, there: _socket.socket, own_pid: int) -> NoReturn:
+        """The supervisor's life, in our child. A zygote with one sandbox has left its code to whom it is that needs it: most
+        are refused nothing. In a sandbox psie's files are not to be seen."""
+        try:
+            if SUPERVISOR not in sys.modules:
+                mounts.visit(self.host_namespace, lambda: __import__(SUPERVISOR))
+            wanted = {**self.recipe["network"], "access": None} if self.is_cut_off else self.recipe["network"]
+            supervisor = sys.modules[SUPERVISOR]
+            supervisor.run(there, self.fds["violations"], own_pid, wanted, self.instruction["resolved"])
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        os._exit(1)  # which the warden sees, and ends the sandbox
 
     def listens(self, call: Call, fds: list[int]) -> None:
         """Keep the worker's listener until something is refused for the first time. We look no further than at poll(2)."""
