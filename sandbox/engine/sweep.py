@@ -37,7 +37,9 @@ def workspaces() -> list[str]:
 
 def _remove(folder: int, remove: Callable[[int, str], None]) -> list[str]:
     removed = []
-    for name in os.listdir(folder):
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]  # a cgroup has dozens of files
+    for name in names:
         slot = userids.hold(name)
         if slot is None:
             continue

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import _signal as signal
 import _socket
-import ctypes
 import errno
 import fcntl
 import gc
@@ -21,7 +20,7 @@ import sys
 
 from sandbox.engine import channel, failure, forkhooks
 from sandbox.engine.refusals import Refusals
-from sandbox.ns import mounts, privileges
+from sandbox.ns import mounts, native, privileges
 from sandbox.ns import syscalls as sc
 from sandbox.seccomp import load
 
@@ -282,10 +281,10 @@ def compiled(source: bytes, path: str) -> CodeType:
     """As compile() does it, which makes all classes of the module ast before, to see that this is no tree: a millisecond."""
     if 0 in source:
         raise SyntaxError("source code string cannot contain null bytes")
-    compile_string = ctypes.pythonapi.Py_CompileStringObject
-    compile_string.restype = ctypes.py_object
-    flags = (ctypes.c_int * 2)(PyCF_SOURCE_IS_UTF8, sys.version_info.minor)
-    code: CodeType = compile_string(source, ctypes.py_object(path), Py_file_input, ctypes.byref(flags), -1)
+    compile_string = native.Program().Py_CompileStringObject
+    compile_string.restype = native.py_object
+    flags = (native.c_int * 2)(PyCF_SOURCE_IS_UTF8, sys.version_info.minor)
+    code: CodeType = compile_string(source, native.py_object(path), Py_file_input, native.byref(flags), -1)
     return code
 
 

@@ -44,17 +44,23 @@ class LineFailed(Exception):
 def make_point(root: str, path: str, *, directory: bool) -> str:
     """Make sure that something can be mounted at `path` below `root`; the folders on the way are open to everyone."""
     target = root + path
-    current = root
-    parts = path.strip("/").split("/")
-    for part in parts[:-1]:
-        current += "/" + part
-        make_folder(current)
+    name = make_folders(root, path)
     if directory:
-        if parts[-1]:
+        if name:
             make_folder(target)
     elif not os.path.lexists(target):
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
     return target
+
+
+def make_folders(root: str, path: str) -> str:
+    """Make the folders on the way to `path` below `root`; returns its last part."""
+    current = root
+    *parts, name = path.strip("/").split("/")
+    for part in parts:
+        current += "/" + part
+        make_folder(current)
+    return name
 
 
 def make_folder(path: str) -> None:
@@ -178,10 +184,15 @@ def symlink(root: str, target: str, path: str) -> None:
 
 
 def file(root: str, path: str, text: str, mode: int = 0o444) -> None:
-    make_point(root, path, directory=False)
-    with open(root + path, "w", encoding="utf-8") as handle:
-        handle.write(text)
-    os.chmod(root + path, mode)
+    make_folders(root, path)
+    fd = os.open(root + path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        data = text.encode()
+        while data:
+            data = data[os.write(fd, data) :]
+        os.fchmod(fd, mode)
+    finally:
+        os.close(fd)
 
 
 def cover(root: str, files: dict[str, str]) -> None:

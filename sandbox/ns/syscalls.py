@@ -1,4 +1,4 @@
-"""System calls that Python 3.11 does not have, one small function each, by ctypes.
+"""System calls that Python 3.11 does not have, one small function each, as ctypes calls them.
 
 Every function raises OSError with the path it was given. Numbers are not typed in: libseccomp's own table gives them
 for the machine we run on. Constants carry the kernel's names. Must not know what a sandbox is.
@@ -9,8 +9,10 @@ Sources: the man pages of section 2 of the same names, linux/mount.h, linux/sche
 from __future__ import annotations
 
 import _signal as signal  # signal.py would import enum, which nothing else on this side needs
-import ctypes
 import os
+import sys
+
+from sandbox.ns import native
 
 CLONE_FILES = 0x00000400
 CLONE_NEWNS = 0x00020000
@@ -38,7 +40,7 @@ MNT_DETACH = 2
 PROT_READ = 1
 PROT_WRITE = 2
 MAP_PRIVATE = 2
-MAP_FAILED = ctypes.c_void_p(-1).value
+MAP_FAILED = 2 * sys.maxsize + 1  # (void *) -1
 
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
@@ -67,15 +69,16 @@ PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 PR_SET_CHILD_SUBREAPER = 36
 
-# With PyDLL the GIL stays held over a call: a thread of the caller can never be half-way through Python code in a child.
-_libc = ctypes.PyDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
+_libc = native.Program()
+_libc.syscall.restype = native.c_long
 _numbers: dict[str, int] = {}
 
 
 def number(name: str) -> int:
     """The number of the system call `name` on this machine, from libseccomp (seccomp_syscall_resolve_name(3))."""
     if name not in _numbers:
+        import ctypes
+
         try:
             library = ctypes.CDLL("libseccomp.so.2")
         except OSError:
@@ -104,19 +107,19 @@ def resolve(*names: str) -> None:
 
 def check(result: int, path: str | None = None) -> int:
     if result < 0:
-        code = ctypes.get_errno()
+        code = native.get_errno()
         raise OSError(code, os.strerror(code), path)
     return result
 
 
 def syscall(name: str, *arguments: object, what: str | None = None) -> int:
     """syscall(2) by name; integers are passed as longs, bytes as pointers. `what` becomes the error's filename."""
-    values = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
-    return check(_libc.syscall(ctypes.c_long(number(name)), *values), what)
+    values = [native.c_long(value) if isinstance(value, int) else value for value in arguments]
+    return check(_libc.syscall(native.c_long(number(name)), *values), what)
 
 
 def prctl(option: int, argument: int = 0, argument3: int = 0) -> int:
-    return check(_libc.prctl(option, ctypes.c_ulong(argument), ctypes.c_ulong(argument3), ctypes.c_ulong(0), ctypes.c_ulong(0)))
+    return check(_libc.prctl(option, native.c_ulong(argument), native.c_ulong(argument3), native.c_ulong(0), native.c_ulong(0)))
 
 
 def clone3(flags: int, cgroup_fd: int | None = None) -> tuple[int, int]:
@@ -126,12 +129,12 @@ def clone3(flags: int, cgroup_fd: int | None = None) -> tuple[int, int]:
     left out, which would cost 0.6 ms a child, and glibc's cached thread id is stale. Before anything foreign runs, fork
     once more, by `fork`.
     """
-    pidfd = ctypes.c_int(-1)
+    pidfd = native.c_int(-1)
     if cgroup_fd is not None:
         flags |= CLONE_INTO_CGROUP
-    fields = (flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup_fd or 0)
-    arguments = (ctypes.c_uint64 * 11)(*fields)
-    pid = syscall("clone3", ctypes.byref(arguments), ctypes.sizeof(arguments))
+    fields = (flags | CLONE_PIDFD, native.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup_fd or 0)
+    arguments = (native.c_uint64 * 11)(*fields)
+    pid = syscall("clone3", native.byref(arguments), native.sizeof(arguments))
     if pid == 0:
         return 0, -1
     os.set_inheritable(pidfd.value, False)
@@ -152,8 +155,8 @@ def after_fork() -> None:
 
     It lets go of locks there that it has taken before the fork: from 3.13 on it aborts where they are not held.
     """
-    ctypes.pythonapi.PyOS_BeforeFork()
-    ctypes.pythonapi.PyOS_AfterFork_Child()
+    _libc.PyOS_BeforeFork()
+    _libc.PyOS_AfterFork_Child()
 
 
 def map_privately(fd: int, size: int) -> memoryview:
@@ -161,6 +164,7 @@ def map_privately(fd: int, size: int) -> memoryview:
 
     Unlike with mmap.mmap no descriptor stays open for it, however long it is used.
     """
+    import ctypes
     import weakref
 
     _libc.mmap.restype = ctypes.c_void_p
@@ -192,7 +196,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
             os.fsencode(source),
             os.fsencode(target),
             kind.encode() if kind else None,
-            ctypes.c_ulong(flags),
+            native.c_ulong(flags),
             data.encode() if data else None,
         ),
         target,
@@ -220,23 +224,23 @@ def mount_setattr(tree: int, attributes: int, *, recursive: bool, what: str, use
 
     With MOUNT_ATTR_IDMAP the ids of its files are those of `user_namespace`, an fd, as mount_setattr(2) says.
     """
-    mount_attr = (ctypes.c_uint64 * 4)(attributes, 0, 0, user_namespace)
+    mount_attr = (native.c_uint64 * 4)(attributes, 0, 0, user_namespace)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
-    syscall("mount_setattr", tree, b"", flags, ctypes.byref(mount_attr), ctypes.sizeof(mount_attr), what=what)
+    syscall("mount_setattr", tree, b"", flags, native.byref(mount_attr), native.sizeof(mount_attr), what=what)
 
 
 def open_beneath(folder: int, path: str, flags: int, *, mode: int = 0) -> int:
     """openat2(2) of a path that must stay in the file system and below the fd `folder`, with no symbolic link on it."""
     resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV
-    open_how = (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, mode, resolve)
-    arguments = (os.fsencode(path or "."), ctypes.byref(open_how), ctypes.sizeof(open_how))
+    open_how = (native.c_uint64 * 3)(flags | os.O_CLOEXEC, mode, resolve)
+    arguments = (os.fsencode(path or "."), native.byref(open_how), native.sizeof(open_how))
     return syscall("openat2", folder, *arguments, what=path)
 
 
 def open_without_links(path: str) -> int:
     """openat2(2) of an absolute path, as O_PATH; ELOOP if there is a symbolic link on it."""
-    open_how = (ctypes.c_uint64 * 3)(os.O_PATH | os.O_CLOEXEC, 0, RESOLVE_NO_SYMLINKS)
-    return syscall("openat2", AT_FDCWD, os.fsencode(path), ctypes.byref(open_how), ctypes.sizeof(open_how), what=path)
+    open_how = (native.c_uint64 * 3)(os.O_PATH | os.O_CLOEXEC, 0, RESOLVE_NO_SYMLINKS)
+    return syscall("openat2", AT_FDCWD, os.fsencode(path), native.byref(open_how), native.sizeof(open_how), what=path)
 
 
 def rename(old_folder: int, old: str, new_folder: int, new: str, flags: int) -> None:

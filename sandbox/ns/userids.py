@@ -209,10 +209,10 @@ def _choose(fd: int, ledger: int, memory: int, most: int, allowed: int) -> int:
 
 def _read(ledger: int) -> list[int]:
     """What each slot is recorded with, up to the high-water mark, in the place of which there is a 0."""
-    content = os.pread(ledger, (SLOTS + 1) * _RECORD.size, 0)
-    count = len(content) // _RECORD.size
-    high, *claims = struct.unpack_from(f"={count}Q", content) if count else (0,)
-    return [0, *claims[:high]]
+    head = os.pread(ledger, _RECORD.size, 0)
+    high = min(_RECORD.unpack(head)[0], SLOTS) if len(head) == _RECORD.size else 0
+    content = os.pread(ledger, high * _RECORD.size, _RECORD.size)
+    return [0, *struct.unpack_from(f"={len(content) // _RECORD.size}Q", content)]
 
 
 def _living(fd: int, claims: list[int]) -> list[int]:

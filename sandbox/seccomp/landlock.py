@@ -21,7 +21,6 @@ Source: linux/landlock.h, landlock(7), Documentation/userspace-api/landlock.rst.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -143,6 +142,6 @@ def _allow(ruleset: int, path: str, access: int) -> None:
         if not stat.S_ISDIR(os.fstat(beneath).st_mode):
             access &= _FILE_RIGHTS
         attr = struct.pack("=Qi", access, beneath)  # struct landlock_path_beneath_attr, packed
-        syscall("landlock_add_rule", ruleset, LANDLOCK_RULE_PATH_BENEATH, ctypes.c_char_p(attr), 0, what=path)
+        syscall("landlock_add_rule", ruleset, LANDLOCK_RULE_PATH_BENEATH, attr, 0, what=path)
     finally:
         os.close(beneath)

@@ -6,8 +6,7 @@ answers the notifications. Light imports only.
 
 from __future__ import annotations
 
-import ctypes
-
+from sandbox.ns import native
 from sandbox.ns.syscalls import syscall
 
 SECCOMP_SET_MODE_FILTER = 1
@@ -17,10 +16,10 @@ SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV = 1 << 5
 _INSTRUCTION_BYTES = 8
 
 
-class _sock_fprog(ctypes.Structure):
+class _sock_fprog(native.Structure):
     """linux/filter.h"""
 
-    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+    _fields_ = (("len", native.c_ushort), ("filter", native.c_char_p))
 
 
 def load_filter(bpf: bytes, *, new_listener: bool) -> int:
@@ -39,5 +38,5 @@ def load_filter(bpf: bytes, *, new_listener: bool) -> int:
         raise ValueError(f"not a BPF program: {len(bpf)} bytes")
     program = _sock_fprog(instructions, bpf)
     flags = SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV if new_listener else 0
-    result = syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(program), what="seccomp filter")
+    result = syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, native.byref(program), what="seccomp filter")
     return result if new_listener else -1
