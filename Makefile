@@ -71,7 +71,7 @@ bench: .venv/bench
 	$(PYTHON) -m venv .venv
 	@echo "installing psie and the Python packages that it needs into .venv (a minute or so)"
 	PIP_USE_PEP517=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
-	$(BIN)/python -m compileall -q sandbox
+	$(BIN)/python -m compileall -q "$(CURDIR)/sandbox"
 	touch $@
 
 # The manual page, of the commands as they are.

@@ -7,11 +7,10 @@ imported. Here it is known where they lie. Executed by its path, before there is
 from __future__ import annotations
 
 import gc
-import marshal
 import os
 import sys
 from _frozen_importlib import ModuleSpec
-from _frozen_importlib_external import MAGIC_NUMBER, SourceFileLoader
+from _frozen_importlib_external import MAGIC_NUMBER, SourceFileLoader, _compile_bytecode  # type: ignore[attr-defined]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class Finder:
             if data[:16] != HEAD + _word(int(found.st_mtime)) + _word(found.st_size):
                 return None
             loader = Loader(name, source)
-            loader.code = marshal.loads(memoryview(data)[16:])
+            loader.code = _compile_bytecode(memoryview(data)[16:], name, cached, source)
             spec = ModuleSpec(name, loader, origin=source, is_package=source.endswith("/__init__.py"))
             spec.cached, spec.has_location = cached, True
             if spec.submodule_search_locations is not None:

@@ -167,6 +167,21 @@ def test_where_the_script_names_a_shell_that_is_what_runs(installed: Path, tmp_p
     assert (done.returncode, done.stdout, done.stderr) == (0, f"psie {__version__}\n", "")
 
 
+def test_a_changed_source_counts_and_not_its_bytecode(installed: Path) -> None:
+    """Though the command does not ask Python where its own modules lie."""
+    found = next((installed / "lib").glob("python3.*/site-packages/sandbox/version.py"))
+    program = [str(installed / "bin" / "psie"), "--version"]
+    text = found.read_text()
+    assert subprocess.run(program, capture_output=True, text=True, check=True).stdout == f"psie {__version__}\n"
+    try:
+        found.write_text(text.replace(__version__, f"{__version__}.changed"))
+        for _ in range(2):  # compiled, and from what that has left
+            done = subprocess.run(program, capture_output=True, text=True, check=True)
+            assert done.stdout == f"psie {__version__}.changed\n"
+    finally:
+        found.write_text(text)
+
+
 def test_the_types_reach_a_program_that_uses_it(installed: Path, tmp_path: Path) -> None:
     """A strict type checker sees them in the installed package, and finds the mistakes of one that uses it wrongly."""
     (tmp_path / "program.py").write_text(PROGRAM)

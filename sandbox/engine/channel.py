@@ -48,10 +48,10 @@ else of psie.
 from __future__ import annotations
 
 import _socket
+import _struct as struct  # struct.py adds nothing but a file
 import fcntl
 import marshal
 import os
-import struct
 
 FRAME = 65536  # bytes of data per frame, and of a value that needs no memory file
 MESSAGE = 65536  # bytes per message that the host accepts

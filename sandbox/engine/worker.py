@@ -41,6 +41,7 @@ CO_GENERATOR, CO_ASYNC_GENERATOR = 0x20, 0x200  # the module inspect has them, a
 
 refusals: Refusals | None = None  # of files
 rehearsal = b""  # a job for `rehearse`, where jobs are calls: see sandbox.engine.zygote
+will_compile = False  # whether jobs are sources
 
 
 def run(
@@ -61,6 +62,8 @@ def run(
         sc.after_fork()
         forkhooks.make_up()
         note_refusals(job, recipe)
+        if will_compile and not poll_for(job, 0):
+            compiled(b"", "")  # for the same reason as `rehearse`
         if rehearsal and not poll_for(job, REST_MS):
             rehearse()
         received = receive_job(job)

@@ -219,6 +219,7 @@ class Zygote:
         if not self.single:
             __import__(warden.SUPERVISOR)  # now, where it can be reached
             __import__("ctypes")  # which many plugins use
+        worker.will_compile = self.single
         sc.know(instruction["calls"])
         sc.resolve(*CALLS)
         # The memory keeps the outer user namespace as its owner; not dumpable, nobody of the same id may look into it.

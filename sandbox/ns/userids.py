@@ -10,10 +10,10 @@ Host side only. Source: fcntl(2) "Open file description locks", subuid(5), syste
 
 from __future__ import annotations
 
+import _struct as struct  # struct.py adds nothing but a file
 import fcntl
 import os
 import select
-import struct
 
 from sandbox import state
 from sandbox.errors import ResourceError

@@ -21,10 +21,10 @@ Source: linux/landlock.h, landlock(7), Documentation/userspace-api/landlock.rst.
 
 from __future__ import annotations
 
+import _struct as struct  # struct.py adds nothing but a file
 import errno
 import os
 import stat
-import struct
 
 from sandbox.ns.syscalls import syscall
 
