@@ -220,6 +220,13 @@ class Warden:
             if call.cause != "failed":  # else init has ended over a line of its own, and this only follows from that
                 self.report_failure(mounts.LineFailed("call: id maps and link", error), number)
             self.kill(call, "failed")
+        if self.recipe["network"]["access"] is not None:  # each of its sockets is the supervisor's, and now there is time
+            self.learn_to_supervise()
+
+    def learn_to_supervise(self) -> None:
+        """Where our zygote has put that off: most plugins are refused nothing. In a sandbox psie's files are not to be seen."""
+        if SUPERVISOR not in sys.modules:
+            mounts.visit(self.host_namespace, lambda: __import__(SUPERVISOR))
 
     def bless(self, call: Call) -> None:
         """What only a parent can do for its child: the id maps, and the link's inner end."""
@@ -271,11 +278,9 @@ class Warden:
         self.poll.register(pidfd, select.POLLIN)
 
     def supervise(self, there: _socket.socket, own_pid: int) -> NoReturn:
-        """The supervisor's life, in our child. A zygote with one sandbox has left its code to whom it is that needs it: most
-        are refused nothing. In a sandbox psie's files are not to be seen."""
+        """The supervisor's life, in our child."""
         try:
-            if SUPERVISOR not in sys.modules:
-                mounts.visit(self.host_namespace, lambda: __import__(SUPERVISOR))
+            self.learn_to_supervise()
             wanted = {**self.recipe["network"], "access": None} if self.is_cut_off else self.recipe["network"]
             supervisor = sys.modules[SUPERVISOR]
             supervisor.run(there, self.fds["violations"], own_pid, wanted, self.instruction["resolved"])
