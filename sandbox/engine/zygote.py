@@ -224,8 +224,11 @@ class Zygote:
         sc.resolve(*CALLS)
         # The memory keeps the outer user namespace as its owner; not dumpable, nobody of the same id may look into it.
         sc.prctl(sc.PR_SET_DUMPABLE, 0)
+        helper = None
         try:
-            helper = network.begin_helper() if instruction["link"] else None  # which has its time
+            if instruction["link"]:
+                self.link_socket = network.visited_namespace()
+                helper = network.begin_helper() if self.link_socket is None else None  # which has its time
         except OSError as error:
             raise mounts.LineFailed(LINK, error) from None
         template = instruction["template"]

@@ -30,12 +30,29 @@ COUNTERS = {"rx_bytes": 0, "rx_packets": 1, "tx_bytes": 8, "tx_packets": 9}  # c
 PID_PLACEHOLDER = 0x7EEDF00D
 
 
-def begin_helper() -> tuple[int, int, _socket.socket]:
-    """Start what `helper_namespace` waits for: a child, as pid, pidfd and socket.
+def visited_namespace() -> _socket.socket | None:
+    """What `helper_namespace` returns, by a visit of our own; None where there would be no way back.
 
-    It goes there and hands a socket back: for us there would be no way back, since, rootless, the host's namespace belongs to a
-    user namespace that is not ours, and supervisors connect from the host's.
+    Rootless the host's namespace belongs to a user namespace that is not ours, and supervisors connect from the host's. Whoever
+    may go to where it is already may come back. Raises OSError; then we may be anywhere, and must end.
     """
+    back = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            sc.setns(back, sc.CLONE_NEWNET)
+        except OSError:
+            return None
+        sc.unshare(sc.CLONE_NEWNET)
+        try:
+            return _socket.socket(AF_NETLINK, _socket.SOCK_RAW, NETLINK_ROUTE)
+        finally:
+            sc.setns(back, sc.CLONE_NEWNET)
+    finally:
+        os.close(back)
+
+
+def begin_helper() -> tuple[int, int, _socket.socket]:
+    """Start what `helper_namespace` waits for: a child, as pid, pidfd and socket, that goes there and hands a socket back."""
     here, there = channel.pair()
     pid, pidfd = sc.clone3(sc.CLONE_NEWNET)
     if pid == 0:
