@@ -220,7 +220,9 @@ class Warden:
             if call.cause != "failed":  # else init has ended over a line of its own, and this only follows from that
                 self.report_failure(mounts.LineFailed("call: id maps and link", error), number)
             self.kill(call, "failed")
-        if self.recipe["network"]["access"] is not None:  # each of its sockets is the supervisor's, and now there is time
+        # While a worker comes up there is time: where each of its sockets is the supervisor's, and where it could write to the
+        # host's own folders before there is a supervisor.
+        if self.recipe["network"]["access"] is not None or "mnt" not in self.recipe["namespaces"]:
             self.learn_to_supervise()
 
     def learn_to_supervise(self) -> None:
