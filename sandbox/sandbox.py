@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import errno
-import inspect
 import os
 import sys
 import uuid
@@ -61,6 +60,7 @@ if TYPE_CHECKING:
     from sandbox.engine.watching import SandboxWatch
     from sandbox.monitor.network import Holder, NetworkIsolationManager
     from sandbox.monitor.watch import Watched
+    from sandbox.parcels import Parcel
     from sandbox.recipe_data import Protection, Recipe
     from sandbox.recovery.measures import Recovery
 
@@ -498,11 +498,9 @@ class EnhancedPluginSandbox:
     async def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same, also for a keyword that is called self or plugin_function."""
         self._check_open()
-        instruction, payload = self._job(function, args, kwargs)
-        name = getattr(function, "__qualname__", type(function).__name__)
-        file = getattr(getattr(function, "__code__", None), "co_filename", "")
-        with Remembered(self, name) as remembered:
-            call = await self._execute(remembered, file, instruction, payload)
+        instruction, parcel, payload = self._job(function, args, kwargs)
+        with Remembered(self, parcel.name) as remembered:
+            call = await self._execute(remembered, parcel.file, instruction, payload)
             return self._value(call, transport.PlainTypes(function, args))
 
     def session(self, setup_fn: Callable[[], Any] | None = None, *, max_calls: int | None = None) -> Session:
@@ -614,27 +612,30 @@ class EnhancedPluginSandbox:
 
     def _job(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[dict[str, object], bytes]:
+    ) -> tuple[dict[str, object], Parcel, bytes]:
         if not callable(function):
             raise TypeError(f"execute_plugin_safe: a {type(function).__name__} cannot be called: give a function")
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise PluginExecutionError(
-                f"{function.__qualname__} is a generator: return a list instead", exception_type="TypeError"
-            )
         assert self.recipe is not None
-        if transport.first_wish(function) == "env":
+        path = self.recipe.interpreter["path"]
+        parcel = transport.parcel(function, path)
+        is_plain = transport.is_plain(args, kwargs)
+        if parcel.wish == "env":
             args = (self._environment(), *args)
-        instruction = {**self._instruction("call"), "coroutine": inspect.iscoroutinefunction(function)}
-        return instruction, transport.pack(function, args, kwargs, self.recipe.interpreter["path"])
+        plain = (args, kwargs) if is_plain else None
+        instruction = {**self._instruction("call"), "coroutine": parcel.is_coroutine, "plain": plain}
+        if is_plain:
+            return instruction, parcel, transport.pickled(parcel, function, path)
+        return instruction, parcel, transport.pack(function, args, kwargs, path)
 
     def _instruction(self, kind: str) -> dict[str, object]:
         """What every job of this sandbox says."""
         assert self.recipe is not None
         environment = {**self.recipe.environment, **self.environment}
+        wanted = {name: value.replace("{folder}", self._folder()) for name, value in environment.items()}
         return {
             "kind": kind,
             "cwd": self._workspace_path(),
-            "environment": {name: value.replace("{folder}", self._folder()) for name, value in environment.items()},
+            "environment": wanted if wanted != self.recipe.environment else None,
             "allowed_modules": self.recipe.modules["allowed"],
             "blocked_modules": self.recipe.modules["blocked"],
             "hosts": network.for_python(self.recipe, self._resolved),

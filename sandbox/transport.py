@@ -16,6 +16,7 @@ from collections import ChainMap
 from collections.abc import Mapping
 
 from sandbox.errors import PluginExecutionError
+from sandbox.parcels import PLAIN, Parcel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _lock = threading.Lock()
 _by_value: set[str] = set()
 _seen_modules: tuple[int, str] = 0, ""  # how many there were, and the last one
+_parcels: dict[int, Parcel] = {}  # by the function's identity
+KEPT, KEPT_BYTES = 128, 1 << 16  # parcels that are kept, and how large each may be
 
 
 def _refuse_file(file: io.IOBase) -> NoReturn:
@@ -38,11 +41,12 @@ def _refuse_generator(generator: object) -> NoReturn:
 def register_own_modules(library_path: Sequence[str]) -> None:
     """Mark every module that is neither standard library nor an installed package to travel by value."""
     global _seen_modules
-    import cloudpickle
-
     seen = len(sys.modules), next(reversed(sys.modules))
     if seen == _seen_modules:
         return
+    import cloudpickle
+
+    _parcels.clear()  # a function may know one of them by its package
     folders = tuple(folder.rstrip("/") + "/" for folder in library_path)
     for name, module in list(sys.modules.items()):
         top = name.partition(".")[0]
@@ -116,7 +120,40 @@ def pack(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         ) from None
 
 
-PLAIN = frozenset((int, str, bytes, float, bool, type(None)))
+def parcel(function: Callable[..., Any], library_path: Sequence[str]) -> Parcel:
+    """What is known about a function; `pickled` gives it without arguments. Raises PluginExecutionError for a generator."""
+    with _lock:
+        register_own_modules(library_path)
+        known = _parcels.get(id(function))
+    if known is not None and known.is_of(function):
+        return known
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise PluginExecutionError(f"{function.__qualname__} is a generator: return a list instead", exception_type="TypeError")
+    return Parcel(function, first_wish(function))
+
+
+def pickled(parcel: Parcel, function: Callable[..., Any], library_path: Sequence[str]) -> bytes:
+    """What `pack` gives for the parcel's function without arguments. Raises PluginExecutionError."""
+    if parcel.payload:
+        return parcel.payload
+    may_be_kept = type(function) is types.FunctionType and parcel.watch(function, travels_by_value)
+    payload = pack(function, (), {}, library_path)
+    if may_be_kept and len(payload) <= KEPT_BYTES and parcel.is_of(function):
+        parcel.payload = payload
+        with _lock:
+            if len(_parcels) >= KEPT:
+                _parcels.clear()
+            _parcels[id(function)] = parcel
+    return payload
+
+
+def travels_by_value(module: str) -> bool:
+    """Whether what is in this module does, and the module itself."""
+    import cloudpickle
+
+    registered = cloudpickle.list_registry_pickle_by_value()
+    parts = module.split(".")
+    return parts[0] == "__main__" or any(".".join(parts[:end]) in registered for end in range(1, len(parts) + 1))
 
 
 def is_plain(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:

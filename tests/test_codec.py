@@ -1107,3 +1107,41 @@ codec.decode(bytes.fromhex(sys.argv[1] if len(sys.argv) > 1 else "ARRAY"), max_b
 print("numpy" in sys.modules)
 """.replace("ARRAY", codec.encode(np.zeros(2)).hex())
     assert run_clean(code) == "False False False\nTrue"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        False,
+        0,
+        -1,
+        2**63 - 1,
+        -(2**63),
+        2**63,
+        0.0,
+        -0.0,
+        1.5,
+        float("inf"),
+        "",
+        "a",
+        "\ud800é",
+        "x" * 64,
+        "y" * 65,
+    ],
+)
+def test_the_message_of_a_scalar_alone_is_that_of_any_value(value: Any) -> None:
+    """However it is put together: `max_bytes` that leaves no room for the short way takes the long one."""
+    data = codec.encode(value)
+    assert data == codec.encode(value, max_bytes=max(len(data), 29))
+    read = decode(data)
+    assert (type(read), repr(read)) == (type(value), repr(value))
+    for cut in range(len(data)):
+        with pytest.raises(CodecError):
+            decode(data[:cut])
+    with pytest.raises(CodecError):
+        decode(data + b"\0")
+    for place in range(28):  # the head says how long the columns are
+        with pytest.raises(CodecError):
+            decode(data[:place] + bytes((data[place] ^ 1,)) + data[place + 1 :])

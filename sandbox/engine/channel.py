@@ -70,6 +70,10 @@ ALIGNMENT = 64  # bytes: a value begins below that, so that the data of an array
 # What host and warden both have of a session: since when it does what it does, by CLOCK_MONOTONIC in seconds, or 0.
 CLOCK = struct.Struct("=d")
 
+# Of marshal: without its later versions' marks for strings that are to be interned. Who does that writes to the page of each
+# that the interpreter has already, and copies it.
+PLAIN = 2
+
 NOTE = b"n"  # a flat message "refused", "asked" or "wanted"
 FILE_OPERATIONS = (  # that a note may tell of
     *("access", "chdir", "chmod", "chown", "link", "listdir", "mkdir", "open", "rename", "rmdir", "setxattr", "symlink"),
@@ -189,6 +193,40 @@ def send(sock: _socket.socket, kind: str, fields: Mapping[str, object], fds: Seq
 
 def instruct(sock: _socket.socket, instruction: dict[str, object], fds: Sequence[int] = ()) -> None:
     send_bytes(sock, marshal.dumps(instruction), fds)
+
+
+def job(instruction: dict[str, object], payload: bytes) -> bytes:
+    """The message of a job; of one that is larger than SMALL it says what lies in a memory file: see `large_job`."""
+    return marshal.dumps((instruction, payload), PLAIN)
+
+
+def large_job(header: int, size: int) -> bytes:
+    """The message beside a memory file of `size` bytes: the marshalled instruction, `header` bytes, and the payload."""
+    return marshal.dumps((header, size), PLAIN)
+
+
+def receive_job(sock: _socket.socket) -> tuple[dict[str, Any], bytes | bytearray] | None:
+    """(instruction, payload); None when there will be none."""
+    data, memory, _ = receive_bytes(sock, INSTRUCTION, 1)
+    return read_job(data, memory) if data else None
+
+
+def read_job(data: bytes, memory: Sequence[int] = ()) -> tuple[dict[str, Any], bytes | bytearray]:
+    job: Any = marshal.loads(data)
+    if not memory:
+        instruction, payload = job
+        return instruction, payload
+    header, size = job
+    content = bytearray(size)
+    for fd in memory:
+        view, read = memoryview(content), 0
+        while read < len(view):
+            read += os.preadv(fd, [view[read:]], read)
+        view.release()
+        os.close(fd)
+    instruction = marshal.loads(content[:header])
+    del content[:header]
+    return instruction, content
 
 
 def receive_instruction(sock: _socket.socket, max_fds: int = 16) -> tuple[dict[str, object] | None, list[int]]:

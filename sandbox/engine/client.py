@@ -1011,18 +1011,20 @@ class Call:
 
     def _hand_over(self, instruction: dict[str, object], payload: bytes) -> None:
         """In one message what fits into one, and else in a memory file."""
-        header = marshal.dumps(instruction)
-        size = len(header) + len(payload)
         memory: list[int] = []
         try:
-            if size > channel.SMALL and self._is_session:
+            message = channel.job(instruction, payload) if len(payload) <= channel.SMALL else b""
+            if 0 < len(message) <= channel.SMALL:
+                self.job.send(message)
+                return
+            header = marshal.dumps(instruction)
+            size = len(header) + len(payload)
+            if self._is_session:
                 self._lent.append(channel.shared(size, lent=True))
                 channel.write(self._lent[-1], (header, payload))
-            elif size > channel.SMALL:
+            else:
                 memory.append(channel.sealed((header, payload)))
-            fds = [*memory, *self._lent]
-            head = {"header": len(header), "size": size, "data": b"" if fds else header + payload}
-            channel.instruct(self.job, head, fds)
+            channel.send_bytes(self.job, channel.large_job(len(header), size), [*memory, *self._lent])
         except OSError as error:
             self._unsent(error)
         finally:

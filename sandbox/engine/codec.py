@@ -28,7 +28,7 @@ Dict keys that are NaN stay separate keys, each one its own object, as they were
 from __future__ import annotations
 
 import sys
-from struct import pack
+from struct import Struct, pack
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -159,6 +159,9 @@ def encode(value: object, *, max_depth: int = MAX_DEPTH, max_bytes: int = MAX_BY
 
     Raises CodecError, with the way to the offending value as in `result["a"][3]: Socket`, and ReplyTooLarge.
     """
+    scalar = _scalar_message(value) if max_bytes >= _HEAD + _LONGEST and max_nodes > 0 else None
+    if scalar is not None:
+        return scalar
     writer = _Writer(max_depth, min(max_bytes, _U32_MAX), max_nodes)
     try:
         writer.spend(1)
@@ -198,6 +201,10 @@ def decode(
     if len(data) > max_bytes:
         raise ReplyTooLarge(max_bytes, len(data))
     try:
+        if len(data) <= _HEAD + _LONGEST and max_nodes > 0:
+            scalar = _scalar_of(bytes(data))
+            if scalar is not None:
+                return scalar[0]
         reader = _Reader(data, max_depth, max_nodes, types or {})
         reader.spend(1)
         value = reader.value(0)
@@ -209,6 +216,50 @@ def decode(
         raise CodecError("malformed reply: nested too deep for the interpreter's stack") from None
     except Exception as error:  # whatever constructors of the closed list have to say about hostile arguments
         raise CodecError(f"malformed reply: {type(error).__name__}: {ascii(str(error))[:200]}") from None
+
+
+# --- A small scalar alone ----------------------------------------------------------------------------------------------
+# What most calls return. The message is the same; it is only put together, and taken apart, in one step.
+
+_SHORT = 64  # characters of such a text
+_LONGEST = 5 + 4 * _SHORT  # bytes of such a message behind its head
+_CONSTANTS: dict[bytes, tuple[bool | None]] = {
+    _MAGIC + pack("6I", 1, 0, 0, 0, 0, 0) + bytes((op,)): (value,) for op, value in ((NONE, None), (TRUE, True), (FALSE, False))
+}
+_CONSTANT_MESSAGES = {value: message for message, (value,) in _CONSTANTS.items()}
+_INT_HEAD = _MAGIC + pack("6I", 1, 0, 8, 0, 0, 0) + bytes((INT,))
+_FLOAT_HEAD = _MAGIC + pack("6I", 1, 0, 0, 8, 0, 0) + bytes((FLOAT,))
+_INT_MESSAGE, _FLOAT_MESSAGE = Struct(f"={len(_INT_HEAD)}sq"), Struct(f"={len(_FLOAT_HEAD)}sd")
+_STR_HEAD = Struct(f"={len(_MAGIC)}s6IcI")
+
+
+def _scalar_message(value: Any) -> bytes | None:
+    """The message of None, a bool, an int, a float or a short text; None for another value."""
+    kind = type(value)
+    if kind is int:
+        return _INT_MESSAGE.pack(_INT_HEAD, value) if _I64_MIN <= value <= _I64_MAX else None
+    if kind is str:
+        if len(value) > _SHORT:
+            return None
+        text: bytes = value.encode("utf-8", "surrogatepass")
+        return _STR_HEAD.pack(_MAGIC, 1, 4, 0, 0, len(text), 0, b"s", len(value)) + text
+    if kind is float:
+        return _FLOAT_MESSAGE.pack(_FLOAT_HEAD, value)
+    return _CONSTANT_MESSAGES[value] if value is None or kind is bool else None
+
+
+def _scalar_of(data: bytes) -> tuple[Any] | None:
+    """(value,) of a message that is a scalar alone; None for every other one, well formed or not."""
+    if data[: len(_INT_HEAD)] == _INT_HEAD and len(data) == _INT_MESSAGE.size:
+        return (_INT_MESSAGE.unpack(data)[1],)
+    if data[: len(_FLOAT_HEAD)] == _FLOAT_HEAD and len(data) == _FLOAT_MESSAGE.size:
+        return (_FLOAT_MESSAGE.unpack(data)[1],)
+    if len(data) >= _STR_HEAD.size and data[_HEAD] == STR:
+        magic, *lengths, _, characters = _STR_HEAD.unpack_from(data)
+        text = str(data[_STR_HEAD.size :], "utf-8", "surrogatepass")
+        is_whole = lengths == [1, 4, 0, 0, len(data) - _STR_HEAD.size, 0] and characters == len(text)
+        return (text,) if magic == _MAGIC and is_whole else None
+    return _CONSTANTS.get(data)
 
 
 class _Refused(Exception):

@@ -13,7 +13,6 @@ import _socket
 import errno
 import fcntl
 import gc
-import marshal
 import os
 import select
 import sys
@@ -40,7 +39,7 @@ Py_file_input, PyCF_SOURCE_IS_UTF8 = 257, 0x100  # Python's compile.h
 CO_GENERATOR, CO_ASYNC_GENERATOR = 0x20, 0x200  # the module inspect has them, and is heavy
 
 refusals: Refusals | None = None  # of files
-rehearsal = b""  # a job for `rehearse`, where jobs are calls: see sandbox.engine.zygote
+rehearsal = b""  # the message of a job for `rehearse`, where jobs are calls: see sandbox.engine.zygote
 will_compile = False  # whether jobs are sources
 
 
@@ -65,13 +64,11 @@ def run(
         if will_compile and not poll_for(job, 0):
             compiled(b"", "")  # for the same reason as `rehearse`
         if rehearsal and not poll_for(job, REST_MS):
-            rehearse()
-        received = receive_job(job)
+            rehearse(recipe["environment"])
+        received = channel.receive_job(job)
         if received is None:
             os._exit(0)
-        instruction, payload = received
-        take_on(job, instruction, recipe["environment"])
-        status = KINDS[instruction["kind"]](job, instruction, payload)
+        status = serve(job, *received, recipe["environment"])
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
@@ -123,16 +120,24 @@ def poll_for(job: _socket.socket, milliseconds: int) -> bool:
     return bool(poll.poll(milliseconds))
 
 
-def rehearse() -> None:
+class Nobody:
+    """In place of the socket to a caller."""
+
+    def send(self, data: bytes) -> int:
+        return len(data)
+
+
+def rehearse(environment: dict[str, str]) -> None:
     """Go through what a call goes through, while there is none: each page of the zygote's that a process writes to has to be
     copied first, and that takes longer than all else that it does for a small call."""
-    import pickle
+    serve(Nobody(), *channel.read_job(rehearsal), environment)  # type: ignore[arg-type]
+    gc.disable()
 
-    from sandbox.engine import codec
 
-    function, arguments, _ = pickle.loads(rehearsal)
-    codec.encode(function(*arguments))
-    flush()
+def serve(job: _socket.socket, instruction: dict[str, Any], payload: bytes | bytearray, environment: dict[str, str]) -> int:
+    """Do a job, and return the exit status."""
+    take_on(job, instruction, environment)
+    return KINDS[instruction["kind"]](job, instruction, payload)
 
 
 def own_rlimits(recipe: dict[str, Any], ids: dict[str, Any]) -> list[list[Any]]:
@@ -160,32 +165,14 @@ def self_probe(recipe: dict[str, Any]) -> str:
     raise OSError(errno.ENOTRECOVERABLE, "Landlock let a forbidden write through", path)
 
 
-def receive_job(job: _socket.socket) -> tuple[dict[str, Any], bytearray] | None:
-    """(instruction, payload); None when there will be none."""
-    head: Any
-    head, memory = channel.receive_instruction(job, 1)
-    if head is None:
-        return None
-    payload = bytearray(head["data"] or head["size"])
-    for fd in memory:
-        view, read = memoryview(payload), 0
-        while read < len(view):
-            read += os.preadv(fd, [view[read:]], read)
-        view.release()
-        os.close(fd)
-    instruction = marshal.loads(payload[: head["header"]])
-    del payload[: head["header"]]
-    return instruction, payload
-
-
 def take_on(job: _socket.socket, instruction: dict[str, Any], environment: dict[str, str]) -> None:
     """What of the process depends on the job: folder, environment, which modules it may import.
 
-    `environment` is that of the recipe, which the zygote has set already.
+    `environment` is that of the recipe, which the zygote has set already; a job without another says None.
     """
     os.chdir(instruction["cwd"])
     wanted = instruction["environment"]
-    if wanted != environment:
+    if wanted is not None and wanted != environment:
         for name in os.environ.keys() - wanted.keys():
             del os.environ[name]
         for name, value in wanted.items():
@@ -261,7 +248,7 @@ def flush() -> None:
 # -- a file, as `python FILE ARGS` would run it ------------------------------------------------------------------------
 
 
-def run_file(job: _socket.socket, instruction: dict[str, Any], source: bytearray) -> int:
+def run_file(job: _socket.socket, instruction: dict[str, Any], source: bytes | bytearray) -> int:
     """Run `source` as `__main__`; returns the exit status that `python` would have."""
     path = instruction["path"]
     sys.argv = [path, *instruction["argv"]]
@@ -347,13 +334,17 @@ def finalize() -> None:
 # -- a call ------------------------------------------------------------------------------------------------------------
 
 
-def run_call(job: _socket.socket, instruction: dict[str, Any], payload: bytearray) -> int:
-    """Call a pickled function and send its value; the status is 0 also where it raised: the reply tells."""
-    import pickle
+def run_call(job: _socket.socket, instruction: dict[str, Any], payload: bytes | bytearray) -> int:
+    """Call a pickled function and send its value; the status is 0 also where it raised: the reply tells. Arguments that are
+    plain are in the instruction."""
+    from pickle import loads  # the zygote has it: see sandbox.engine.service.CALL_MODULES
 
     def value() -> object:
-        function, arguments, keywords = pickle.loads(payload)
-        payload.clear()
+        nonlocal payload
+        function, arguments, keywords = loads(payload)
+        payload = b""
+        if instruction["plain"] is not None:
+            arguments, keywords = instruction["plain"]
         result = function(*arguments, **keywords)
         if instruction["coroutine"]:
             import asyncio
@@ -364,7 +355,7 @@ def run_call(job: _socket.socket, instruction: dict[str, Any], payload: bytearra
     return reply(job, value, instruction["max_bytes"])
 
 
-def run_function(job: _socket.socket, instruction: dict[str, Any], source: bytearray) -> int:
+def run_function(job: _socket.socket, instruction: dict[str, Any], source: bytes | bytearray) -> int:
     """Load `source` as a module and call the first of its functions that the instruction names.
 
     With `env` in the instruction it is a plugin of a plugin folder: a function whose first parameter is called env or
@@ -400,7 +391,7 @@ def run_function(job: _socket.socket, instruction: dict[str, Any], source: bytea
 # -- a session ---------------------------------------------------------------------------------------------------------
 
 
-def run_session(job: _socket.socket, instruction: dict[str, Any], payload: bytearray) -> int:
+def run_session(job: _socket.socket, instruction: dict[str, Any], payload: bytes | bytearray) -> int:
     """Prepare, and then serve one request after the other until the caller hangs up; what they leave behind stays.
 
     A session of functions is prepared by the function in `payload`, if there is one: what that returns is the state. One of a
@@ -449,7 +440,7 @@ def run_session(job: _socket.socket, instruction: dict[str, Any], payload: bytea
             del codes[number]
         return known[number] if request["keeps"] else known.pop(number)
 
-    def serve(request: dict[str, Any], pickled: bytearray) -> object:
+    def answer(request: dict[str, Any], pickled: bytes | bytearray) -> object:
         function = function_of(request)
         arguments, keywords = pickle.loads(pickled)[1:] if pickled else (request["args"], request["kwargs"])
         first = {"": (), "state": (state,), "env": (instruction["env"],)}[wants(function) if module else request["wants"]]
@@ -457,8 +448,8 @@ def run_session(job: _socket.socket, instruction: dict[str, Any], payload: bytea
 
     try:
         send_outcome(job, prepare, most)
-        while (received := receive_job(job)) is not None:
-            send_outcome(job, lambda: serve(*received), most)
+        while (received := channel.receive_job(job)) is not None:
+            send_outcome(job, lambda: answer(*received), most)
     except SystemExit as stop:
         return exit_status(stop.code)
     if runner is not None:
@@ -486,7 +477,7 @@ def first_package_folder() -> int:
     return inside[-1] + 1 if inside else len(sys.path)
 
 
-def load_module(name: str, path: str, source: bytearray, *, keeps_names: bool) -> Any:
+def load_module(name: str, path: str, source: bytes | bytearray, *, keeps_names: bool) -> Any:
     """Execute `source`, the content of `path`, as the module `name`, a package if the file is an __init__.py.
 
     With `keeps_names` one that is called like a module of the library's becomes plugin_NAME.
@@ -595,8 +586,11 @@ def send_in_memory(job: _socket.socket, data: bytes) -> None:
 
 def send_frames(job: _socket.socket, kind: bytes, data: bytes) -> None:
     """A whole reply. Where the plugin has closed the socket, the caller sees an end without a reply."""
-    view = memoryview(data)
     try:
+        if 0 < len(data) <= channel.FRAME:
+            job.send(kind.upper() + data)
+            return
+        view = memoryview(data)
         for start in range(0, len(view), channel.FRAME):
             last = start + channel.FRAME >= len(view)
             job.send((kind.upper() if last else kind) + view[start : start + channel.FRAME])
@@ -623,7 +617,7 @@ def send_error(job: _socket.socket, error: BaseException) -> None:
     send_frames(job, channel.REPLY_ERROR, failure.encode(error))
 
 
-KINDS: dict[str, Callable[[_socket.socket, dict[str, Any], bytearray], int]] = {
+KINDS: dict[str, Callable[[_socket.socket, dict[str, Any], bytes | bytearray], int]] = {
     "run": run_file,
     "call": run_call,
     "function": run_function,

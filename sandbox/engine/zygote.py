@@ -72,6 +72,11 @@ CALLS = (
     *("close_range", "openat2", "pidfd_getfd"),
     *("socket", "connect", "bind", "listen", "sendto", "sendmsg", "sendmmsg", "setsockopt"),  # see sandbox.engine.sockets
 )
+# What a worker does to be ready for its call: one of these settings, which are not the call's.
+REHEARSAL: dict[str, object] = {
+    **{"kind": "call", "cwd": "/", "environment": None, "allowed_modules": [], "blocked_modules": [], "hosts": {}},
+    **{"max_bytes": 1 << 20, "coroutine": False},
+}
 # For the preloads: a process with threads cannot be forked safely.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # Seconds that the wardens get to end by themselves when the caller has gone.
@@ -98,7 +103,8 @@ def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> Non
         __import__(module)
     if "cloudpickle" in modules:
         function = eval("lambda value: value", {})  # of no module, so that all of it travels
-        worker.rehearsal = sys.modules["cloudpickle"].dumps((function, (7,), {}))
+        pickled = sys.modules["cloudpickle"].dumps((function, (), {}))
+        worker.rehearsal = channel.job({**REHEARSAL, "plain": ((7,), {})}, pickled)
     forkhooks.end()
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("a preloaded module has started a thread: a process with threads cannot be forked safely")
