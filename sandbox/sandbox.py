@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import errno
 import os
+import select
 import sys
 import uuid
 import weakref
@@ -1128,7 +1129,10 @@ class _Run:
         self.worker: Worker | None = None
         self.violations: list[SandboxViolation] = []
         self._sealed = promise()
-        self._returned = promise()  # when it has a value, or at its end
+        self._loop: asyncio.AbstractEventLoop | None = None  # on which it is executed
+        self._returned: asyncio.Future[None] | None = None  # there, when it has a value, or at its end
+        self._is_listening = False  # there, to the worker
+        self._sources: select.poll | None = None  # of what the engine would have to tell before a value
         self.has_value = False  # before its end
         self._done = promise()
         self._lingers: Timer | None = None
@@ -1153,14 +1157,70 @@ class _Run:
         self, instruction: dict[str, object], payload: bytes, seconds: float, conversation: Conversation | None
     ) -> None:
         """Send the job and wait for its value, or for the end of everything; a cancelled caller kills it first."""
-        assert self.owner._service is not None
-        self.owner._service.post(self._send, instruction, payload, seconds, conversation)
+        service = self.owner._service
+        assert service is not None
+        self._loop = asyncio.get_running_loop()
+        self._returned = self._loop.create_future()
+        job = instruction, payload, seconds
         try:
-            await asyncio.wrap_future(self._returned)
-        except asyncio.CancelledError:
-            self.owner._service.post(self.call.kill, "cancelled")
-            await self.ends()
+            if conversation is not None or len(payload) > channel.SMALL or not service.here(self._send_and_lend, *job):
+                service.post(self._send, *job, conversation)
+            elif self.call.is_lent:
+                self._is_listening = True
+                self._loop.add_reader(self.call.job.fileno(), self._heard)
+            await self._returned
+        except BaseException as error:  # also a signal's, at any place
+            service.post(self.call.kill, "cancelled")
+            self._stop_listening()
+            if isinstance(error, asyncio.CancelledError):
+                await self.ends()
             raise
+
+    # On the caller's loop. Where a value is all that there is to be told, it has come here with one wake, not two.
+
+    def _heard(self) -> None:
+        """The worker has said something, or has gone: one frame is read here, and more is the engine's."""
+        assert self.owner._service is not None
+        if not self.owner._service.here(self._take) or not self.has_value:
+            self._stop_listening()
+
+    def _take(self) -> None:
+        """With the engine's turn."""
+        if self.call.done or self.has_value:
+            return  # which is told
+        try:
+            frame = channel.receive_frame(self.call.job)
+        except BlockingIOError:
+            return
+        if self.call.take_value(frame, unless=not self._is_quiet()):
+            self._returns()
+            self._wake()
+            assert self._loop is not None
+            self._loop.call_soon(self._stop_listening)  # when the caller has its value
+
+    def _is_quiet(self) -> bool:
+        """Whether nothing has to be told before a value: see `_on_reply`."""
+        assert self._sources is not None
+        recorder = self.owner._recorder
+        return (
+            self.owner._returns_early
+            and not self.violations
+            and not self.call.cause
+            and not self._sources.poll(0)
+            and (recorder is None or recorder.is_quiet())
+        )
+
+    def _stop_listening(self) -> None:
+        if self._is_listening:
+            assert self._loop is not None
+            assert self.owner._service is not None
+            self._is_listening = False
+            self._loop.remove_reader(self.call.job.fileno())
+            self.owner._service.post(self.call.give_back)
+
+    def _wake(self) -> None:
+        if self._returned is not None and not self._returned.done():
+            self._returned.set_result(None)
 
     async def ends(self) -> None:
         """Wait for the end of everything."""
@@ -1185,7 +1245,19 @@ class _Run:
         stream.write(shown.decode("utf-8", "backslashreplace"))
         stream.flush()
 
-    # In the engine's thread:
+    # In the engine's thread, or with its turn:
+
+    def _send_and_lend(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
+        """For who will listen to the worker: the job is on its way before anything that can wait."""
+        self._sources = select.poll()
+        if self.call.lend():
+            for fd in (self.call.sandbox.violations.fileno(), *self.worker_streams()):
+                self._sources.register(fd, select.POLLIN)
+        self._send(instruction, payload, seconds, None)
+
+    def worker_streams(self) -> list[int]:
+        assert self.worker is not None
+        return self.worker.streams.open_ends()
 
     def _send(self, instruction: dict[str, object], payload: bytes, seconds: float, conversation: Conversation | None) -> None:
         if not self.call.done:
@@ -1254,9 +1326,20 @@ class _Run:
             return
         self.owner._recording_catches_up()
         if not call.cause:
-            self._lingers = call.loop.call_later(LINGER, call.kill, "returned")
-            self.has_value = True
-            self._returned.set_result(None)
+            self._returns()
+            self._tell_caller()
+
+    def _returns(self) -> None:
+        """Its value may be had; what is left of it gets no more than this."""
+        self._lingers = self.call.loop.call_later(LINGER, self.call.kill, "returned")
+        self.has_value = True
+
+    def _tell_caller(self) -> None:
+        if self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._wake)
+            except RuntimeError:
+                pass  # it is closed: nobody waits any more
 
     def _on_done(self) -> None:
         for key, fields in self.call.violations.items():
@@ -1275,9 +1358,9 @@ class _Run:
             if self.owner._recovery is not None:
                 self.owner._recovery.ended(self.call, self.violations)
         finally:
-            for told in (self._done, self._returned):
-                if not told.done():
-                    told.set_result(None)
+            if not self._done.done():
+                self._done.set_result(None)
+            self._tell_caller()
 
     def _on_violation(self, fields: dict[str, str]) -> None:
         violation = outcome.describe_violation(fields, self.call.sandbox)

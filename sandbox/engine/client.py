@@ -54,6 +54,7 @@ NOTES = 6000  # about those that are read: of 256 different refusals 2 ** 23 eac
 REFUSALS = 10_000  # refused calls after which a plugin only burns our time and is ended
 CLOCK_REALTIME_COARSE = 5  # linux/time.h
 GRACE = 5.0  # seconds that a zygote has to kill a warden, or to leave, before it is killed itself
+WHOLE_VALUE = channel.REPLY_VALUE.upper()  # of a frame
 NONSENSE = "the sandbox's {} says what makes no sense, and its sandbox was ended: report this as a bug of psie"
 # Of the messages that are understood here: what each must have, which fields are whole numbers wherever they are, and which
 # are times.
@@ -151,11 +152,15 @@ def mend_of(number: int) -> str:
 
 def hang_up(sock: _socket.socket) -> None:
     """Close for all who have it: a fork of the caller may hold a copy."""
+    shut_down(sock)
+    sock.close()
+
+
+def shut_down(sock: _socket.socket) -> None:
     try:
         sock.shutdown(SHUT_RDWR)
     except OSError:
         pass  # the other end has gone already
-    sock.close()
 
 
 def close_fds(fds: Sequence[int]) -> None:
@@ -903,7 +908,7 @@ class Call:
         self.file_operations = 0  # where that is the cause
         self.hidden = ""  # a folder in which nobody could count them, where that is
         self.reply_kind = b""
-        self.reply: bytearray | memoryview = bytearray()
+        self.reply: bytes | bytearray | memoryview = bytearray()
         self.reply_complete = False
         self.strays = 0  # frames that belong to no reply
         self.notes = 0  # about files and names
@@ -928,7 +933,8 @@ class Call:
         self._memory, self._memory_size = -1, 0  # fd of the file in which the value will be, if it is large; its bytes
         self._lent: list[int] = []  # fds of a session's large jobs: see sandbox.engine.channel
         self._waiting: loops.Patience | None = None  # for the warden
-        self.loop.add_reader(self.job.fileno(), self._job_readable)
+        self._left: bytes | None = None  # a frame that was read there and is to be read here
+        self.is_lent = False  # the job's socket, to its caller's loop, which reads it and has to give it back: see `lend`
 
     def sealed(self, fields: dict[str, str]) -> None:
         try:
@@ -953,10 +959,44 @@ class Call:
 
     def send_job(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
         """Let the worker begin; from now on the warden's clock runs for `seconds`. The worker, which has more to do, is told
-        first."""
+        first. Its reply is read here, unless the socket is lent."""
         self._hand_over(instruction, payload)
         if not self.cause:
             self._deadline(seconds)
+        if not self.is_lent:
+            self._listen()
+
+    def lend(self) -> bool:
+        """Let the caller's loop look into the job's socket for the first frame of the reply, so that a value which is no more
+        than that need not pass through ours. It closes nothing, and gives the socket back by `give_back`."""
+        self.is_lent = not self.done and self.job.fileno() >= 0
+        return self.is_lent
+
+    def give_back(self) -> None:
+        """The job's socket is ours again, and what was read there and not taken."""
+        self.is_lent = False
+        if self.done:
+            self._close_job()
+        elif not self.reply_complete:
+            self._listen()
+            self._read_left()
+
+    def take_value(self, frame: bytes, *, unless: bool) -> bool:
+        """Take a frame that is the whole reply, and a value; every other one is left to us, and all `unless` that is False."""
+        if unless or not self._is_value(frame):
+            self._left = frame
+            return False
+        self.reply_kind, self.reply, self.reply_complete = channel.REPLY_VALUE, frame[1:], True
+        self.reply_size = len(self.reply)
+        return True
+
+    def _is_value(self, frame: bytes) -> bool:
+        is_first = self.awaits and not self.reply_kind and not self.strays and self._memory < 0
+        return is_first and len(frame) > 1 and frame[:1] == WHOLE_VALUE and len(frame) - 1 <= self.reply_limit
+
+    def _listen(self) -> None:
+        if not self.done and self.job.fileno() >= 0:
+            self.loop.add_reader(self.job.fileno(), self._job_readable)
 
     def begin_session(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
         """Let the worker begin a session: it prepares itself, and serves requests until `end_session`.
@@ -968,6 +1008,7 @@ class Call:
         self._set_clock(monotonic())
         self._deadline(seconds, [self.clock])
         self._hand_over(instruction, payload)
+        self._listen()
 
     def request(self, instruction: dict[str, object], payload: bytes) -> None:
         """The session is to do this next; nothing if it has ended."""
@@ -1051,10 +1092,13 @@ class Call:
             data = channel.receive_frame(self.job)
         except BlockingIOError:
             return
-        if not data:
+        self._read(data)
+
+    def _read(self, data: bytes) -> None:
+        if data:
+            self._frame(data[:1], data[1:])
+        else:
             self._close_job()
-            return
-        self._frame(data[:1], data[1:])
 
     def _frame(self, kind: bytes, data: bytes) -> None:
         """One frame of the reply. What belongs to no reply is nobody's; who sends much of it is not listened to any more."""
@@ -1190,7 +1234,13 @@ class Call:
             self.violation({"nr": NAME, "arg0": f"{host}:{port}", **what, **where, "count": count, "call": str(self.number)})
         return True
 
+    def _read_left(self) -> None:
+        frame, self._left = self._left, None
+        if frame is not None:
+            self._read(frame)
+
     def _drain_job(self) -> None:
+        self._read_left()
         while self.job.fileno() >= 0:
             try:
                 data = channel.receive_frame(self.job)
@@ -1201,7 +1251,9 @@ class Call:
             self._frame(data[:1], data[1:])
 
     def _close_job(self) -> None:
-        if self.job.fileno() >= 0:
+        if self.is_lent:
+            shut_down(self.job)  # it is closed when it is given back
+        elif self.job.fileno() >= 0:
             self.loop.remove_reader(self.job.fileno())
             hang_up(self.job)
 

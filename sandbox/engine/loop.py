@@ -61,6 +61,7 @@ class PollLoop:
         self.writers: dict[int, Callable[[], Any]] = {}
         self.watched: set[int] = set()  # by epoll
         self.always: dict[int, int] = {}  # what it refuses, and what is wanted of that
+        self.fresh: set[int] = set()  # registered since the last look
         self.timers: list[PollTimer] = []  # a heap; those that were cancelled stay for a while
         self.most_timers = TIMERS
 
@@ -87,6 +88,7 @@ class PollLoop:
 
     def add_reader(self, fd: int, callback: Callable[..., Any], *args: Any) -> None:
         self.readers[fd] = lambda: callback(*args)
+        self.fresh.add(fd)
         self._register(fd)
 
     def remove_reader(self, fd: int) -> bool:
@@ -97,6 +99,7 @@ class PollLoop:
 
     def add_writer(self, fd: int, callback: Callable[..., Any], *args: Any) -> None:
         self.writers[fd] = lambda: callback(*args)
+        self.fresh.add(fd)
         self._register(fd)
 
     def remove_writer(self, fd: int) -> bool:
@@ -126,10 +129,13 @@ class PollLoop:
         if self.timers:
             due = max(0.0, self.timers[0].when - monotonic())
             wait = due if wait is None else min(wait, due)
+        self.fresh.clear()
+        told = self._wait(wait)
         # A callback may close descriptors, and another one open others of the same number: those have not been heard of yet.
         heard = [
             (event, fd, self.readers.get(fd), self.writers.get(fd))
-            for fd, event in (*self.epoll.poll(wait), *self.always.items())
+            for fd, event in (*told, *self.always.items())
+            if fd not in self.fresh
         ]
         now = monotonic()
         while self.timers and self.timers[0].when <= now:
@@ -143,6 +149,10 @@ class PollLoop:
                 reader()
             if event & ~select.EPOLLIN and writer is not None and self.writers.get(fd) is writer:
                 writer()
+
+    def _wait(self, wait: float | None) -> list[tuple[int, int]]:
+        """The next events, after at most so many seconds."""
+        return self.epoll.poll(wait)
 
     def close(self) -> None:
         """Nothing is waited for any more."""

@@ -20,6 +20,7 @@ from sandbox.engine.loop import PollLoop, PollTimer
 from sandbox.engine.spawn import spawn_zygote
 from sandbox.engine.streams import Streams
 from sandbox.errors import ResourceError, SandboxException
+from sandbox.ns import syscalls as sc
 from sandbox.ns import userids
 
 TYPE_CHECKING = False
@@ -41,13 +42,21 @@ CALL_MODULES = (*VALUE_MODULES, "cloudpickle", "traceback")
 
 
 class ThreadLoop(PollLoop):
-    """A PollLoop in a daemon thread; `post` may be called from any thread."""
+    """A PollLoop in a daemon thread; `post` and `here` may be called from any thread.
+
+    What is the loop's, and all that its callbacks work with, is for whoever has the turn: the thread, except while it waits for
+    events. Another one that would have to wake it for a trifle does that itself, which takes less time than to wake a thread.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.turn = threading.Lock()
         self.posted: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self.wake_reader, self.wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.add_reader(self.wake_reader, self._woken)
+        self.alarm = sc.timerfd_create()  # for timers of those who have the turn while the thread waits
+        self.add_reader(self.alarm, self._alarmed)
+        self.wakes_at = float("-inf")  # when the thread does so at the latest, while it waits
         self.thread = threading.Thread(target=self._serve, name="psie engine", daemon=True)
         self.thread.start()
 
@@ -57,6 +66,43 @@ class ThreadLoop(PollLoop):
             os.write(self.wake_writer, b"\0")
         except BlockingIOError:
             pass  # it has enough reasons to wake already
+
+    def here(self, callback: Callable[..., Any], *args: Any) -> bool:
+        """Call back now, in the thread that asks, if nothing else goes on or waits to be done; False otherwise.
+
+        It is for what is short, and waits for nothing.
+        """
+        if self.posted or not self.turn.acquire(blocking=False):
+            return False
+        try:
+            if self.posted:
+                return False  # what has been posted before comes first
+            callback(*args)
+            return True
+        finally:
+            self.turn.release()
+
+    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> PollTimer:
+        timer = super().call_later(delay, callback, *args)
+        if timer.when < self.wakes_at:
+            self.wakes_at = timer.when
+            sc.timerfd_settime(self.alarm, timer.when)
+        return timer
+
+    def _wait(self, wait: float | None) -> list[tuple[int, int]]:
+        self.wakes_at = monotonic() + wait if wait is not None else float("inf")
+        self.turn.release()
+        try:
+            return super()._wait(wait)
+        finally:
+            self.turn.acquire()
+            self.wakes_at = float("-inf")
+
+    def _alarmed(self) -> None:
+        try:
+            os.read(self.alarm, 8)
+        except BlockingIOError:
+            pass  # it has been set anew meanwhile
 
     def is_here(self) -> bool:
         """Whether this is its thread, which must wait for nothing that it has to do itself."""
@@ -72,6 +118,7 @@ class ThreadLoop(PollLoop):
                 sys.excepthook(*sys.exc_info())
 
     def _serve(self) -> None:
+        self.turn.acquire()
         while True:
             try:
                 self.run_once()
@@ -202,7 +249,7 @@ class Service:
     Only a sandbox that needs nothing of its caller's folders, and no look at what names stand for now, can stand ready; its
     fresh workspace is part of it. It is made off the critical path, used once, and let go after IDLE_SECONDS without a use,
     and its zygote with it. With PSIE_STANDING=0 in the environment none stands ready.
-    Every method but `post` and `take` runs in the engine's thread.
+    Every method but `post`, `here` and `take` runs in the engine's thread, or for it: see ThreadLoop.
     """
 
     def __init__(self) -> None:
@@ -213,9 +260,17 @@ class Service:
         self.stocks: dict[int, Stock] = {}  # of the recipes in use, by the identity of their wire form
 
     def post(self, callback: Callable[..., Any], *args: Any) -> None:
+        self._check_process()
+        self.loop.post(callback, *args)
+
+    def here(self, callback: Callable[..., Any], *args: Any) -> bool:
+        """As ThreadLoop.here."""
+        self._check_process()
+        return self.loop.here(callback, *args)
+
+    def _check_process(self) -> None:
         if os.getpid() != self.pid:
             raise ResourceError("this sandbox belongs to the process that opened it: after a fork open a new one")
-        self.loop.post(callback, *args)
 
     def open(self, recipe: Recipe, wire: dict[str, Any], resolved: dict[str, Any], holder: Holder | None = None) -> Worker:
         """A worker in a new sandbox of its own; `resolved` is of its network access, see sandbox.network.resolve, `holder`

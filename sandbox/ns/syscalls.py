@@ -11,6 +11,7 @@ from __future__ import annotations
 import _signal as signal  # signal.py would import enum, which nothing else on this side needs
 import os
 import sys
+from struct import Struct
 
 from sandbox.ns import native
 
@@ -61,6 +62,10 @@ RESOLVE_BENEATH = 0x08
 RENAME_NOREPLACE = 1 << 0
 RENAME_EXCHANGE = 1 << 1
 
+
+CLOCK_MONOTONIC = 1
+TFD_TIMER_ABSTIME = 1
+ITIMERSPEC = Struct("@4l")  # interval and moment, in seconds and nanoseconds each
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -227,6 +232,17 @@ def mount_setattr(tree: int, attributes: int, *, recursive: bool, what: str, use
     mount_attr = (native.c_uint64 * 4)(attributes, 0, 0, user_namespace)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     syscall("mount_setattr", tree, b"", flags, native.byref(mount_attr), native.sizeof(mount_attr), what=what)
+
+
+def timerfd_create() -> int:
+    """A descriptor that can be read from a moment on, by CLOCK_MONOTONIC; timerfd_create(2)."""
+    return check(_libc.timerfd_create(CLOCK_MONOTONIC, os.O_CLOEXEC | os.O_NONBLOCK))
+
+
+def timerfd_settime(fd: int, moment: float) -> None:
+    """`moment` as time.monotonic has it, in seconds; 0 for none."""
+    seconds, rest = divmod(int(moment * 1e9), 1_000_000_000)
+    check(_libc.timerfd_settime(fd, TFD_TIMER_ABSTIME, ITIMERSPEC.pack(0, 0, seconds, rest), None))
 
 
 def open_beneath(folder: int, path: str, flags: int, *, mode: int = 0) -> int:
