@@ -591,7 +591,7 @@ class EnhancedPluginSandbox:
         run.call.sandbox.line.is_about(remembered.name)
         run.call.source_file = file
         try:
-            await run.execute(instruction, payload, self.limits.max_execution_time_seconds, conversation)
+            await run.execute(instruction, payload, conversation)
         finally:
             if run.has_value:
                 self._ending[run] = remembered
@@ -1153,18 +1153,16 @@ class _Run:
             await asyncio.wrap_future(self._sealed)
         self._sealed.result()
 
-    async def execute(
-        self, instruction: dict[str, object], payload: bytes, seconds: float, conversation: Conversation | None
-    ) -> None:
+    async def execute(self, instruction: dict[str, object], payload: bytes, conversation: Conversation | None) -> None:
         """Send the job and wait for its value, or for the end of everything; a cancelled caller kills it first."""
         service = self.owner._service
         assert service is not None
         self._loop = asyncio.get_running_loop()
         self._returned = self._loop.create_future()
-        job = instruction, payload, seconds
+        is_small = conversation is None and len(payload) <= channel.SMALL
         try:
-            if conversation is not None or len(payload) > channel.SMALL or not service.here(self._send_and_lend, *job):
-                service.post(self._send, *job, conversation)
+            if not is_small or not service.here(self._send_and_lend, instruction, payload):
+                service.post(self._send, instruction, payload, conversation)
             elif self.call.is_lent:
                 self._is_listening = True
                 self._loop.add_reader(self.call.job.fileno(), self._heard)
@@ -1247,26 +1245,26 @@ class _Run:
 
     # In the engine's thread, or with its turn:
 
-    def _send_and_lend(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
+    def _send_and_lend(self, instruction: dict[str, object], payload: bytes) -> None:
         """For who will listen to the worker: the job is on its way before anything that can wait."""
         self._sources = select.poll()
         if self.call.lend():
             for fd in (self.call.sandbox.violations.fileno(), *self.worker_streams()):
                 self._sources.register(fd, select.POLLIN)
-        self._send(instruction, payload, seconds, None)
+        self._send(instruction, payload, None)
 
     def worker_streams(self) -> list[int]:
         assert self.worker is not None
         return self.worker.streams.open_ends()
 
-    def _send(self, instruction: dict[str, object], payload: bytes, seconds: float, conversation: Conversation | None) -> None:
+    def _send(self, instruction: dict[str, object], payload: bytes, conversation: Conversation | None) -> None:
         if not self.call.done:
             self._recorded = self.owner._recording_begins(self.call)
         if conversation is None:
             self.call.on_reply = self._on_reply
-            self.call.send_job(instruction, payload, seconds)
+            self.call.send_job(instruction, payload)
         else:
-            conversation.begin(self, instruction, payload, seconds)
+            conversation.begin(self, instruction, payload)
         recipe = self.call.sandbox.recipe
         if not self.call.done and recipe.monitoring["real_time"]:
             self._watch_timer = self.call.loop.call_later(client.WATCH_AFTER, self._watch)

@@ -43,10 +43,10 @@ class Conversation:
 
     # In the engine's thread:
 
-    def begin(self, run: _Run, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
+    def begin(self, run: _Run, instruction: dict[str, object], payload: bytes) -> None:
         self.run = run
         run.call.on_reply = lambda call: self._replied()
-        run.call.begin_session(instruction, payload, seconds)
+        run.call.begin_session(instruction, payload)
 
     def request(self, file: str, instruction: dict[str, object], payload: bytes) -> None:
         if self.run is not None and self.run.worker is not None:

@@ -346,7 +346,7 @@ class Session:
 
         def send(sealed: client.Call) -> None:
             self.job_sent, self.job_time = monotonic(), time()
-            sealed.send_job(instruction, payload, self.recipe.limits["seconds"])
+            sealed.send_job(instruction, payload)
             if self.recipe.monitoring["real_time"]:
                 self.loop.call_later(client.WATCH_AFTER, self._begin_watch)
             if self._may_show():

@@ -664,10 +664,14 @@ class Sandbox:
         call = Call(self, self.next_call)
         self.next_call += 1
         self.calls[call.number] = call
+        seconds, grace = float(self.recipe.limits["seconds"]), float(self.recipe.monitoring["grace_seconds"])
+        call.seconds, call.first_look = seconds + grace, min(seconds, channel.FIRST_LOOK)
         if self.error is not None:
             call.fail(self.error)
         else:
-            self._instruct({"op": "call", "call": call.number, "tty": tty}, [call.inside.fileno(), *stdio])
+            clock = {"seconds": seconds, "grace": grace, "first_look": call.first_look}
+            fds = [call.clock, call.inside.fileno(), *stdio]
+            self._instruct({"op": "call", "call": call.number, "tty": tty, **clock}, fds)
             call.expect("a worker was to stand")
         call.inside.close()
         return call
@@ -894,6 +898,8 @@ class Call:
     """
 
     def __init__(self, sandbox: Sandbox, number: int) -> None:
+        from sandbox.ns import syscalls as sc
+
         self.sandbox = sandbox
         self.loop = sandbox.loop
         self.number = number
@@ -924,8 +930,10 @@ class Call:
         self.on_done: Callable[[Call], None] | None = None
         self.on_violation: Callable[[Call, dict[str, str]], None] | None = None
         self.on_reply: Callable[[Call], None] | None = None  # of a session: for each reply
-        self.clock = -1  # of a session: see sandbox.engine.warden.Call
-        self.seconds = 0.0  # that a call of it may take
+        self.is_session = False
+        self.clock = sc.timerfd_create()  # see sandbox.engine.channel.FIRST_LOOK
+        self.seconds = 0.0  # that a call may take
+        self.first_look = 0.0  # seconds after which the warden looks
         self.has_job = False
         self.awaits = False  # a reply: what comes else is nobody's
         self.source_file = ""  # where the caller's own code of this call lies, for its traceback
@@ -957,12 +965,17 @@ class Call:
         if self.on_sealed is not None:
             self.on_sealed(self)
 
-    def send_job(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
-        """Let the worker begin; from now on the warden's clock runs for `seconds`. The worker, which has more to do, is told
-        first. Its reply is read here, unless the socket is lent."""
+    def send_job(self, instruction: dict[str, object], payload: bytes) -> None:
+        """Let the worker begin, if it is there; from now on the warden's clock runs. Its reply is read here, unless the socket is
+        lent."""
+        if self.done:
+            return
+        self._set_clock(monotonic())
         self._hand_over(instruction, payload)
         if not self.cause:
-            self._deadline(seconds)
+            self.expect("a call was to end", self.seconds)
+            self.has_job = self.awaits = True
+            self.sandbox.line.tell(board.RUNNING)
         if not self.is_lent:
             self._listen()
 
@@ -998,17 +1011,15 @@ class Call:
         if not self.done and self.job.fileno() >= 0:
             self.loop.add_reader(self.job.fileno(), self._job_readable)
 
-    def begin_session(self, instruction: dict[str, object], payload: bytes, seconds: float) -> None:
+    def begin_session(self, instruction: dict[str, object], payload: bytes) -> None:
         """Let the worker begin a session: it prepares itself, and serves requests until `end_session`.
 
-        Its preparation and each request may take `seconds`; of their beginnings the warden learns from a clock that both
-        have, so that none costs a message. `on_reply(call)` when a reply is complete: take it by `next_reply`.
+        Its preparation and each request may take as long as a call. `on_reply(call)` when a reply is complete: take it by
+        `next_reply`.
         """
-        self.clock = os.memfd_create("psie clock", os.MFD_CLOEXEC)
-        self._set_clock(monotonic())
-        self._deadline(seconds, [self.clock])
-        self._hand_over(instruction, payload)
-        self._listen()
+        self.is_session = True
+        self.sandbox._instruct({"op": "session", "call": self.number})
+        self.send_job(instruction, payload)
 
     def request(self, instruction: dict[str, object], payload: bytes) -> None:
         """The session is to do this next; nothing if it has ended."""
@@ -1021,7 +1032,7 @@ class Call:
 
     def next_reply(self) -> Answer:
         """The reply that is complete; the next one may come."""
-        self._set_clock(0.0)
+        self._set_clock(None)
         if self._waiting is not None:
             self._waiting.cancel()
         answer = Answer(self)
@@ -1039,16 +1050,11 @@ class Call:
             self.expect("a call was to end", self.seconds)
             self._close_job()
 
-    def _set_clock(self, moment: float) -> None:
-        os.pwrite(self.clock, channel.CLOCK.pack(moment), 0)
+    def _set_clock(self, began: float | None) -> None:
+        """The worker has something to do since that moment, or nothing."""
+        from sandbox.ns import syscalls as sc
 
-    def _deadline(self, seconds: float, clock: Sequence[int] = ()) -> None:
-        grace = float(self.sandbox.recipe.monitoring["grace_seconds"])
-        self.seconds = seconds + grace
-        self.sandbox._instruct({"op": "deadline", "call": self.number, "seconds": seconds, "grace": grace}, clock)
-        self.expect("a call was to end", self.seconds)
-        self.has_job = self.awaits = True
-        self.sandbox.line.tell(board.RUNNING)
+        sc.timerfd_settime(self.clock, began + self.first_look if began is not None else 0, channel.INTERVAL)
 
     def _hand_over(self, instruction: dict[str, object], payload: bytes) -> None:
         """In one message what fits into one, and else in a memory file."""
@@ -1060,7 +1066,7 @@ class Call:
                 return
             header = marshal.dumps(instruction)
             size = len(header) + len(payload)
-            if self._is_session:
+            if self.is_session:
                 self._lent.append(channel.shared(size, lent=True))
                 channel.write(self._lent[-1], (header, payload))
             else:
@@ -1143,7 +1149,7 @@ class Call:
                 self.kill("result")
             return True
         try:
-            self._memory = channel.shared(size + channel.ALIGNMENT, lent=self._is_session)
+            self._memory = channel.shared(size + channel.ALIGNMENT, lent=self.is_session)
             self._memory_size = size
             channel.instruct(self.job, {}, [self._memory])
         except OSError as error:
@@ -1155,10 +1161,10 @@ class Call:
         from sandbox.ns import syscalls as sc
 
         try:
-            if not self._is_session:
+            if not self.is_session:
                 channel.seal(self._memory)
             if len(place) == 1 and place[0] < channel.ALIGNMENT:
-                take = channel.copied if self._is_session else sc.map_privately
+                take = channel.copied if self.is_session else sc.map_privately
                 taken = take(self._memory, self._memory_size + channel.ALIGNMENT)
                 self.reply = taken[place[0] : place[0] + self._memory_size]
                 self.reply_size = self._memory_size
@@ -1168,14 +1174,10 @@ class Call:
 
     def _forget_memory(self) -> None:
         if self._memory >= 0:
-            (channel.take_back if self._is_session else os.close)(self._memory)
+            (channel.take_back if self.is_session else os.close)(self._memory)
             self._memory = -1
         while self._lent:
             channel.take_back(self._lent.pop())
-
-    @property
-    def _is_session(self) -> bool:
-        return self.clock >= 0
 
     def _note(self, data: bytes) -> bool:
         """What the interpreter has refused: a record like the kernel's, which the plugin could forge or leave out."""
@@ -1312,9 +1314,8 @@ class Call:
             self.sandbox.line.tell(board.IDLE)
         self._close_job()
         self._forget_memory()
-        if self.clock >= 0:
-            os.close(self.clock)
-            self.clock = -1
+        os.close(self.clock)
+        self.clock = -1
         if self._waiting is not None:
             self._waiting.cancel()
         if self.on_done is not None:

@@ -57,8 +57,9 @@ class Call:
         self.mounts: int | None = None  # init's mount namespace, held until its end has been told
         self.worker: int | None = None  # a pidfd
         self.deadline: float | None = None
-        self.clock: int | None = None  # of a session: an fd with the time at which what it does now has begun, or 0
-        self.seconds = 0.0  # that each of its calls may take
+        self.clock: int | None = None  # see sandbox.engine.channel.FIRST_LOOK
+        self.first_look = 0.0
+        self.seconds = 0.0  # that it, or of a session each of its calls, may take
         self.grace = 0.0  # seconds from SIGTERM at the deadline to SIGKILL; 0: SIGKILL at once
         self.cause = "exit"
         self.used = 0  # bytes of memory, where that is the cause
@@ -84,6 +85,7 @@ class Warden:
         self.calls: dict[int, Call] = {}  # by pidfd
         self.reports: dict[int, Call] = {}  # by the report socket's fd
         self.listeners: dict[int, Call] = {}  # by the listener's fd, while no supervisor has it
+        self.clocks: dict[int, Call] = {}  # by its fd
         self.poll = select.poll()
         self.reaped: dict[int, int] = {}  # wait statuses of children that were reaped before their turn
         self.supervisor: tuple[int, int, _socket.socket] | None = None  # pid, pidfd, socket
@@ -164,12 +166,13 @@ class Warden:
 
     def call(self, instruction: dict[str, Any], fds: list[int]) -> None:
         number = int(instruction["call"])
+        clock = fds.pop(0)
         shares = self.shares_network
         flags = sum(NAMESPACES[name] for name in self.recipe["namespaces"] if not (shares and name == "net"))
         try:
             report, inside = channel.pair()
         except OSError as error:
-            close_all(fds)
+            close_all([clock, *fds])
             self.report_failure(mounts.LineFailed("call: socket to init", error), number)
             return
         cgroup = self.fds.get("cgroup")
@@ -180,7 +183,7 @@ class Warden:
                 cgroup = leaf.make(own, f"call-{number}", {})  # what a PID namespace does otherwise: end all of the call
             pid, pidfd = sc.clone3(flags, cgroup)
         except OSError as error:
-            for fd in (*fds, report.detach(), inside.detach()):
+            for fd in (clock, *fds, report.detach(), inside.detach()):
                 os.close(fd)
             if own is not None and cgroup != own and cgroup is not None:
                 os.close(cgroup)
@@ -201,6 +204,10 @@ class Warden:
         if cgroup is not None and cgroup != own:
             os.close(cgroup)
         call = Call(number, pid, pidfd, report)
+        call.clock, call.first_look = clock, instruction["first_look"]
+        call.seconds, call.grace = instruction["seconds"], instruction["grace"]
+        self.clocks[clock] = call
+        self.poll.register(clock, select.POLLIN)
         if "mnt" in self.recipe["namespaces"]:
             # While we hold it, init need not wait until it has been torn down.
             try:
@@ -357,6 +364,8 @@ class Warden:
             sc.pidfd_send_signal(call.worker, signal.SIGKILL)
             os.close(call.worker)
         if call.clock is not None:
+            self.poll.unregister(call.clock)
+            del self.clocks[call.clock]
             os.close(call.clock)
         if "cgroup" in self.fds and "pid" not in self.recipe["namespaces"]:
             leaf.remove(self.fds["cgroup"], f"call-{call.number}")
@@ -503,27 +512,41 @@ class Warden:
             return True  # it has ended meanwhile
         if operation == "kill":
             self.kill(call, str(instruction["cause"]))
-        elif operation == "deadline":
-            self.begin_clock(call, float(instruction["seconds"]), float(instruction["grace"]))  # type: ignore[arg-type]
-            call.clock = fds[0] if fds else None
+        elif operation == "session":
+            self.begin_clock(call, monotonic())
         elif operation == "signal" and call.worker is not None:
             sc.pidfd_send_signal(call.worker, int(instruction["signal"]))  # type: ignore[call-overload]
         return True
 
-    def begin_clock(self, call: Call, seconds: float, grace: float) -> None:
-        """The job is on its way: from now on the call's time counts, and its memory is looked at."""
-        now = monotonic()
+    def clock_told(self, call: Call) -> None:
+        """A call has lasted until the first look: from now on it is to end in time, and its memory is looked at."""
+        assert call.clock is not None
+        try:
+            os.read(call.clock, 8)
+        except BlockingIOError:
+            return  # it has been set anew meanwhile
+        began = self.began(call)
+        if began is not None:
+            self.begin_clock(call, began)
+
+    def began(self, call: Call) -> float | None:
+        """When it was given what it does now; None if that is nothing."""
+        left = sc.timerfd_gettime(call.clock) if call.clock is not None else 0.0
+        if not left:
+            return None
+        return monotonic() + left - call.first_look - (channel.INTERVAL if left > call.first_look else 0)
+
+    def begin_clock(self, call: Call, began: float) -> None:
         if all(other.deadline is None for other in self.calls.values()):
-            self.sample_at = now + SAMPLE_SECONDS
-        call.deadline = now + seconds
-        call.seconds = seconds
-        call.grace = grace
+            self.sample_at = began + SAMPLE_SECONDS
+        if call.cause != "timeout":
+            call.deadline = began + call.seconds
 
     def overdue(self, call: Call, now: float) -> None:
         """Its time is over: whoever handles SIGTERM may tidy up for a moment. A session's call may have begun later."""
-        if call.clock is not None and call.cause != "timeout":
-            (began,) = channel.CLOCK.unpack(os.pread(call.clock, channel.CLOCK.size, 0))
-            due = (began or now) + call.seconds
+        if call.cause != "timeout":
+            began = self.began(call)
+            due = (now if began is None else began) + call.seconds
             if due > now:
                 call.deadline = due
                 return
@@ -561,6 +584,8 @@ class Warden:
                     if not event & select.POLLIN or not self.heard(self.reports[fd]):
                         self.poll.unregister(fd)  # init is on its way out; its pidfd tells when it has gone
                         del self.reports[fd]
+                elif fd in self.clocks:
+                    self.clock_told(self.clocks[fd])
                 elif fd in self.listeners:
                     if event & select.POLLIN:
                         self.refused(self.listeners[fd])

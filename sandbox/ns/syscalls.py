@@ -239,10 +239,18 @@ def timerfd_create() -> int:
     return check(_libc.timerfd_create(CLOCK_MONOTONIC, os.O_CLOEXEC | os.O_NONBLOCK))
 
 
-def timerfd_settime(fd: int, moment: float) -> None:
-    """`moment` as time.monotonic has it, in seconds; 0 for none."""
+def timerfd_settime(fd: int, moment: float, interval: int = 0) -> None:
+    """`moment` as time.monotonic has it, in seconds, 0 for none; and every `interval` seconds after that, if there is one."""
     seconds, rest = divmod(int(moment * 1e9), 1_000_000_000)
-    check(_libc.timerfd_settime(fd, TFD_TIMER_ABSTIME, ITIMERSPEC.pack(0, 0, seconds, rest), None))
+    check(_libc.timerfd_settime(fd, TFD_TIMER_ABSTIME, ITIMERSPEC.pack(interval, 0, seconds, rest), None))
+
+
+def timerfd_gettime(fd: int) -> float:
+    """Seconds until it can be read next; 0 for never."""
+    current = ctypes.create_string_buffer(ITIMERSPEC.size)
+    check(_libc.timerfd_gettime(fd, current))
+    _, _, seconds, rest = ITIMERSPEC.unpack(current.raw)
+    return float(seconds + rest / 1e9)
 
 
 def open_beneath(folder: int, path: str, flags: int, *, mode: int = 0) -> int:
