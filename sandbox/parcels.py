@@ -11,6 +11,7 @@ import inspect
 import sys
 import types
 import weakref
+from operator import is_
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 PLAIN = frozenset((int, str, bytes, float, bool, type(None)))  # what marshal carries, and cannot change
 MOST = 256  # things that one of those may depend on
 OF_MODULE = ("__name__", "__package__", "__path__", "__file__")  # globals that travel with every function
-ATTRIBUTES = ("__code__", "__defaults__", "__name__", "__qualname__", "__module__", "__doc__")
 MISSING = object()
 
 
@@ -43,8 +43,7 @@ class Parcel:
         self.is_coroutine = inspect.iscoroutinefunction(function)
         self._function: weakref.ref[Callable[..., Any]] | None = None
         self._globals: list[tuple[dict[str, Any], str, object]] = []
-        self._attributes: list[tuple[types.FunctionType, str, object]] = []
-        self._annotations: list[tuple[types.FunctionType, dict[str, object]]] = []
+        self._functions: list[tuple[types.FunctionType, tuple[object, ...], dict[str, object]]] = []
 
     def watch(self, function: types.FunctionType, by_value: Callable[[str], bool]) -> bool:
         """Take down what its pickled form depends on, before it is made; False where that may change by itself, or cannot be
@@ -62,13 +61,10 @@ class Parcel:
         """Whether it is this function's, and all that it depends on is as it was."""
         if self._function is None or self._function() is not function:
             return False
-        for holder, name, value in self._globals:
-            if holder.get(name, MISSING) is not value:
+        for each, attributes, notes in self._functions:
+            if not is_bare(each) or not are_same(attributes_of(each), attributes) or each.__annotations__ != notes:
                 return False
-        for each, name, value in self._attributes:
-            if getattr(each, name) is not value:
-                return False
-        return all(is_bare(each) and each.__annotations__ == annotations for each, annotations in self._annotations)
+        return all(holder.get(name, MISSING) is value for holder, name, value in self._globals)
 
     def _depend(self, function: types.FunctionType, by_value: Callable[[str], bool]) -> bool:
         waiting, seen = [function], {function}
@@ -76,9 +72,9 @@ class Parcel:
             each = waiting.pop()
             if not is_bare(each) or not all(map(is_name, each.__annotations__.values())) or len(self._globals) > MOST:
                 return False
-            self._attributes += [(each, name, getattr(each, name)) for name in ATTRIBUTES]
-            self._annotations.append((each, dict(each.__annotations__)))
-            if not all(is_constant(getattr(each, name)) for name in ATTRIBUTES if name != "__code__"):
+            attributes = attributes_of(each)
+            self._functions.append((each, attributes, dict(each.__annotations__)))
+            if not all(map(is_constant, attributes[1:])):
                 return False
             for name in (*OF_MODULE, *names_in(each.__code__)):
                 value = each.__globals__.get(name, MISSING)
@@ -92,8 +88,19 @@ class Parcel:
         return True
 
 
+def attributes_of(function: types.FunctionType) -> tuple[object, ...]:
+    """What travels of it, its code first."""
+    f = function
+    return f.__code__, f.__defaults__, f.__name__, f.__qualname__, f.__module__, f.__doc__
+
+
+def are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
+    """Each the very same object."""
+    return all(map(is_, these, those))
+
+
 def is_bare(function: types.FunctionType) -> bool:
-    """Whether it has nothing that could change but what is looked at: see ATTRIBUTES."""
+    """Whether there is nothing that could change but its attributes and annotations."""
     return (
         function.__closure__ is None
         and function.__kwdefaults__ is None

@@ -155,6 +155,7 @@ class EnhancedPluginSandbox:
         self._returns_early = True  # a call, with its value: not where what it does later could be seen, or has to be judged
         self._has_told = False  # that they cannot be
         self._plain_limits: dict[str, Any] = {}
+        self._call_instruction: dict[str, object] = {}  # once it is open
         self._plugins: dict[int, str] = {}  # names, by call
         self._was_beyond = False  # whether a call was killed for more violations than the threshold
         self._on_taint: Callable[[GrantedChanges], None] | None = None  # sees the changes before they are discarded
@@ -232,6 +233,7 @@ class EnhancedPluginSandbox:
         live[self.sandbox_id] = self
         self._read_back = self._standby.call.read_back or {}
         self._plain_limits = _plain(asdict(self.limits))
+        self._call_instruction = self._instruction("call")
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
@@ -578,11 +580,13 @@ class EnhancedPluginSandbox:
         payload: bytes,
         conversation: Conversation | None,
     ) -> client.Call:
-        await self._ends()  # limits of a worker are reckoned by the calls that there are when it starts
+        if self._ending:
+            await self._ends()  # limits of a worker are reckoned by the calls that there are when it starts
         run, self._standby = self._standby or self._new_run(), None
         self._telemetry.plugin_id = remembered.name
         try:
-            await run.stands()
+            if not run.has_stood:
+                await run.stands()
         except asyncio.CancelledError:
             self._post(run.give_up)
             raise
@@ -623,7 +627,9 @@ class EnhancedPluginSandbox:
         if parcel.wish == "env":
             args = (self._environment(), *args)
         plain = (args, kwargs) if is_plain else None
-        instruction = {**self._instruction("call"), "coroutine": parcel.is_coroutine, "plain": plain}
+        if not self._call_instruction:
+            self._call_instruction = self._instruction("call")
+        instruction = {**self._call_instruction, "coroutine": parcel.is_coroutine, "plain": plain}
         if is_plain:
             return instruction, parcel, transport.pickled(parcel, function, path)
         return instruction, parcel, transport.pack(function, args, kwargs, path)
@@ -1129,10 +1135,11 @@ class _Run:
         self.worker: Worker | None = None
         self.violations: list[SandboxViolation] = []
         self._sealed = promise()
+        self.has_stood = False
         self._loop: asyncio.AbstractEventLoop | None = None  # on which it is executed
         self._returned: asyncio.Future[None] | None = None  # there, when it has a value, or at its end
         self._is_listening = False  # there, to the worker
-        self._sources: select.poll | None = None  # of what the engine would have to tell before a value
+        self._sources = select.poll()  # of what the engine would have to tell before a value
         self.has_value = False  # before its end
         self._done = promise()
         self._lingers: Timer | None = None
@@ -1198,7 +1205,6 @@ class _Run:
 
     def _is_quiet(self) -> bool:
         """Whether nothing has to be told before a value: see `_on_reply`."""
-        assert self._sources is not None
         recorder = self.owner._recorder
         return (
             self.owner._returns_early
@@ -1247,15 +1253,8 @@ class _Run:
 
     def _send_and_lend(self, instruction: dict[str, object], payload: bytes) -> None:
         """For who will listen to the worker: the job is on its way before anything that can wait."""
-        self._sources = select.poll()
-        if self.call.lend():
-            for fd in (self.call.sandbox.violations.fileno(), *self.worker_streams()):
-                self._sources.register(fd, select.POLLIN)
+        self.call.lend()
         self._send(instruction, payload, None)
-
-    def worker_streams(self) -> list[int]:
-        assert self.worker is not None
-        return self.worker.streams.open_ends()
 
     def _send(self, instruction: dict[str, object], payload: bytes, conversation: Conversation | None) -> None:
         if not self.call.done:
@@ -1296,6 +1295,9 @@ class _Run:
         worker.on_done = self._on_done
         worker.on_output = self._on_output
         worker.on_violation = self._on_violation
+        for fd in (worker.sandbox.violations.fileno(), *worker.streams.sinks):
+            if fd >= 0:
+                self._sources.register(fd, select.POLLIN)
         if worker.stands or worker.error is not None:
             self._on_stands(worker.error)
         if worker.call.done:
@@ -1305,6 +1307,7 @@ class _Run:
         if self._sealed.done():
             return
         if error is None:
+            self.has_stood = True
             self._sealed.set_result(None)
         else:
             self._sealed.set_exception(error)

@@ -122,10 +122,8 @@ def pack(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def parcel(function: Callable[..., Any], library_path: Sequence[str]) -> Parcel:
     """What is known about a function; `pickled` gives it without arguments. Raises PluginExecutionError for a generator."""
-    with _lock:
-        register_own_modules(library_path)
-        known = _parcels.get(id(function))
-    if known is not None and known.is_of(function):
+    known = _parcels.get(id(function))
+    if known is not None and (len(sys.modules), next(reversed(sys.modules))) == _seen_modules and known.is_of(function):
         return known
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise PluginExecutionError(f"{function.__qualname__} is a generator: return a list instead", exception_type="TypeError")
@@ -136,14 +134,18 @@ def pickled(parcel: Parcel, function: Callable[..., Any], library_path: Sequence
     """What `pack` gives for the parcel's function without arguments. Raises PluginExecutionError."""
     if parcel.payload:
         return parcel.payload
+    with _lock:
+        register_own_modules(library_path)
+        seen = _seen_modules
     may_be_kept = type(function) is types.FunctionType and parcel.watch(function, travels_by_value)
     payload = pack(function, (), {}, library_path)
     if may_be_kept and len(payload) <= KEPT_BYTES and parcel.is_of(function):
-        parcel.payload = payload
         with _lock:
-            if len(_parcels) >= KEPT:
-                _parcels.clear()
-            _parcels[id(function)] = parcel
+            if seen == _seen_modules:  # else what goes by reference may go by value by now
+                parcel.payload = payload
+                if len(_parcels) >= KEPT:
+                    _parcels.clear()
+                _parcels[id(function)] = parcel
     return payload
 
 
@@ -158,7 +160,7 @@ def travels_by_value(module: str) -> bool:
 
 def is_plain(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
     """Whether marshal carries all of it, for which nothing has to be pickled."""
-    return all(type(value) in PLAIN for value in args) and all(type(value) in PLAIN for value in kwargs.values())
+    return PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, kwargs.values()))
 
 
 def first_wish(function: Callable[..., Any]) -> str:

@@ -67,12 +67,6 @@ REPLY_SIZE = b"s"  # SIZE: a value of so many bytes is to come, and needs memory
 SIZE = struct.Struct("=Q")
 ALIGNMENT = 64  # bytes: a value begins below that, so that the data of an array in it can lie as its processor wants it
 
-# What host and warden both have of a call: a timer (timerfd_create(2)) that the host sets when a job is on its way. The warden
-# is woken by it after so many seconds, which most calls do not last, and knows by its interval when that was: so the kernel
-# keeps the time of a call, whatever becomes of its caller, and no message is needed for it.
-FIRST_LOOK = 0.1
-INTERVAL = 1 << 30  # seconds; none is ever over
-
 # Of marshal: without its later versions' marks for strings that are to be interned. Who does that writes to the page of each
 # that the interpreter has already, and copies it.
 PLAIN = 2

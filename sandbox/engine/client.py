@@ -13,7 +13,7 @@ import marshal
 import os
 import select
 import sys
-from time import clock_gettime_ns, monotonic, time
+from time import clock_gettime_ns, time
 
 from sandbox import state
 from sandbox.cgroups import leaf, place
@@ -664,14 +664,12 @@ class Sandbox:
         call = Call(self, self.next_call)
         self.next_call += 1
         self.calls[call.number] = call
-        seconds, grace = float(self.recipe.limits["seconds"]), float(self.recipe.monitoring["grace_seconds"])
-        call.seconds, call.first_look = seconds + grace, min(seconds, channel.FIRST_LOOK)
         if self.error is not None:
             call.fail(self.error)
         else:
-            clock = {"seconds": seconds, "grace": grace, "first_look": call.first_look}
-            fds = [call.clock, call.inside.fileno(), *stdio]
-            self._instruct({"op": "call", "call": call.number, "tty": tty, **clock}, fds)
+            times = {"seconds": self.recipe.limits["seconds"], "grace": self.recipe.monitoring["grace_seconds"]}
+            fds = [call.clock.fd, call.inside.fileno(), *stdio]
+            self._instruct({"op": "call", "call": call.number, "tty": tty, **times}, fds)
             call.expect("a worker was to stand")
         call.inside.close()
         return call
@@ -898,7 +896,7 @@ class Call:
     """
 
     def __init__(self, sandbox: Sandbox, number: int) -> None:
-        from sandbox.ns import syscalls as sc
+        from sandbox.engine.clock import Clock
 
         self.sandbox = sandbox
         self.loop = sandbox.loop
@@ -931,9 +929,9 @@ class Call:
         self.on_violation: Callable[[Call, dict[str, str]], None] | None = None
         self.on_reply: Callable[[Call], None] | None = None  # of a session: for each reply
         self.is_session = False
-        self.clock = sc.timerfd_create()  # see sandbox.engine.channel.FIRST_LOOK
-        self.seconds = 0.0  # that a call may take
-        self.first_look = 0.0  # seconds after which the warden looks
+        seconds = float(sandbox.recipe.limits["seconds"])
+        self.clock = Clock(seconds)
+        self.seconds = seconds + float(sandbox.recipe.monitoring["grace_seconds"])  # that a call may take
         self.has_job = False
         self.awaits = False  # a reply: what comes else is nobody's
         self.source_file = ""  # where the caller's own code of this call lies, for its traceback
@@ -966,11 +964,10 @@ class Call:
             self.on_sealed(self)
 
     def send_job(self, instruction: dict[str, object], payload: bytes) -> None:
-        """Let the worker begin, if it is there; from now on the warden's clock runs. Its reply is read here, unless the socket is
-        lent."""
+        """Let the worker begin, if it is there; from now on its time counts. Its reply is read here, unless the socket is lent."""
         if self.done:
             return
-        self._set_clock(monotonic())
+        self.clock.begin()
         self._hand_over(instruction, payload)
         if not self.cause:
             self.expect("a call was to end", self.seconds)
@@ -979,11 +976,10 @@ class Call:
         if not self.is_lent:
             self._listen()
 
-    def lend(self) -> bool:
+    def lend(self) -> None:
         """Let the caller's loop look into the job's socket for the first frame of the reply, so that a value which is no more
         than that need not pass through ours. It closes nothing, and gives the socket back by `give_back`."""
         self.is_lent = not self.done and self.job.fileno() >= 0
-        return self.is_lent
 
     def give_back(self) -> None:
         """The job's socket is ours again, and what was read there and not taken."""
@@ -1024,7 +1020,7 @@ class Call:
     def request(self, instruction: dict[str, object], payload: bytes) -> None:
         """The session is to do this next; nothing if it has ended."""
         if not self.done:
-            self._set_clock(monotonic())
+            self.clock.begin()
             self.expect("a call was to end", self.seconds)
             self.awaits = True
             self.sandbox.line.tell(board.RUNNING)
@@ -1032,7 +1028,7 @@ class Call:
 
     def next_reply(self) -> Answer:
         """The reply that is complete; the next one may come."""
-        self._set_clock(None)
+        self.clock.rest()
         if self._waiting is not None:
             self._waiting.cancel()
         answer = Answer(self)
@@ -1046,15 +1042,9 @@ class Call:
     def end_session(self) -> None:
         """There is no further request: it ends as a program does, for which it has as long as for one."""
         if not self.done:
-            self._set_clock(monotonic())
+            self.clock.begin()
             self.expect("a call was to end", self.seconds)
             self._close_job()
-
-    def _set_clock(self, began: float | None) -> None:
-        """The worker has something to do since that moment, or nothing."""
-        from sandbox.ns import syscalls as sc
-
-        sc.timerfd_settime(self.clock, began + self.first_look if began is not None else 0, channel.INTERVAL)
 
     def _hand_over(self, instruction: dict[str, object], payload: bytes) -> None:
         """In one message what fits into one, and else in a memory file."""
@@ -1314,8 +1304,7 @@ class Call:
             self.sandbox.line.tell(board.IDLE)
         self._close_job()
         self._forget_memory()
-        os.close(self.clock)
-        self.clock = -1
+        self.clock.close()
         if self._waiting is not None:
             self._waiting.cancel()
         if self.on_done is not None:

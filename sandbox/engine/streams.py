@@ -124,10 +124,6 @@ class Streams:
         del self.sinks[fd]
         os.close(fd)
 
-    def open_ends(self) -> list[int]:
-        """Descriptors that something may be read from."""
-        return list(self.sinks)
-
     def catch_up(self) -> None:
         """Read what has been written so far."""
         for fd in list(self.sinks):

@@ -17,6 +17,7 @@ from time import monotonic
 
 from sandbox.cgroups import leaf
 from sandbox.engine import channel, init
+from sandbox.engine.clock import Clock
 from sandbox.ns import granted, mounts, network, privileges, processes, workspace
 from sandbox.ns import syscalls as sc
 from sandbox.ns.processes import read
@@ -48,7 +49,7 @@ SAMPLE_SECONDS = 0.1  # between looks at the memory of running calls, where no m
 class Call:
     """One call: its init, the socket to it, and when it has to be over."""
 
-    def __init__(self, number: int, pid: int, pidfd: int, report: _socket.socket) -> None:
+    def __init__(self, number: int, pid: int, pidfd: int, report: _socket.socket, clock: Clock | None = None) -> None:
         self.number = number
         self.pid = pid
         self.pidfd = pidfd
@@ -57,8 +58,7 @@ class Call:
         self.mounts: int | None = None  # init's mount namespace, held until its end has been told
         self.worker: int | None = None  # a pidfd
         self.deadline: float | None = None
-        self.clock: int | None = None  # see sandbox.engine.channel.FIRST_LOOK
-        self.first_look = 0.0
+        self.clock = clock
         self.seconds = 0.0  # that it, or of a session each of its calls, may take
         self.grace = 0.0  # seconds from SIGTERM at the deadline to SIGKILL; 0: SIGKILL at once
         self.cause = "exit"
@@ -203,8 +203,7 @@ class Warden:
             os.close(fd)
         if cgroup is not None and cgroup != own:
             os.close(cgroup)
-        call = Call(number, pid, pidfd, report)
-        call.clock, call.first_look = clock, instruction["first_look"]
+        call = Call(number, pid, pidfd, report, Clock(instruction["seconds"], clock))
         call.seconds, call.grace = instruction["seconds"], instruction["grace"]
         self.clocks[clock] = call
         self.poll.register(clock, select.POLLIN)
@@ -364,9 +363,9 @@ class Warden:
             sc.pidfd_send_signal(call.worker, signal.SIGKILL)
             os.close(call.worker)
         if call.clock is not None:
-            self.poll.unregister(call.clock)
-            del self.clocks[call.clock]
-            os.close(call.clock)
+            self.poll.unregister(call.clock.fd)
+            del self.clocks[call.clock.fd]
+            call.clock.close()
         if "cgroup" in self.fds and "pid" not in self.recipe["namespaces"]:
             leaf.remove(self.fds["cgroup"], f"call-{call.number}")
             self.reap_orphans()
@@ -521,20 +520,9 @@ class Warden:
     def clock_told(self, call: Call) -> None:
         """A call has lasted until the first look: from now on it is to end in time, and its memory is looked at."""
         assert call.clock is not None
-        try:
-            os.read(call.clock, 8)
-        except BlockingIOError:
-            return  # it has been set anew meanwhile
-        began = self.began(call)
+        began = call.clock.began() if call.clock.has_struck() else None
         if began is not None:
             self.begin_clock(call, began)
-
-    def began(self, call: Call) -> float | None:
-        """When it was given what it does now; None if that is nothing."""
-        left = sc.timerfd_gettime(call.clock) if call.clock is not None else 0.0
-        if not left:
-            return None
-        return monotonic() + left - call.first_look - (channel.INTERVAL if left > call.first_look else 0)
 
     def begin_clock(self, call: Call, began: float) -> None:
         if all(other.deadline is None for other in self.calls.values()):
@@ -545,7 +533,7 @@ class Warden:
     def overdue(self, call: Call, now: float) -> None:
         """Its time is over: whoever handles SIGTERM may tidy up for a moment. A session's call may have begun later."""
         if call.cause != "timeout":
-            began = self.began(call)
+            began = call.clock.began() if call.clock is not None else None
             due = (now if began is None else began) + call.seconds
             if due > now:
                 call.deadline = due
@@ -616,9 +604,11 @@ class Warden:
         for call in self.calls.values():
             self.let_go(call)
             call.report.close()
-            for fd in (call.pidfd, call.worker, call.clock):
+            for fd in (call.pidfd, call.worker):
                 if fd is not None:
                     os.close(fd)
+            if call.clock is not None:
+                call.clock.close()
             if call.mounts is not None:
                 self.kept.append(call.mounts)
         if self.supervisor is not None:
