@@ -964,7 +964,7 @@ class Call:
             self.on_sealed(self)
 
     def send_job(self, instruction: dict[str, object], payload: bytes) -> None:
-        """Let the worker begin, if it is there; from now on its time counts. Its reply is read here, unless the socket is lent."""
+        """Let the worker begin, if it is there; now its time counts. Its reply is read here, unless the socket is lent."""
         if self.done:
             return
         self.clock.begin()

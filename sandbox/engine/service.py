@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from time import monotonic
 
 from sandbox.engine import board
+from sandbox.engine import loop as loops
 from sandbox.engine.client import GRACE, VALUE_MODULES, Call, Sandbox, Zygote
 from sandbox.engine.loop import PollLoop, PollTimer
 from sandbox.engine.spawn import spawn_zygote
@@ -86,11 +87,11 @@ class ThreadLoop(PollLoop):
         timer = super().call_later(delay, callback, *args)
         if timer.when < self.wakes_at:
             self.wakes_at = timer.when
-            sc.timerfd_settime(self.alarm, timer.when)
+            sc.timerfd_settime(self.alarm, monotonic() + delay)
         return timer
 
     def _wait(self, wait: float | None) -> list[tuple[int, int]]:
-        self.wakes_at = monotonic() + wait if wait is not None else float("inf")
+        self.wakes_at = loops.monotonic() + wait if wait is not None else float("inf")
         self.turn.release()
         try:
             return super()._wait(wait)

@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 
 from escape import kit
 from sandbox.config import IsolationLevel
+from sandbox.engine import channel
 from sandbox.errors import PluginExecutionError, ResourceLimitExceededError, SandboxException
 from sandbox.selftest import trial
 from sandbox.selftest.attacks import ALL, MINIMAL, NAMESPACED, PATIENCE, ROOT, STRICT, place, socket_to_the_caller
@@ -372,6 +374,39 @@ def test_frames_that_no_worker_sends(function: Callable[[], None], level: Isolat
         assert outcome.value in (["a value", 1.5], 0, "sent")
     else:
         assert isinstance(outcome.error, SandboxException)
+
+
+def a_flood_of_notes() -> None:
+    """As many as can be told of, each another, and never a reply."""
+    import os
+
+    job = socket_to_the_caller()
+    try:
+        for number in range(3000):
+            job.send(b"N" + b"asked\0host\0h%d\0port\x0080\0count\x001" % number)
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("function", [split_frames, repeated_replies, asks_for_memory_again_and_again, a_flood_of_notes])
+@pytest.mark.parametrize("level", HOST_SIDE)
+def test_a_flood_does_not_come_to_the_callers_loop(
+    function: Callable[[], None], level: IsolationLevel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One frame is read there; all others by the engine's thread."""
+    read: list[int] = []
+    receive = channel.receive_frame
+
+    def counted(sock: Any) -> bytes:
+        frame = receive(sock)  # raises where there is none
+        read.append(threading.get_ident())
+        return frame
+
+    monkeypatch.setattr(channel, "receive_frame", counted)
+    answered(function, level=level)
+    in_loop = read.count(threading.get_ident())
+    assert in_loop <= 2  # that call's, and one of the next call
+    assert len(read) - in_loop > 20 or function is repeated_replies  # of those one is a value, which is all that is wanted
 
 
 # -- large values, in memory that the host has given ---------------------------------------------------------------------------

@@ -212,7 +212,8 @@ def own_fds() -> frozenset[str]:
     running = service._service
     kept: set[int] = set()
     if running is not None:
-        kept = {running.loop.epoll.fileno(), running.loop.wake_reader, running.loop.wake_writer}
+        loop = running.loop
+        kept = {loop.epoll.fileno(), loop.wake_reader, loop.wake_writer, loop.alarm}
         for zygote in list(running.zygotes.values()):
             kept |= {zygote.control.fileno(), zygote.pidfd, zygote.leaves}
     found = set()

@@ -419,6 +419,20 @@ def test_a_stopped_zygote_that_is_let_go(clock: Clock) -> None:
 
 
 @rootless
+def test_a_caller_that_is_stopped_as_soon_as_it_has_sent_a_job(level: IsolationLevel) -> None:
+    """The kernel keeps the time: the caller need say nothing after that."""
+    with run_script("stopped_sender.py", level.value) as caller:
+        try:
+            assert harness.wait_until(lambda: stands(caller.pid))
+            assert harness.wait_until(lambda: not harness.roles(caller.pid)["worker"])
+            assert stands(caller.pid)
+        finally:
+            os.kill(caller.pid, signal.SIGCONT)
+        said, _ = caller.communicate(timeout=harness.SETTLE)
+    assert said.splitlines()[-1] == "time"
+
+
+@rootless
 @pytest.mark.parametrize("victim", ["supervisor", "init", "worker"])
 def test_what_else_is_stopped_ends_at_the_deadline(level: IsolationLevel, victim: str) -> None:
     """The warden kills them like any other; nothing has to be waited for."""
