@@ -1257,8 +1257,10 @@ class _Run:
         self._send(instruction, payload, None)
 
     def _send(self, instruction: dict[str, object], payload: bytes, conversation: Conversation | None) -> None:
-        if not self.call.done:
-            self._recorded = self.owner._recording_begins(self.call)
+        if self.call.done:
+            self._tell_caller()
+            return
+        self._recorded = self.owner._recording_begins(self.call)
         if conversation is None:
             self.call.on_reply = self._on_reply
             self.call.send_job(instruction, payload)
