@@ -10,7 +10,6 @@ import asyncio
 import concurrent.futures
 import errno
 import os
-import select
 import sys
 import uuid
 import weakref
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -36,6 +36,7 @@ from sandbox.errors import (
     SecurityViolationError,
 )
 from sandbox.integrations import logs, observers
+from sandbox.listener import Listener
 from sandbox.recipe_data import confirm
 from sandbox.recovery.commit import journals, recover
 from sandbox.recovery.granted import GrantedChanges, deletion_violation, refuse_direct
@@ -1138,8 +1139,7 @@ class _Run:
         self.has_stood = False
         self._loop: asyncio.AbstractEventLoop | None = None  # on which it is executed
         self._returned: asyncio.Future[None] | None = None  # there, when it has a value, or at its end
-        self._is_listening = False  # there, to the worker
-        self._sources = select.poll()  # of what the engine would have to tell before a value
+        self.listener: Listener | None = None  # there
         self.has_value = False  # before its end
         self._done = promise()
         self._lingers: Timer | None = None
@@ -1164,63 +1164,35 @@ class _Run:
         """Send the job and wait for its value, or for the end of everything; a cancelled caller kills it first."""
         service = self.owner._service
         assert service is not None
+        assert self.worker is not None
         self._loop = asyncio.get_running_loop()
         self._returned = self._loop.create_future()
-        is_small = conversation is None and len(payload) <= channel.SMALL
+        taken = (self._may_take, self._take) if conversation is None else (conversation.may_take, conversation.take)
+        self.listener = Listener(service, self.worker, self._loop, *taken)
+        send = partial(self._send, instruction, payload, conversation)
         try:
-            if not is_small or not service.here(self._send_and_lend, instruction, payload):
-                service.post(self._send, instruction, payload, conversation)
-            elif self.call.is_lent:
-                self._is_listening = True
-                self._loop.add_reader(self.call.job.fileno(), self._heard)
+            if not self.listener.send(send, len(payload)):
+                service.post(send)
             await self._returned
         except BaseException as error:  # also a signal's, at any place
             service.post(self.call.kill, "cancelled")
-            self._stop_listening()
             if isinstance(error, asyncio.CancelledError):
                 await self.ends()
             raise
+        finally:
+            self._loop.call_soon(self.listener.stop)  # when the caller has its value
 
-    # On the caller's loop. Where a value is all that there is to be told, it has come here with one wake, not two.
+    # On the caller's loop, with the engine's turn:
 
-    def _heard(self) -> None:
-        """The worker has said something, or has gone: one frame is read here, and more is the engine's."""
-        assert self.owner._service is not None
-        if not self.owner._service.here(self._take) or not self.has_value:
-            self._stop_listening()
-
-    def _take(self) -> None:
-        """With the engine's turn."""
-        if self.call.done or self.has_value:
-            return  # which is told
-        try:
-            frame = channel.receive_frame(self.call.job)
-        except BlockingIOError:
-            return
-        if self.call.take_value(frame, unless=not self._is_quiet()):
-            self._returns()
-            self._wake()
-            assert self._loop is not None
-            self._loop.call_soon(self._stop_listening)  # when the caller has its value
-
-    def _is_quiet(self) -> bool:
+    def _may_take(self) -> bool:
         """Whether nothing has to be told before a value: see `_on_reply`."""
         recorder = self.owner._recorder
-        return (
-            self.owner._returns_early
-            and not self.violations
-            and not self.call.cause
-            and not self._sources.poll(0)
-            and (recorder is None or recorder.is_quiet())
-        )
+        return self.owner._returns_early and not self.violations and (recorder is None or recorder.is_quiet())
 
-    def _stop_listening(self) -> None:
-        if self._is_listening:
-            assert self._loop is not None
-            assert self.owner._service is not None
-            self._is_listening = False
-            self._loop.remove_reader(self.call.job.fileno())
-            self.owner._service.post(self.call.give_back)
+    def _take(self) -> None:
+        """A value has come here, with one wake in place of two."""
+        self._returns()
+        self._wake()
 
     def _wake(self) -> None:
         if self._returned is not None and not self._returned.done():
@@ -1250,11 +1222,6 @@ class _Run:
         stream.flush()
 
     # In the engine's thread, or with its turn:
-
-    def _send_and_lend(self, instruction: dict[str, object], payload: bytes) -> None:
-        """For who will listen to the worker: the job is on its way before anything that can wait."""
-        self.call.lend()
-        self._send(instruction, payload, None)
 
     def _send(self, instruction: dict[str, object], payload: bytes, conversation: Conversation | None) -> None:
         if self.call.done:
@@ -1297,9 +1264,6 @@ class _Run:
         worker.on_done = self._on_done
         worker.on_output = self._on_output
         worker.on_violation = self._on_violation
-        for fd in (worker.sandbox.violations.fileno(), *worker.streams.sinks):
-            if fd >= 0:
-                self._sources.register(fd, select.POLLIN)
         if worker.stands or worker.error is not None:
             self._on_stands(worker.error)
         if worker.call.done:

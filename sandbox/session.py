@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import types
+from functools import partial
 
 from sandbox import transport
 from sandbox.engine import channel, codec, outcome
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from sandbox.engine.client import Answer, Call
+    from sandbox.engine.service import Service
     from sandbox.sandbox import EnhancedPluginSandbox, _Run
     from sandbox.violations import SandboxViolation
 
@@ -41,7 +43,14 @@ class Conversation:
     def violations(self) -> list[SandboxViolation]:
         return self.run.violations if self.run is not None else []
 
-    # In the engine's thread:
+    def ask(self, service: Service, file: str, instruction: dict[str, object], payload: bytes) -> None:
+        """On the caller's loop."""
+        request = partial(self.request, file, instruction, payload)
+        listener = self.run.listener if self.run is not None else None
+        if listener is None or not listener.send(request, len(payload)):
+            service.post(request)
+
+    # In the engine's thread, or with its turn:
 
     def begin(self, run: _Run, instruction: dict[str, object], payload: bytes) -> None:
         self.run = run
@@ -53,6 +62,14 @@ class Conversation:
             self.run.worker.streams.begin_anew()
             self.run.call.source_file = file
             self.run.call.request(instruction, payload)
+
+    def may_take(self) -> bool:
+        return True
+
+    def take(self) -> None:
+        """On the caller's loop, with the engine's turn: an answer has come there."""
+        assert self.run is not None
+        self.on_answer(self.run.call.next_reply())
 
     def end(self) -> None:
         if self.run is not None:
@@ -172,7 +189,8 @@ class Session:
     ) -> Any:
         assert self._conversation is not None
         before = len(self._conversation.violations)
-        self._sandbox._post(self._conversation.request, file, instruction, payload)
+        assert self._sandbox._service is not None
+        self._conversation.ask(self._sandbox._service, file, instruction, payload)
         answer = await self._answer()
         self._calls += 1
         return self._value(answer, before, types_)

@@ -979,7 +979,9 @@ class Call:
     def lend(self) -> None:
         """Let the caller's loop look into the job's socket for the first frame of the reply, so that a value which is no more
         than that need not pass through ours. It closes nothing, and gives the socket back by `give_back`."""
-        self.is_lent = not self.done and self.job.fileno() >= 0
+        if not self.done and not self.is_lent and self.job.fileno() >= 0:
+            self.loop.remove_reader(self.job.fileno())
+            self.is_lent = True
 
     def give_back(self) -> None:
         """The job's socket is ours again, and what was read there and not taken."""

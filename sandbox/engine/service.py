@@ -8,6 +8,7 @@ runs its one loop itself.
 from __future__ import annotations
 
 import os
+import select
 import sys
 import threading
 from collections import deque
@@ -152,6 +153,10 @@ class Worker:
             self.streams.finish()
             raise
         self.streams.close_inside()
+        self.sources = select.poll()  # of what may have to be told before a value is
+        for fd in (sandbox.violations.fileno(), *self.streams.sinks):
+            if fd >= 0:
+                self.sources.register(fd, select.POLLIN)
         self.call.on_sealed = self._sealed
         self.call.on_done = self._done
         self.call.on_violation = self._violation

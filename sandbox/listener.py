@@ -1,0 +1,92 @@
+"""A call's caller listens to its worker itself: a job goes there, and a value comes from there, without a word with the
+engine's thread, each of which costs the time of waking a thread.
+
+It is the same work, done by whoever is awake: what is the engine's is touched only with its turn (see
+sandbox.engine.service.ThreadLoop), and where that is not to be had at once, or there is more to be done than to take a small
+value, the engine does it. So one frame of at most 64 KB is all that a worker can give a caller's loop to read. Must not know
+what a call is for.
+"""
+
+from __future__ import annotations
+
+from sandbox.engine import channel
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from sandbox.engine.service import Service, Worker
+
+
+class Listener:
+    """Of one worker, on one event loop. Every method is for that loop's thread."""
+
+    def __init__(
+        self,
+        service: Service,
+        worker: Worker,
+        loop: asyncio.AbstractEventLoop,
+        may_take: Callable[[], bool],
+        on_value: Callable[[], None],
+    ) -> None:
+        """`may_take()`, with the engine's turn: whether nothing has to be told or done before a value; `on_value()`, likewise,
+        when the call has one that is complete."""
+        self.service = service
+        self.call = worker.call
+        self.loop = loop
+        self.may_take = may_take
+        self.on_value = on_value
+        self._sources = worker.sources
+        self._fd = -1  # that the loop watches
+        self._has_taken = False
+
+    def send(self, send: Callable[[], None], size: int) -> bool:
+        """Have a job of so many bytes sent now, by `send()`, and listen; False where that is the engine's work, and nothing has
+        been done."""
+        if size > channel.SMALL or not self.service.here(self._send, send):
+            return False
+        if self._fd < 0 and self.call.is_lent:
+            self._fd = self.call.job.fileno()
+            self.loop.add_reader(self._fd, self._heard)
+        return True
+
+    def _send(self, send: Callable[[], None]) -> None:
+        self.call.lend()
+        send()
+
+    def stop(self) -> None:
+        """The engine listens from now on, or has closed what was listened to."""
+        if self._fd >= 0:
+            self.loop.remove_reader(self._fd)
+            self._fd = -1
+        elif not self.call.is_lent:
+            return
+        if not self._has_taken or not self.service.here(self.call.give_back):
+            self.service.post(self.call.give_back)
+
+    def _heard(self) -> None:
+        """The worker has said something, or has gone: what is no value is the engine's."""
+        self._has_taken = False
+        self.service.here(self._take)
+        if not self._has_taken:
+            self.stop()
+
+    def _take(self) -> None:
+        call = self.call
+        if call.done or not call.awaits or call.reply_complete:
+            return
+        try:
+            frame = channel.receive_frame(call.job)
+        except BlockingIOError:
+            return
+        if call.take_value(frame, unless=bool(call.cause) or not self._is_quiet()):
+            self._has_taken = True
+            self.on_value()
+
+    def _is_quiet(self) -> bool:
+        """Whether the engine has nothing to tell or do before a value."""
+        try:
+            return not self._sources.poll(0) and self.may_take()
+        except OSError:
+            return False  # as where this process may have fewer descriptors by now than are asked about: poll(2)
