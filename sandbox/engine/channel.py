@@ -79,6 +79,8 @@ FILE_OPERATIONS = (  # that a note may tell of
 WISHES = ("read", "list", "look", "write", "make", "delete", "program", "named")  # that a note "wanted" may tell of
 
 SO_PASSCRED = 16
+TRUNCATED = _socket.MSG_TRUNC | _socket.MSG_CTRUNC
+JOB_SPACE = _socket.CMSG_SPACE(4) + _socket.CMSG_SPACE(12)  # bytes for one descriptor and the sender's credentials
 SCM_RIGHTS = 1
 SCM_CREDENTIALS = 2
 
@@ -170,6 +172,11 @@ def receive_bytes(sock: _socket.socket, limit: int, max_fds: int = 0) -> tuple[b
     """(data, fds, pid of the sender or 0); data is b"" when the other end is closed. Raises Malformed."""
     space = _socket.CMSG_SPACE(4 * max_fds) + _socket.CMSG_SPACE(12)
     data, ancillary, flags, _ = patiently(lambda: sock.recvmsg(limit, space, _socket.MSG_CMSG_CLOEXEC))
+    return data, *accompanying(ancillary, flags, max_fds)
+
+
+def accompanying(ancillary: list[tuple[int, int, bytes]], flags: int, max_fds: int) -> tuple[list[int], int]:
+    """(fds, pid of the sender or 0) that came with a message. Raises Malformed."""
     fds: list[int] = []
     pid = 0
     for level, kind, payload in ancillary:
@@ -177,11 +184,11 @@ def receive_bytes(sock: _socket.socket, limit: int, max_fds: int = 0) -> tuple[b
             fds += [int.from_bytes(payload[i : i + 4], "little") for i in range(0, len(payload) - len(payload) % 4, 4)]
         elif level == _socket.SOL_SOCKET and kind == SCM_CREDENTIALS:
             pid = int.from_bytes(payload[:4], "little")
-    if flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC) or len(fds) > max_fds:
+    if flags & TRUNCATED or len(fds) > max_fds:
         for fd in fds:
             os.close(fd)
         raise Malformed("a message that is too large")
-    return data, fds, pid
+    return fds, pid
 
 
 def send(sock: _socket.socket, kind: str, fields: Mapping[str, object], fds: Sequence[int] = ()) -> None:
@@ -203,9 +210,15 @@ def large_job(header: int, size: int) -> bytes:
 
 
 def receive_job(sock: _socket.socket) -> tuple[dict[str, Any], bytes | bytearray] | None:
-    """(instruction, payload); None when there will be none."""
-    data, memory, _ = receive_bytes(sock, INSTRUCTION, 1)
-    return read_job(data, memory) if data else None
+    """(instruction, payload); None when there will be none. Its usual way is short: each function that a worker calls for the
+    first time writes to pages that it has to copy then."""
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(INSTRUCTION, JOB_SPACE, _socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        data, ancillary, flags, _ = sock.recvmsg(INSTRUCTION, JOB_SPACE, _socket.MSG_CMSG_CLOEXEC)  # see `patiently`
+    if not data:
+        return None
+    return read_job(data, accompanying(ancillary, flags, 1)[0] if ancillary or flags & TRUNCATED else ())
 
 
 def read_job(data: bytes, memory: Sequence[int] = ()) -> tuple[dict[str, Any], bytes | bytearray]:

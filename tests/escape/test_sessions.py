@@ -186,18 +186,26 @@ def keep_memory() -> None:
 
     from sandbox.engine import channel
 
-    receive, kept = channel.receive_instruction, []
+    receive, read, kept = channel.receive_instruction, channel.read_job, []
 
-    def receive_and_keep(sock: Any, most: int = 16) -> Any:
-        head, memory = receive(sock, most)
+    def keep(memory: Any) -> None:
         for fd in memory:
             kept.append((os.dup(fd), mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)))
             for seals in (fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_SEAL):
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+
+    def receive_and_keep(sock: Any, most: int = 16) -> Any:
+        head, memory = receive(sock, most)
+        keep(memory)
         return head, memory
 
+    def read_and_keep(data: bytes, memory: Any = ()) -> Any:
+        keep(memory)
+        return read(data, memory)
+
     channel.receive_instruction = receive_and_keep  # type: ignore[assignment]
+    channel.read_job = read_and_keep
     sys.kept_memory = kept  # type: ignore[attr-defined]
 
 
