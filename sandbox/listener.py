@@ -10,12 +10,14 @@ what a call is for.
 from __future__ import annotations
 
 from sandbox.engine import channel
+from sandbox.engine.client import WATCH_AFTER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
+    from sandbox.engine.loop import Timer
     from sandbox.engine.service import Service, Worker
 
 
@@ -39,6 +41,7 @@ class Listener:
         self.on_value = on_value
         self._sources = worker.sources
         self._fd = -1  # that the loop watches
+        self._lasting: Timer | None = None
         self._has_taken = False
 
     def send(self, send: Callable[[], None], size: int) -> bool:
@@ -47,13 +50,28 @@ class Listener:
         if size > channel.SMALL or not self.service.here(self._send, send):
             return False
         if self._fd < 0 and self.call.is_lent:
-            self._fd = self.call.job.fileno()
-            self.loop.add_reader(self._fd, self._heard)
+            fd = self.call.job.fileno()
+            try:
+                self.loop.add_reader(fd, self._heard)
+            except NotImplementedError:
+                self.stop()  # not every loop can do that
+            else:
+                self._fd = fd
         return True
 
     def _send(self, send: Callable[[], None]) -> None:
         self.call.lend()
         send()
+        self._lasting = self.call.loop.call_later(WATCH_AFTER, self._lasts)
+
+    def _lasts(self) -> None:
+        """In the engine's thread: from now on it listens as well, and soon alone, because a caller whose loop is busy with
+        something else may not be what a worker waits for."""
+        self.call.listen_too()
+        try:
+            self.loop.call_soon_threadsafe(self.stop)
+        except RuntimeError:
+            pass  # it is closed
 
     def stop(self) -> None:
         """The engine listens from now on, or has closed what was listened to."""
@@ -82,6 +100,8 @@ class Listener:
             return
         if call.take_value(frame, unless=bool(call.cause) or not self._is_quiet()):
             self._has_taken = True
+            if self._lasting is not None:
+                self._lasting.cancel()
             self.on_value()
 
     def _is_quiet(self) -> bool:

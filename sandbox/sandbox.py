@@ -624,9 +624,9 @@ class EnhancedPluginSandbox:
         assert self.recipe is not None
         path = self.recipe.interpreter["path"]
         parcel = transport.parcel(function, path)
-        is_plain = transport.is_plain(args, kwargs)
         if parcel.wish == "env":
             args = (self._environment(), *args)
+        is_plain = transport.is_plain(args, kwargs)
         plain = (args, kwargs) if is_plain else None
         if not self._call_instruction:
             self._call_instruction = self._instruction("call")

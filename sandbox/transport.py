@@ -160,7 +160,7 @@ def travels_by_value(module: str) -> bool:
 
 def is_plain(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
     """Whether marshal carries all of it, for which nothing has to be pickled."""
-    return PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, kwargs.values()))
+    return PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, (*kwargs, *kwargs.values())))
 
 
 def first_wish(function: Callable[..., Any]) -> str:

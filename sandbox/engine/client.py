@@ -989,8 +989,12 @@ class Call:
         if self.done:
             self._close_job()
         elif not self.reply_complete:
-            self._listen()
-            self._read_left()
+            self.listen_too()
+
+    def listen_too(self) -> None:
+        """Whoever has it lent need not have the time to."""
+        self._read_left()
+        self._listen()
 
     def take_value(self, frame: bytes, *, unless: bool) -> bool:
         """Take a frame that is the whole reply, and a value; every other one is left to us, and all `unless` that is False."""
@@ -1002,7 +1006,7 @@ class Call:
         return True
 
     def _is_value(self, frame: bytes) -> bool:
-        is_first = self.awaits and not self.reply_kind and not self.strays and self._memory < 0
+        is_first = self.awaits and not self.reply_kind and not self.strays and self._memory < 0 and self._left is None
         return is_first and len(frame) > 1 and frame[:1] == WHOLE_VALUE and len(frame) - 1 <= self.reply_limit
 
     def _listen(self) -> None:
@@ -1086,6 +1090,9 @@ class Call:
             self._waiting = self.sandbox.expect(what, after)
 
     def _job_readable(self) -> None:
+        self._read_left()
+        if self.job.fileno() < 0:
+            return
         try:
             data = channel.receive_frame(self.job)
         except BlockingIOError:
@@ -1245,11 +1252,9 @@ class Call:
             self._frame(data[:1], data[1:])
 
     def _close_job(self) -> None:
-        if self.is_lent:
-            shut_down(self.job)  # it is closed when it is given back
-        elif self.job.fileno() >= 0:
+        if self.job.fileno() >= 0:
             self.loop.remove_reader(self.job.fileno())
-            hang_up(self.job)
+            (shut_down if self.is_lent else hang_up)(self.job)  # what is lent is closed when it is given back
 
     def violation(self, fields: dict[str, str]) -> None:
         if fields.get("passing") == "1":

@@ -14,6 +14,7 @@ import pathlib
 import resource
 import sys
 import threading
+import time
 import uuid
 from typing import Any
 
@@ -701,5 +702,77 @@ def test_a_large_value_without_a_descriptor_for_it(level: IsolationLevel) -> Non
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             assert len(await sandbox.execute_plugin_safe(bytes, 1 << 20)) == 1 << 20
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_a_caller_whose_loop_is_busy_gets_its_value(level: IsolationLevel, size: int) -> None:
+    """The worker does not wait for it: also where its value needs memory of the host's, its time is not used up by that."""
+    seconds = 0.5 * harness.PATIENCE
+
+    async def main() -> None:
+        async with harness.open_sandbox(level, limits={"max_execution_time_seconds": seconds}) as sandbox:
+            task = asyncio.create_task(sandbox.execute_plugin_safe(bytes, size))
+            await asyncio.sleep(0)
+            time.sleep(2 * seconds)
+            assert await task == bytes(size)
+            async with sandbox.session() as session:
+                request = asyncio.create_task(session.call(bytes, size))
+                await asyncio.sleep(0)
+                time.sleep(2 * seconds)
+                assert await request == bytes(size)
+                assert await session.call(bytes, 2) == bytes(2)
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_watches_no_descriptors() -> None:
+    """asyncio.AbstractEventLoop leaves it to a loop whether it can."""
+
+    class Loop(asyncio.SelectorEventLoop):
+        def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:  # type: ignore[override]
+            raise NotImplementedError
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STANDARD) as sandbox:
+            for number in range(2):
+                assert await sandbox.execute_plugin_safe(plugins.give_back, number) == number
+            async with sandbox.session() as session:
+                assert await session.call(plugins.give_back, 2) == 2
+
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(main())
+
+
+def test_a_worker_that_goes_while_its_caller_is_busy(level: IsolationLevel) -> None:
+    """Its value is there still, and its socket is closed once it has been."""
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            for number in range(3):
+                task = asyncio.create_task(sandbox.execute_plugin_safe(plugins.give_back, number))
+                await asyncio.sleep(0)
+                time.sleep(0.2)
+                assert await task == number
+                await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_what_is_printed_comes_before_the_value(level: IsolationLevel, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the caller is quicker than the thread that reads it."""
+
+    def speaks(number: int) -> int:
+        print("number", number, flush=True)
+        return number
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox, sandbox.session() as session:
+            for number in range(5):
+                assert await sandbox.execute_plugin_safe(speaks, number) == number
+                assert capsys.readouterr().out == f"number {number}\n"
+                assert await session.call(speaks, number) == number
+                assert capsys.readouterr().out == f"number {number}\n"
 
     asyncio.run(main())
