@@ -9,6 +9,8 @@ what a call is for.
 
 from __future__ import annotations
 
+import select
+
 from sandbox.engine import channel
 from sandbox.engine.client import WATCH_AFTER
 
@@ -62,7 +64,7 @@ class Listener:
     def _send(self, send: Callable[[], None]) -> None:
         self.call.lend()
         send()
-        self._lasting = self.call.loop.call_later(WATCH_AFTER, self._lasts)
+        self._lasting = self.call.loop.call_later(min(WATCH_AFTER, self.call.seconds / 2), self._lasts)
 
     def _lasts(self) -> None:
         """In the engine's thread: from now on it listens as well, and soon alone, because a caller whose loop is busy with
@@ -105,8 +107,9 @@ class Listener:
             self.on_value()
 
     def _is_quiet(self) -> bool:
-        """Whether the engine has nothing to tell or do before a value."""
+        """Whether the engine has nothing to tell or do before a value. That a worker has gone is no matter, nor that the engine
+        has read all of it and closed what is asked about."""
         try:
-            return not self._sources.poll(0) and self.may_take()
+            return not any(event & select.POLLIN for _, event in self._sources.poll(0)) and self.may_take()
         except OSError:
             return False  # as where this process may have fewer descriptors by now than are asked about: poll(2)

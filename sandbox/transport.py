@@ -15,6 +15,7 @@ import types
 from collections import ChainMap
 from collections.abc import Mapping
 
+from sandbox.engine import channel
 from sandbox.errors import PluginExecutionError
 from sandbox.parcels import PLAIN, Parcel
 
@@ -73,14 +74,6 @@ def _pickler_class() -> type:
         return _pickler
     import cloudpickle
 
-    reduce_code = cloudpickle.Pickler.dispatch_table[types.CodeType]
-
-    def _reduce_code(code: types.CodeType) -> tuple[object, ...]:
-        """With its file's name, which cloudpickle leaves out from 3.1.3 on: a traceback shows the lines of that file."""
-        build, arguments = reduce_code(code)
-        place = next(i for i, argument in enumerate(arguments) if isinstance(argument, str))  # co_filename is the first
-        return build, (*arguments[:place], code.co_filename, *arguments[place + 1 :])
-
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         dispatch_table: ClassVar[Any] = ChainMap(
             {
@@ -90,7 +83,7 @@ def _pickler_class() -> type:
                 io.BufferedRandom: _refuse_file,
                 io.FileIO: _refuse_file,
                 types.GeneratorType: _refuse_generator,
-                types.CodeType: _reduce_code,
+                types.CodeType: channel.reduce_code,
             },
             cloudpickle.Pickler.dispatch_table,
         )

@@ -63,7 +63,7 @@ CALLER = 4  # a pidfd of the caller
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, ClassVar
 
 # Looked up once, here, where libseccomp's table can still be reached.
 CALLS = (
@@ -103,11 +103,22 @@ def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> Non
         __import__(module)
     if "cloudpickle" in modules:
         function = eval("lambda value: value", {})  # of no module, so that all of it travels
-        pickled = sys.modules["cloudpickle"].dumps((function, (), {}))
-        worker.rehearsal = channel.job({**REHEARSAL, "plain": ((7,), {})}, pickled)
+        worker.rehearsal = channel.job({**REHEARSAL, "plain": ((7,), {})}, pickled((function, (), {})))
     forkhooks.end()
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("a preloaded module has started a thread: a process with threads cannot be forked safely")
+
+
+def pickled(value: object) -> bytes:
+    """As sandbox.transport does it."""
+    from cloudpickle import Pickler
+
+    class OwnPickler(Pickler):  # type: ignore[misc]
+        dispatch_table: ClassVar[Any] = {**Pickler.dispatch_table, type(pickled.__code__): channel.reduce_code}
+
+    with io.BytesIO() as buffer:
+        OwnPickler(buffer).dump(value)
+        return buffer.getvalue()
 
 
 def open_streams() -> None:
