@@ -28,9 +28,10 @@ net helper   -                                            nothing: its message i
                                                           socket of the zygote
 ============ ============================================ ===========================================================
 
-A part that is stopped (SIGSTOP) rather than killed: init and worker die at the call's deadline like any other, also where it is
-the caller that is stopped (sandbox.engine.clock), and a worker waits for a stopped supervisor until then. A warden that does not answer within watchdog_timeout_seconds is killed by its zygote
-when the caller says so, and a zygote that does not do that by the caller.
+A part that is stopped (SIGSTOP) rather than killed: init and worker die at the call's deadline like any other, also where it
+is the caller that is stopped (sandbox.engine.clock), and a worker waits for a stopped supervisor until then. A warden that
+does not answer within watchdog_timeout_seconds is killed by its zygote when the caller says so, and a zygote that does not do
+that by the caller.
 
 Where there will be one sandbox only, as for the command, the zygote is the warden itself. Then both lines are one: it sees that
 the caller has gone by the hub, and the caller kills it where it does not answer.
