@@ -41,9 +41,7 @@ class Parcel:
         self.name: str = getattr(function, "__qualname__", type(function).__name__)
         self.file: str = getattr(getattr(function, "__code__", None), "co_filename", "")
         self.is_coroutine = inspect.iscoroutinefunction(function)
-        self._function: weakref.ref[Callable[..., Any]] | None = None
-        self._globals: list[tuple[dict[str, Any], str, object]] = []
-        self._functions: list[tuple[types.FunctionType, tuple[object, ...], dict[str, object]]] = []
+        self._functions: list[Watched] = []  # itself first
 
     def watch(self, function: types.FunctionType, by_value: Callable[[str], bool]) -> bool:
         """Take down what its pickled form depends on, before it is made; False where that may change by itself, or cannot be
@@ -52,39 +50,64 @@ class Parcel:
         Args:
             by_value: tells of a module's name whether what is in it travels by value.
         """
-        if not self._depend(function, by_value):
-            return False
-        self._function = weakref.ref(function)
+        waiting, seen, looked_at = [function], {function}, 0
+        while waiting:
+            watched = Watched(waiting.pop())
+            for _, value in watched.globals:
+                if is_constant(value) or is_by_reference(value, by_value):
+                    continue
+                if not isinstance(value, types.FunctionType):
+                    return False
+                if value not in seen:
+                    seen.add(value)
+                    waiting.append(value)
+            looked_at += len(watched.globals)
+            if looked_at > MOST or not watched.is_constant():
+                return False
+            watched.hold_loosely()
+            self._functions.append(watched)
         return True
 
     def is_of(self, function: object) -> bool:
         """Whether it is this function's, and all that it depends on is as it was."""
-        if self._function is None or self._function() is not function:
-            return False
-        for each, attributes, notes in self._functions:
-            if not is_bare(each) or not are_same(attributes_of(each), attributes) or each.__annotations__ != notes:
-                return False
-        return all(holder.get(name, MISSING) is value for holder, name, value in self._globals)
+        return (
+            bool(self._functions)
+            and self._functions[0].function() is function
+            and all(watched.is_as_it_was() for watched in self._functions)
+        )
 
-    def _depend(self, function: types.FunctionType, by_value: Callable[[str], bool]) -> bool:
-        waiting, seen = [function], {function}
-        while waiting:
-            each = waiting.pop()
-            if not is_bare(each) or not all(map(is_name, each.__annotations__.values())) or len(self._globals) > MOST:
+
+class Watched:
+    """One function of those that travel by value with a parcel, as it was; nothing is kept for longer by that."""
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self.function = weakref.ref(function)
+        self.attributes = attributes_of(function)
+        self.notes = dict(function.__annotations__)
+        self.is_bare = is_bare(function)
+        names = dict.fromkeys((*OF_MODULE, *names_in(function.__code__)))
+        self.globals: list[tuple[str, object]] = [(name, function.__globals__.get(name, MISSING)) for name in names]
+
+    def is_constant(self) -> bool:
+        return self.is_bare and all(map(is_constant, self.attributes[1:])) and all(map(is_name, self.notes.values()))
+
+    def hold_loosely(self) -> None:
+        """Of other functions, which know all of their modules, only that they are the same."""
+        self.globals = [
+            (name, weakref.ref(value) if isinstance(value, types.FunctionType) else value) for name, value in self.globals
+        ]
+
+    def is_as_it_was(self) -> bool:
+        function = self.function()
+        if function is None or not is_bare(function) or function.__annotations__ != self.notes:
+            return False
+        if not are_same(attributes_of(function), self.attributes):
+            return False
+        found = function.__globals__
+        for name, known in self.globals:
+            value = found.get(name, MISSING)
+            if value is not known and not (type(known) is weakref.ref and known() is value):
                 return False
-            attributes = attributes_of(each)
-            self._functions.append((each, attributes, dict(each.__annotations__)))
-            if not all(map(is_constant, attributes[1:])):
-                return False
-            for name in (*OF_MODULE, *names_in(each.__code__)):
-                value = each.__globals__.get(name, MISSING)
-                if not (is_constant(value) or is_by_reference(value, by_value)):
-                    if not isinstance(value, types.FunctionType):
-                        return False
-                    if value not in seen:
-                        seen.add(value)
-                        waiting.append(value)
-                self._globals.append((each.__globals__, name, value))
         return True
 
 

@@ -1174,13 +1174,16 @@ class _Run:
             if not self.listener.send(send, len(payload)):
                 service.post(send)
             await self._returned
+        except GeneratorExit:
+            raise  # its loop has gone
         except BaseException as error:  # also a signal's, at any place
             service.post(self.call.kill, "cancelled")
             if isinstance(error, asyncio.CancelledError):
                 await self.ends()
             raise
         finally:
-            self._loop.call_soon(self.listener.stop)  # when the caller has its value
+            if not self._loop.is_closed():
+                self._loop.call_soon(self.listener.stop)  # when the caller has its value
 
     # On the caller's loop, with the engine's turn:
 
