@@ -74,15 +74,13 @@ class ThreadLoop(PollLoop):
 
         It is for what is short, and waits for nothing.
         """
-        if self.posted or not self.turn.acquire(blocking=False):
+        if self.posted or self.turn.locked():
             return False
-        try:
+        with self.turn:  # so that no signal's exception can come between: to wait for it here, for once, does no harm
             if self.posted:
                 return False  # what has been posted before comes first
             callback(*args)
             return True
-        finally:
-            self.turn.release()
 
     def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> PollTimer:
         timer = super().call_later(delay, callback, *args)
