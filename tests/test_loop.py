@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Queue
 
 import pytest
 
 from sandbox.engine import loop as loops
+from sandbox.engine import service
 from sandbox.engine.loop import PollLoop
 
 
@@ -192,3 +196,82 @@ def test_cancelled_timers_do_not_add_up(loop: PollLoop) -> None:
     loop.call_later(0.001, told.append, 2)
     loop.run_once()
     assert told == [2]
+
+
+# -- the engine's thread, and those who do its work while it rests ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine() -> service.ThreadLoop:
+    """It is never ended: one for all tests."""
+    return service.ThreadLoop()
+
+
+def at_rest(engine: service.ThreadLoop, callback: Callable[..., object], *args: object) -> None:
+    """Here, as soon as the thread has nothing to do."""
+    deadline = time.monotonic() + 5
+    while not engine.here(callback, *args):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_who_asks_while_it_rests_does_it_himself(engine: service.ThreadLoop) -> None:
+    seen: list[threading.Thread] = []
+    at_rest(engine, lambda: seen.append(threading.current_thread()))
+    assert seen == [threading.current_thread()]
+
+
+def test_a_timer_that_is_set_while_it_rests_is_served(engine: service.ThreadLoop) -> None:
+    """The thread waits for nothing else; later ones, and earlier ones than those."""
+    served: Queue[int] = Queue()
+    at_rest(engine, lambda: [engine.call_later(delay, served.put, number) for number, delay in ((3, 0.2), (1, 0.01), (2, 0.1))])
+    assert [served.get(timeout=5) for _ in range(3)] == [1, 2, 3]
+    at_rest(engine, engine.call_later, 0.01, served.put, 4)
+    assert served.get(timeout=5) == 4
+
+
+def test_nobody_does_it_while_it_works_or_has_more_to_do(engine: service.ThreadLoop) -> None:
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        go_on.wait(5)
+
+    engine.post(work)
+    engine.post(ended.set)
+    assert begun.wait(5)
+    assert not engine.here(lambda: None)
+    go_on.set()
+    assert ended.wait(5)
+    order: Queue[str] = Queue()
+
+    def first() -> None:
+        engine.post(order.put, "posted before")
+        assert not engine.here(order.put, "too early")  # this is somebody's turn
+
+    at_rest(engine, first)
+    at_rest(engine, order.put, "then")
+    assert [order.get(timeout=5) for _ in range(2)] == ["posted before", "then"]
+
+
+def test_the_turn_is_given_back_by_who_fails(engine: service.ThreadLoop) -> None:
+    def fails() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        at_rest(engine, fails)
+    at_rest(engine, lambda: None)
+
+
+def test_what_is_registered_while_it_rests_is_heard(engine: service.ThreadLoop) -> None:
+    """And hears nothing of what had its number before."""
+    heard: Queue[bytes] = Queue()
+    for number in range(50):
+        reader, writer = os.pipe()
+        at_rest(engine, engine.add_reader, reader, lambda fd=reader: heard.put(os.read(fd, 1)))
+        os.write(writer, bytes([number]))
+        assert heard.get(timeout=5) == bytes([number])
+        at_rest(engine, engine.remove_reader, reader)
+        os.close(reader)
+        os.close(writer)
+    assert heard.empty()

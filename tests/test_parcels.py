@@ -6,6 +6,7 @@ import cmath
 import math
 import pickle
 import sys
+import sysconfig
 import types
 import xml
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import pytest
 from sandbox import transport
 from sandbox.errors import PluginExecutionError
 
-PATH = [folder for folder in sys.path if folder.endswith(("python3.11", "site-packages", "python3.12", "python3.13"))]
+PATH = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 NUMBER = 1
 
 
