@@ -8,10 +8,13 @@ not know sandboxes.
 from __future__ import annotations
 
 import inspect
+import marshal
 import sys
 import types
 import weakref
 from operator import is_
+
+from sandbox.engine import channel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +31,8 @@ class Parcel:
     """What is known about a function that travels.
 
     Attributes:
-        payload: its pickled form, where that is kept.
+        payload: the form in which it travels, where that is kept: pickled, or if it `stands_alone` as `alone` has it.
+        stands_alone: whether nothing else of its module travels with it.
         wish: what it gets before its arguments, see sandbox.transport.first_wish.
         name: its qualified name.
         file: where its code lies, "" where that cannot be told.
@@ -37,6 +41,7 @@ class Parcel:
 
     def __init__(self, function: Callable[..., Any], wish: str) -> None:
         self.payload = b""
+        self.stands_alone = False
         self.wish = wish
         self.name: str = getattr(function, "__qualname__", type(function).__name__)
         self.file: str = getattr(getattr(function, "__code__", None), "co_filename", "")
@@ -67,6 +72,18 @@ class Parcel:
             watched.hold_loosely()
             self._functions.append(watched)
         return True
+
+    def alone(self) -> bytes:
+        """The form of a function that is watched and knows nothing of its module, which takes no pickle to read: see
+        sandbox.engine.worker.alone. b"" for others."""
+        (watched, *others) = self._functions
+        if others or any(value is not MISSING and name not in OF_MODULE for name, value in watched.globals):
+            return b""
+        if any(type(note) is not str for note in watched.notes.values()):
+            return b""
+        known = {name: value for name, value in watched.globals if value is not MISSING}
+        form: tuple[Any, ...] = (*watched.attributes, watched.notes, known)
+        return marshal.dumps(form, channel.PLAIN)
 
     def is_of(self, function: object) -> bool:
         """Whether it is this function's, and all that it depends on is as it was."""

@@ -630,10 +630,9 @@ class EnhancedPluginSandbox:
         plain = (args, kwargs) if is_plain else None
         if not self._call_instruction:
             self._call_instruction = self._instruction("call")
-        instruction = {**self._call_instruction, "coroutine": parcel.is_coroutine, "plain": plain}
-        if is_plain:
-            return instruction, parcel, transport.pickled(parcel, function, path)
-        return instruction, parcel, transport.pack(function, args, kwargs, path)
+        payload = transport.sealed(parcel, function, path) if is_plain else transport.pack(function, args, kwargs, path)
+        what = {"coroutine": parcel.is_coroutine, "plain": plain, "alone": is_plain and parcel.stands_alone}
+        return {**self._call_instruction, **what}, parcel, payload
 
     def _instruction(self, kind: str) -> dict[str, object]:
         """What every job of this sandbox says."""

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from sandbox.engine import channel
 from sandbox.errors import PluginExecutionError
-from sandbox.parcels import PLAIN, Parcel
+from sandbox.parcels import PLAIN, Parcel, is_by_reference
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def pack(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def parcel(function: Callable[..., Any], library_path: Sequence[str]) -> Parcel:
-    """What is known about a function; `pickled` gives it without arguments. Raises PluginExecutionError for a generator."""
+    """What is known about a function; `sealed` gives it without arguments. Raises PluginExecutionError for a generator."""
     known = _parcels.get(id(function))
     if known is not None and (len(sys.modules), next(reversed(sys.modules))) == _seen_modules and known.is_of(function):
         return known
@@ -123,15 +123,20 @@ def parcel(function: Callable[..., Any], library_path: Sequence[str]) -> Parcel:
     return Parcel(function, first_wish(function))
 
 
-def pickled(parcel: Parcel, function: Callable[..., Any], library_path: Sequence[str]) -> bytes:
-    """What `pack` gives for the parcel's function without arguments. Raises PluginExecutionError."""
+def sealed(parcel: Parcel, function: Callable[..., Any], library_path: Sequence[str]) -> bytes:
+    """What `pack` gives for the parcel's function without arguments, or where it `stands_alone` what it gives itself.
+
+    Raises PluginExecutionError.
+    """
     if parcel.payload:
         return parcel.payload
     with _lock:
         register_own_modules(library_path)
         seen = _seen_modules
     may_be_kept = type(function) is types.FunctionType and parcel.watch(function, travels_by_value)
-    payload = pack(function, (), {}, library_path)
+    payload = parcel.alone() if may_be_kept and not is_by_reference(function, travels_by_value) else b""
+    parcel.stands_alone = bool(payload)
+    payload = payload or pack(function, (), {}, library_path)
     if may_be_kept and len(payload) <= KEPT_BYTES and parcel.is_of(function):
         with _lock:
             if seen == _seen_modules:  # else what goes by reference may go by value by now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cmath
+import colorsys
 import math
 import pickle
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from sandbox import transport
+from sandbox.engine import worker
 from sandbox.errors import PluginExecutionError
 
 PATH = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
@@ -27,6 +29,26 @@ def plain(value: int) -> int:
 
 def scaled(value: float, by: float = 2.0) -> float:
     return math.sqrt(value) * by
+
+
+def knows_nothing(value: int, more: int = 2) -> list[int]:
+    """With a docstring."""
+
+    def inner() -> int:
+        return value + more
+
+    return [inner() for _ in range(2)]
+
+
+def knows_builtins(value: str) -> int:
+    return len(value)
+
+
+SECRET = secret = "a text that nobody asked for"
+
+
+def asks_an_attribute(value: Any) -> object:
+    return value.secret
 
 
 def calls_another(value: int) -> int:
@@ -71,7 +93,7 @@ def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def sent(function: Callable[..., Any]) -> bytes:
-    return transport.pickled(transport.parcel(function, PATH), function, PATH)
+    return transport.sealed(transport.parcel(function, PATH), function, PATH)
 
 
 def is_kept(function: Callable[..., Any]) -> bool:
@@ -81,7 +103,10 @@ def is_kept(function: Callable[..., Any]) -> bool:
 
 def arrived(function: Callable[..., Any]) -> Callable[..., Any]:
     """As a sandbox would have it."""
-    unpacked, args, kwargs = pickle.loads(sent(function))
+    payload = sent(function)
+    if transport.parcel(function, PATH).stands_alone:
+        return worker.alone(payload)
+    unpacked, args, kwargs = pickle.loads(payload)
     assert (args, kwargs) == ((), {})
     return unpacked  # type: ignore[no-any-return]
 
@@ -93,6 +118,31 @@ def test_what_cannot_change_is_pickled_once(function: Callable[..., Any]) -> Non
     parcel = transport.parcel(function, PATH)
     assert parcel.payload == transport.pack(function, (), {}, PATH)
     assert parcel.name == function.__qualname__
+
+
+@pytest.mark.parametrize("function", [knows_nothing, knows_builtins, asks_an_attribute])
+def test_a_function_alone_is_the_same_as_pickled(function: Callable[..., Any]) -> None:
+    """It need not be unpickled, which takes longer."""
+    there = arrived(function)
+    assert transport.parcel(function, PATH).stands_alone is (function is not asks_an_attribute)
+    pickled = pickle.loads(transport.pack(function, (), {}, PATH))[0]
+    for name in ("__name__", "__qualname__", "__module__", "__doc__", "__defaults__", "__kwdefaults__", "__annotations__"):
+        assert getattr(there, name) == getattr(pickled, name) == getattr(function, name)
+    assert there.__dict__ == pickled.__dict__ == {}
+    assert there.__code__ == pickled.__code__ == function.__code__
+    assert there.__code__.co_filename == pickled.__code__.co_filename == __file__
+    assert there.__globals__.keys() == pickled.__globals__.keys() == {"__builtins__", "__file__", "__name__", "__package__"}
+    assert SECRET not in str({**there.__globals__, "__builtins__": {}})
+
+
+def test_a_function_alone_does_what_it_did() -> None:
+    assert arrived(knows_nothing)(1) == [3, 3]
+    assert arrived(knows_builtins)("abc") == 3
+
+
+def test_a_function_of_the_library_goes_by_its_name() -> None:
+    assert arrived(colorsys.rgb_to_yiq) is colorsys.rgb_to_yiq
+    assert not transport.parcel(colorsys.rgb_to_yiq, PATH).stands_alone
 
 
 def test_a_global_that_is_another_now(monkeypatch: pytest.MonkeyPatch) -> None:

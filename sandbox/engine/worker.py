@@ -13,6 +13,7 @@ import _socket
 import errno
 import fcntl
 import gc
+import marshal
 import os
 import select
 import sys
@@ -341,7 +342,10 @@ def run_call(job: _socket.socket, instruction: dict[str, Any], payload: bytes | 
 
     def value() -> object:
         nonlocal payload
-        function, arguments, keywords = loads(payload)
+        if instruction["alone"]:
+            function = alone(payload)
+        else:
+            function, arguments, keywords = loads(payload)
         payload = b""
         if instruction["plain"] is not None:
             arguments, keywords = instruction["plain"]
@@ -353,6 +357,16 @@ def run_call(job: _socket.socket, instruction: dict[str, Any], payload: bytes | 
         return result
 
     return reply(job, value, instruction["max_bytes"])
+
+
+def alone(payload: bytes | bytearray) -> Callable[..., Any]:
+    """A function that knows nothing of its module: see sandbox.parcels.Parcel.alone."""
+    code, defaults, name, qualname, module, doc, notes, known = marshal.loads(payload)
+    known["__builtins__"] = __builtins__
+    function_type: Any = type(alone)
+    function = function_type(code, known, name, defaults)
+    function.__qualname__, function.__module__, function.__doc__, function.__annotations__ = qualname, module, doc, notes
+    return function  # type: ignore[no-any-return]
 
 
 def run_function(job: _socket.socket, instruction: dict[str, Any], source: bytes | bytearray) -> int:

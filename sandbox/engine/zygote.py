@@ -76,7 +76,7 @@ CALLS = (
 # What a worker does to be ready for its call: one of these settings, which are not the call's.
 REHEARSAL: dict[str, object] = {
     **{"kind": "call", "cwd": "/", "environment": None, "allowed_modules": [], "blocked_modules": [], "hosts": {}},
-    **{"max_bytes": 1 << 20, "coroutine": False},
+    **{"max_bytes": 1 << 20, "coroutine": False, "plain": ((7,), {}), "alone": False},
 }
 # For the preloads: a process with threads cannot be forked safely.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -104,7 +104,7 @@ def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> Non
         __import__(module)
     if "cloudpickle" in modules:
         function = eval("lambda value: value", {})  # of no module, so that all of it travels
-        worker.rehearsal = channel.job({**REHEARSAL, "plain": ((7,), {})}, pickled((function, (), {})))
+        worker.rehearsal = channel.job(REHEARSAL, pickled((function, (), {})))
     forkhooks.end()
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("a preloaded module has started a thread: a process with threads cannot be forked safely")
