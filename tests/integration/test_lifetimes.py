@@ -423,8 +423,11 @@ def test_a_caller_that_is_stopped_as_soon_as_it_has_sent_a_job(level: IsolationL
     """The kernel keeps the time: the caller need say nothing after that."""
     with run_script("stopped_sender.py", level.value) as caller:
         try:
+            assert caller.stdout is not None
+            token = caller.stdout.readline().strip()
             assert harness.wait_until(lambda: stands(caller.pid))
-            assert harness.wait_until(lambda: not harness.roles(caller.pid)["worker"])
+            assert harness.roles(caller.pid, token)["zygote"]
+            assert harness.wait_until(lambda: not harness.roles(caller.pid, token)["worker"])
             assert stands(caller.pid)
         finally:
             os.kill(caller.pid, signal.SIGCONT)
