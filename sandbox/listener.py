@@ -76,7 +76,8 @@ class Listener:
             pass  # it is closed
 
     def stop(self) -> None:
-        """The engine listens from now on, or has closed what was listened to."""
+        """The engine listens from now on, or closes what was listened to. After a value that is the loop's next round, so that
+        whoever has waited for it need not wait for that as well."""
         if self._fd >= 0:
             self.loop.remove_reader(self._fd)
             self._fd = -1
