@@ -1058,7 +1058,7 @@ class Call:
         try:
             message = channel.job(instruction, payload) if len(payload) <= channel.SMALL else b""
             if 0 < len(message) <= channel.SMALL:
-                self.job.send(message)
+                channel.send_bytes(self.job, message)
                 return
             header = marshal.dumps(instruction)
             size = len(header) + len(payload)

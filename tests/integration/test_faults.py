@@ -342,6 +342,7 @@ HOST_CALLS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
     "pwrite": (os, "pwrite", (errno.ENOSPC, errno.EIO)),
     "sendmsg": (channel, "send_bytes", (errno.ENOBUFS, errno.EPERM)),
     "socketpair": (_socket, "socketpair", DESCRIPTORS),
+    "timerfd_create": (sc, "timerfd_create", DESCRIPTORS),
     "write": (os, "write", (errno.ENOSPC, errno.EPERM, errno.EBUSY)),
 }
 
