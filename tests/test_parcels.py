@@ -7,10 +7,10 @@ import colorsys
 import math
 import pickle
 import sys
-import sysconfig
 import types
 import xml
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +19,8 @@ from sandbox import transport
 from sandbox.engine import worker
 from sandbox.errors import PluginExecutionError
 
-PATH = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+REPOSITORY = Path(__file__).parents[1]
+PATH = [folder for folder in sys.path if folder and Path(folder).resolve() not in (REPOSITORY, REPOSITORY / "tests")]
 NUMBER = 1
 
 
