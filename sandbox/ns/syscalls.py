@@ -247,9 +247,9 @@ def timerfd_settime(fd: int, moment: float, interval: int = 0) -> None:
 
 def timerfd_gettime(fd: int) -> float:
     """Seconds until it can be read next; 0 for never."""
-    current = ctypes.create_string_buffer(ITIMERSPEC.size)
-    check(_libc.timerfd_gettime(fd, current))
-    _, _, seconds, rest = ITIMERSPEC.unpack(current.raw)
+    current = (native.c_long * 4)()
+    check(_libc.timerfd_gettime(fd, native.byref(current)))
+    _, _, seconds, rest = current
     return float(seconds + rest / 1e9)
 
 
