@@ -11,7 +11,7 @@ from __future__ import annotations
 import _signal as signal  # signal.py would import enum, which nothing else on this side needs
 import os
 import sys
-from struct import Struct
+from _struct import Struct  # struct.py adds nothing but a file
 
 from sandbox.ns import native
 
