@@ -55,8 +55,8 @@ class Listener:
             fd = self.call.job.fileno()
             try:
                 self.loop.add_reader(fd, self._heard)
-            except NotImplementedError:
-                self.stop()  # not every loop can do that
+            except Exception:
+                self.stop()  # not every loop can do that, and a loop may be short of something: the engine can
             else:
                 self._fd = fd
         return True
@@ -89,7 +89,12 @@ class Listener:
     def _heard(self) -> None:
         """The worker has said something, or has gone: what is no value is the engine's."""
         self._has_taken = False
-        self.service.here(self._take)
+        try:
+            self.service.here(self._take)
+        except BaseException:  # a signal's: what was read then nobody reads again
+            self.service.post(self.call.kill, "cancelled")
+            self.stop()
+            raise
         if not self._has_taken:
             self.stop()
 

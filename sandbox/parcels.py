@@ -83,7 +83,10 @@ class Parcel:
             return b""
         known = {name: value for name, value in watched.globals if value is not MISSING}
         form: tuple[Any, ...] = (*watched.attributes, watched.notes, known)
-        return marshal.dumps(form, channel.PLAIN)
+        try:
+            return marshal.dumps(form, channel.PLAIN)
+        except ValueError:  # code may hold any constant, if it was not compiled
+            return b""
 
     def is_of(self, function: object) -> bool:
         """Whether it is this function's, and all that it depends on is as it was."""

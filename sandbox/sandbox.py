@@ -14,7 +14,7 @@ import sys
 import uuid
 import weakref
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -1173,8 +1173,10 @@ class _Run:
             if not self.listener.send(send, len(payload)):
                 service.post(send)
             await self._returned
-        except GeneratorExit:
-            raise  # its loop has gone
+        except GeneratorExit:  # its loop has gone, or is that of a process which is no more
+            with suppress(ResourceError):
+                service.post(self.call.kill, "cancelled")
+            raise
         except BaseException as error:  # also a signal's, at any place
             service.post(self.call.kill, "cancelled")
             if isinstance(error, asyncio.CancelledError):

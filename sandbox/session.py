@@ -190,8 +190,12 @@ class Session:
         assert self._conversation is not None
         before = len(self._conversation.violations)
         assert self._sandbox._service is not None
-        self._conversation.ask(self._sandbox._service, file, instruction, payload)
-        answer = await self._answer()
+        try:
+            self._conversation.ask(self._sandbox._service, file, instruction, payload)
+            answer = await self._answer()
+        except BaseException:  # also a signal's, at any place
+            self._abandon()
+            raise
         self._calls += 1
         return self._value(answer, before, types_)
 
@@ -223,18 +227,25 @@ class Session:
 
     async def _answer(self) -> Answer:
         """What the process says next. Raises what its end was, if it ends instead; who is cancelled has it killed."""
-        assert self._process is not None
+        process = self._process
+        assert process is not None
         self._waiting = asyncio.get_running_loop().create_future()
         try:
             return await self._waiting
-        except asyncio.CancelledError:
-            process, self._waiting, self._conversation = self._process, None, None
-            if process is not None:  # else it has just ended by itself
-                process.cancel()
+        except BaseException as error:
+            if self._abandon() and isinstance(error, asyncio.CancelledError):
                 await asyncio.wait([process])
             raise
         finally:
             self._waiting = None
+
+    def _abandon(self) -> bool:
+        """Nobody waits for the answer any more: it would be taken for the next one's. So the process is killed, and the next
+        call has a fresh one; whether there is one that has not just ended by itself."""
+        process, self._waiting, self._conversation = self._process, None, None
+        if process is not None:
+            process.cancel()
+        return process is not None
 
     def _answered(self, answer: Answer) -> None:
         if self._waiting is not None and not self._waiting.done():

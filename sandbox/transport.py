@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _lock = threading.Lock()
 _by_value: set[str] = set()
 _seen_modules: tuple[int, str] = 0, ""  # how many there were, and the last one
+_registered: frozenset[str] = frozenset()  # what cloudpickle was told to send by value, by us and by others, since then
 _parcels: dict[int, Parcel] = {}  # by the function's identity
 KEPT, KEPT_BYTES = 128, 1 << 16  # parcels that are kept, and how large each may be
 
@@ -41,12 +42,14 @@ def _refuse_generator(generator: object) -> NoReturn:
 
 def register_own_modules(library_path: Sequence[str]) -> None:
     """Mark every module that is neither standard library nor an installed package to travel by value."""
-    global _seen_modules
+    global _seen_modules, _registered
     seen = len(sys.modules), next(reversed(sys.modules))
-    if seen == _seen_modules:
+    if seen == _seen_modules and not _parcels:
         return
     import cloudpickle
 
+    if seen == _seen_modules and cloudpickle.list_registry_pickle_by_value() == _registered:
+        return
     _parcels.clear()  # a function may know one of them by its package
     folders = tuple(folder.rstrip("/") + "/" for folder in library_path)
     for name, module in list(sys.modules.items()):
@@ -61,7 +64,7 @@ def register_own_modules(library_path: Sequence[str]) -> None:
         if isinstance(file, str) and not file.startswith(folders):
             cloudpickle.register_pickle_by_value(module)
             _by_value.add(name)
-    _seen_modules = seen
+    _seen_modules, _registered = seen, frozenset(cloudpickle.list_registry_pickle_by_value())
 
 
 _pickler: type | None = None
@@ -74,6 +77,16 @@ def _pickler_class() -> type:
         return _pickler
     import cloudpickle
 
+    reduce_by_fields = cloudpickle.Pickler.dispatch_table[types.CodeType]
+
+    def reduce_code(code: types.CodeType) -> tuple[object, ...]:
+        try:
+            return channel.reduce_code(code)
+        except ValueError:  # a constant that no compiler makes: see `channel.reduce_code` for the name of its file
+            build, arguments = reduce_by_fields(code)
+            place = next(i for i, argument in enumerate(arguments) if isinstance(argument, str))  # co_filename is the first
+            return build, (*arguments[:place], code.co_filename, *arguments[place + 1 :])
+
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         dispatch_table: ClassVar[Any] = ChainMap(
             {
@@ -83,7 +96,7 @@ def _pickler_class() -> type:
                 io.BufferedRandom: _refuse_file,
                 io.FileIO: _refuse_file,
                 types.GeneratorType: _refuse_generator,
-                types.CodeType: channel.reduce_code,
+                types.CodeType: reduce_code,
             },
             cloudpickle.Pickler.dispatch_table,
         )
@@ -116,8 +129,13 @@ def pack(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 def parcel(function: Callable[..., Any], library_path: Sequence[str]) -> Parcel:
     """What is known about a function; `sealed` gives it without arguments. Raises PluginExecutionError for a generator."""
     known = _parcels.get(id(function))
-    if known is not None and (len(sys.modules), next(reversed(sys.modules))) == _seen_modules and known.is_of(function):
-        return known
+    if known is not None:
+        with _lock:
+            register_own_modules(
+                library_path
+            )  # which forgets all of them where another module is there, or another way to send
+        if _parcels.get(id(function)) is known and known.is_of(function):
+            return known
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise PluginExecutionError(f"{function.__qualname__} is a generator: return a list instead", exception_type="TypeError")
     return Parcel(function, first_wish(function))
@@ -157,8 +175,15 @@ def travels_by_value(module: str) -> bool:
 
 
 def is_plain(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
-    """Whether marshal carries all of it, for which nothing has to be pickled."""
-    return PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, (*kwargs, *kwargs.values())))
+    """Whether marshal carries all of it, for which nothing has to be pickled, and it is little."""
+    values = (*args, *kwargs, *kwargs.values())
+    return PLAIN.issuperset(map(type, values)) and sum(map(_bytes_of, values)) <= channel.SMALL
+
+
+def _bytes_of(value: Any) -> int:
+    """About how many bytes a plain value takes to travel."""
+    kind = type(value)
+    return len(value) if kind is str or kind is bytes else value.bit_length() >> 3 if kind is int else 0
 
 
 def first_wish(function: Callable[..., Any]) -> str:

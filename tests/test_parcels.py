@@ -272,3 +272,32 @@ def test_a_generator_is_refused() -> None:
 
     with pytest.raises(PluginExecutionError, match="is a generator"):
         transport.parcel(generator, PATH)
+
+
+def test_what_is_told_to_go_by_value_later_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cloudpickle
+
+    (tmp_path / "psie_library.py").write_text("def helper(): return 5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    library = __import__("psie_library")
+    path = [str(tmp_path), *PATH]
+    function = eval("lambda: library.helper()", {"library": library, "__name__": "__main__"})
+    try:
+        first = transport.sealed(transport.parcel(function, path), function, path)
+        assert b"psie_library" in first
+        assert transport.sealed(transport.parcel(function, path), function, path) is first
+        cloudpickle.register_pickle_by_value(library)
+        by_value = transport.sealed(transport.parcel(function, path), function, path)
+        del sys.modules["psie_library"]
+        monkeypatch.undo()
+        assert pickle.loads(by_value)[0]() == 5
+    finally:
+        cloudpickle.unregister_pickle_by_value(library)
+
+
+def test_code_that_no_compiler_has_made_travels_all_the_same() -> None:
+    def function() -> object:
+        return "constant"
+
+    function.__code__ = function.__code__.replace(co_consts=(None, print))
+    assert pickle.loads(transport.sealed(transport.parcel(function, PATH), function, PATH))[0]() is print

@@ -241,7 +241,8 @@ def read_job(data: bytes, memory: Sequence[int] = ()) -> tuple[dict[str, Any], b
             read += os.preadv(fd, [view[read:]], read)
         view.release()
         os.close(fd)
-    instruction = marshal.loads(content[:header])
+    with memoryview(content) as view:
+        instruction = marshal.loads(view[:header])
     del content[:header]
     return instruction, content
 

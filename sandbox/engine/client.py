@@ -1024,8 +1024,10 @@ class Call:
         self.send_job(instruction, payload)
 
     def request(self, instruction: dict[str, object], payload: bytes) -> None:
-        """The session is to do this next; nothing if it has ended."""
-        if not self.done:
+        """The session is to do this next; nothing if it has ended. What was asked before must have been answered."""
+        if self.awaits and not self.done:
+            self.kill("cancelled")  # its answer would be taken for that of this request
+        elif not self.done:
             self.clock.begin()
             self.expect("a call was to end", self.seconds)
             self.awaits = True

@@ -71,8 +71,8 @@ class PollLoop:
             if mask:
                 self.epoll.modify(fd, mask)
             else:
-                self.watched.remove(fd)
                 self.epoll.unregister(fd)
+                self.watched.remove(fd)
         elif not mask:
             self.always.pop(fd, None)
         elif fd in self.always:

@@ -66,7 +66,7 @@ def run(
             compiled(b"", "")  # for the same reason as `rehearse`
         if rehearsal and not poll_for(job, REST_MS):
             rehearse(recipe["environment"])
-        received = channel.receive_job(job)
+        received = next_job(job)
         if received is None:
             os._exit(0)
         status = serve(job, *received, recipe["environment"])
@@ -133,6 +133,15 @@ def rehearse(environment: dict[str, str]) -> None:
     copied first, and that takes longer than all else that it does for a small call."""
     serve(Nobody(), *channel.read_job(rehearsal), environment)  # type: ignore[arg-type]
     gc.disable()
+
+
+def next_job(job: _socket.socket) -> tuple[dict[str, Any], bytes | bytearray] | None:
+    """None when there will be none, or it is more than this process may have memory for, which is told like any error."""
+    try:
+        return channel.receive_job(job)
+    except MemoryError as error:
+        send_error(job, error)
+        return None
 
 
 def serve(job: _socket.socket, instruction: dict[str, Any], payload: bytes | bytearray, environment: dict[str, str]) -> int:
@@ -462,7 +471,7 @@ def run_session(job: _socket.socket, instruction: dict[str, Any], payload: bytes
 
     try:
         send_outcome(job, prepare, most)
-        while (received := channel.receive_job(job)) is not None:
+        while (received := next_job(job)) is not None:
             send_outcome(job, lambda: answer(*received), most)
     except SystemExit as stop:
         return exit_status(stop.code)

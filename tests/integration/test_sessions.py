@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -27,6 +28,8 @@ from sandbox import (
     ResourceLimitExceededError,
     SecurityViolationError,
 )
+from sandbox.engine import channel, client
+from sandbox.engine.clock import Clock
 from sandbox.recovery import private
 from sandbox.recovery.store import Store
 
@@ -561,5 +564,92 @@ def test_a_plugin_beyond_the_threshold_is_quarantined(framework: EnhancedPluginF
         with pytest.raises(PluginError, match="quarantined"):
             async with framework.open_plugin("hooks"):
                 pass
+
+    asyncio.run(main())
+
+
+# -- an exception of nobody's: a signal's handler can raise anywhere -----------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """As a signal's handler raises it."""
+
+
+def echo(value: Any) -> Any:
+    return value
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, after: bool) -> None:
+    """Once, where this is called: before it has done its work, or after."""
+    work = getattr(owner, name)
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(owner, name, work)
+        if after:
+            work(*args, **kwargs)
+        raise Interrupted(name)
+
+    monkeypatch.setattr(owner, name, once)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (client.Call, "request"),
+        (client.Call, "_hand_over"),
+        (channel, "send_bytes"),
+        (client.Call, "take_value"),
+        (client.Call, "next_reply"),
+        (Clock, "rest"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_no_answer_is_taken_for_another_ones(owner: Any, name: str, after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was interrupted: a later call gets its own value, or an error, and soon."""
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STRICT) as sandbox, sandbox.session() as session:
+            assert await session.call(echo, 0) == 0
+            asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)  # it may come up in a callback
+            interrupt(monkeypatch, owner, name, after=after)
+            async with asyncio.timeout(10 * harness.PATIENCE):
+                for number in range(1, 6):
+                    try:
+                        assert await session.call(echo, number) == number
+                    except (Interrupted, PluginExecutionError):
+                        assert number < 3
+                assert await sandbox.execute_plugin_safe(echo, "call") == "call"
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_can_watch_no_more_leaves_it_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        def add_reader(fd: int, *callback: Any) -> None:
+            raise OSError(errno.ENOSPC, "no watches")
+
+        async with harness.open_sandbox(IsolationLevel.STRICT) as sandbox:
+            monkeypatch.setattr(asyncio.get_running_loop(), "add_reader", add_reader)
+            assert await sandbox.execute_plugin_safe(echo, 1) == 1
+            async with sandbox.session() as session:
+                assert [await session.call(echo, number) for number in (2, 3)] == [2, 3]
+
+    asyncio.run(main())
+
+
+# -- large arguments -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_too_large_for_its_memory_is_the_limits_word(level: IsolationLevel) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(level, limits={"max_memory_mb": 128}) as sandbox, sandbox.session() as session:
+            assert await session.call(len, bytes(40 << 20)) == 40 << 20
+            assert await sandbox.execute_plugin_safe(len, bytes(40 << 20)) == 40 << 20
+            for call in (session.call, sandbox.execute_plugin_safe):
+                with pytest.raises(ResourceLimitExceededError) as caught:
+                    await call(len, bytes(120 << 20))
+                assert caught.value.limit == "memory"
+            assert await session.call(len, b"xyz") == 3
 
     asyncio.run(main())
