@@ -221,8 +221,11 @@ def socket_to_the_caller() -> socket.socket:
 @contextmanager
 def victim(where: Where) -> Iterator[Scene]:
     """A process of the caller's, with a secret in its environment and an open file. Harm: it is gone or stopped."""
-    with tempfile.TemporaryFile() as held:
-        process = subprocess.Popen(["sleep", str(6 * SECONDS)], env={"VICTIM": SECRET}, pass_fds=[held.fileno()])
+    with (
+        tempfile.TemporaryFile() as held,
+        # It ends with us: nobody else can write to it.
+        subprocess.Popen(["cat"], env={"VICTIM": SECRET}, stdin=subprocess.PIPE, pass_fds=[held.fileno()]) as process,
+    ):
 
         def harm() -> str:
             if process.poll() is not None:
@@ -231,13 +234,12 @@ def victim(where: Where) -> Iterator[Scene]:
             return "the victim is stopped or traced" if state in "Tt" else ""
 
         try:
-            while Path(f"/proc/{process.pid}/comm").read_text().strip() != "sleep":
+            while Path(f"/proc/{process.pid}/comm").read_text().strip() != "cat":
                 os.sched_yield()
             numbers = {name: SYSCALLS[name] for name in ("tgkill", "process_vm_readv", "ptrace", "pidfd_getfd", "prlimit64")}
             yield Scene({"pid": process.pid, "numbers": numbers, "secret": scrambled(SECRET)}, harm)
         finally:
             process.kill()
-            process.wait()
 
 
 def scrambled(text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Where attacks are tried without a sandbox: a plain process, which forks one child for each.
+"""Where attacks are tried without a sandbox: a plain process, which forks one child for each, and ends with its caller.
 
 What does not succeed there says nothing when it fails inside.
 """
@@ -21,6 +21,8 @@ _SERVER = """
 import os, pickle, signal, struct, sys, tempfile, traceback
 sys.path[:] = {path!r}
 import cloudpickle, subprocess  # a child that has given up its ids may not reach the interpreter
+from sandbox.ns.privileges import die_with_parent
+die_with_parent()
 held = sys.argv[1]  # this text lies in the memory of every child, as a caller's secrets do
 while True:
     head = sys.stdin.buffer.read(12)
@@ -31,12 +33,14 @@ while True:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        die_with_parent()
         signal.setitimer(signal.ITIMER_REAL, {seconds})
         folder = tempfile.mkdtemp()
         os.chmod(folder, 0o777)
         os.chdir(folder)
         if uid >= 0:
             os.setgroups([]); os.setresgid(uid, uid, uid); os.setresuid(uid, uid, uid)
+            die_with_parent()
         try:
             function, arguments, keywords = pickle.loads(payload)
             text = function(*arguments, **keywords)

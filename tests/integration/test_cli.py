@@ -1413,19 +1413,43 @@ def test_selftest_is_no_run_of_a_plugin(cli_folder: Path, tmp_path: Path) -> Non
     assert json.loads(caller.run("history", "--json").out) == []
 
 
-def test_a_killed_selftest_leaves_nothing_to_the_next(twice: Caller, tmp_path: Path) -> None:
-    """Its folder is removed by the next one, as long as nobody is in it."""
+@pytest.fixture
+def temporary(tmp_path: Path) -> dict[str, dict[str, str]]:
+    """How a command is started whose temporary files are to lie in tmp_path, whoever starts it."""
     tmp_path.chmod(0o777)
     for folder in (tmp_path.parent, tmp_path.parent.parent):
         folder.chmod(folder.stat().st_mode | 0o011)
-    place = {"env": {"TMPDIR": str(tmp_path)}}
-    with twice.start("selftest", "--level", twice.level, **place) as process:
+    return {"env": {"TMPDIR": str(tmp_path)}}
+
+
+def test_a_killed_selftest_leaves_nothing_to_the_next(
+    twice: Caller, temporary: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """Its folder is removed by the next one, as long as nobody is in it."""
+    with twice.start("selftest", "--level", twice.level, **temporary) as process:
         assert harness.wait_until(lambda: len(list(tmp_path.glob("psie-escape-*/*"))) > 5, harness.SETTLE)
         (left,) = tmp_path.iterdir()
-        assert twice.run("selftest", "--level", twice.level, "unshare", **place).status == 0
+        assert twice.run("selftest", "--level", twice.level, "unshare", **temporary).status == 0
         assert left.exists()  # it is held
         process.kill()
         process.wait()
     assert left.exists()
-    assert twice.run("selftest", "--level", twice.level, "unshare", **place).status == 0
+    assert twice.run("selftest", "--level", twice.level, "unshare", **temporary).status == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_selftest_takes_along_what_it_tries_outside(twice: Caller, temporary: dict[str, dict[str, str]]) -> None:
+    def outside() -> list[int]:
+        """The process where attacks are tried, and the one that it has forked for this attack."""
+        found = []
+        for pid in harness.engine_processes():
+            with contextlib.suppress(OSError):
+                found += [pid] if b"import cloudpickle" in harness.read_proc(pid, "cmdline") else []
+        return found
+
+    for _ in range(3):
+        with twice.start("selftest", "--level", twice.level, "page_tables", **temporary) as process:
+            assert harness.wait_until(lambda: len(outside()) == 2, 4 * harness.SETTLE)
+            process.kill()
+            process.wait()
+            assert harness.wait_until(lambda: not outside(), 0.5 * harness.PATIENCE)  # of itself it takes longer

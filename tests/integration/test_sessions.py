@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -580,10 +581,12 @@ def echo(value: Any) -> Any:
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, after: bool) -> None:
-    """Once, where this is called: before it has done its work, or after."""
+    """Once, where the main thread calls this, to which signals go: before it has done its work, or after."""
     work = getattr(owner, name)
 
     def once(*args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return work(*args, **kwargs)
         monkeypatch.setattr(owner, name, work)
         if after:
             work(*args, **kwargs)
