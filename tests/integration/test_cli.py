@@ -1447,9 +1447,15 @@ def test_a_killed_selftest_takes_along_what_it_tries_outside(twice: Caller, temp
                 found += [pid] if b"import cloudpickle" in harness.read_proc(pid, "cmdline") else []
         return found
 
-    for _ in range(3):
-        with twice.start("selftest", "--level", twice.level, "page_tables", **temporary) as process:
-            assert harness.wait_until(lambda: len(outside()) == 2, 4 * harness.SETTLE)
-            process.kill()
-            process.wait()
-            assert harness.wait_until(lambda: not outside(), 0.5 * harness.PATIENCE)  # of itself it takes longer
+    with twice.start("selftest", "--level", twice.level, "page_tables", **temporary) as process:
+        assert harness.wait_until(lambda: len(outside()) == 2, 4 * harness.SETTLE)
+        stopped = outside()  # so that they do not end of themselves
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        process.kill()
+    try:
+        assert len(stopped) == 2
+        assert harness.wait_until(lambda: not outside())
+    finally:
+        for pid in outside():
+            os.kill(pid, signal.SIGKILL)

@@ -131,11 +131,12 @@ def engine(injector: faults.Injector) -> Iterator[faults.Injector]:
         yield injector
 
 
-async def use(level: IsolationLevel, injector: faults.Injector, **settings: Any) -> EnhancedPluginSandbox:
-    """A sandbox with everything in it; faults happen while it is opened, not while the plugin runs."""
+async def use(level: IsolationLevel, injector: faults.Injector, stands: float = 0.0, **settings: Any) -> EnhancedPluginSandbox:
+    """A sandbox with everything in it; faults happen while it is opened and `stands` (seconds), not while the plugin runs."""
     permissions = {"allowed_directories": [str(injector.library.parent / "granted")]}
     try:
         async with asyncio.timeout(BOUND), harness.open_sandbox(level, permissions=permissions, **settings) as sandbox:
+            await asyncio.sleep(stands)
             injector.rest()
             assert await sandbox.execute_plugin_safe(faults.plugin, 1) == 1
             return sandbox
@@ -259,6 +260,17 @@ def test_a_call_of_a_sandboxs_set_up_fails(engine: faults.Injector, level: Isola
     if not EVERY:  # so many sandboxes are more than one zygote gives
         assert set(zygotes) <= set(harness.roles(os.getpid())["zygote"])
     assert harness.wait_until(lambda: descriptors_of_the_engine() <= usual + 2), (usual, held())
+
+
+@rootless
+def test_what_a_worker_does_while_it_waits_may_fail(engine: faults.Injector, level: IsolationLevel) -> None:
+    """It rehearses a call, and the call goes well all the same."""
+    wait = 0.2 * harness.PATIENCE
+    engine.count_anew()
+    asyncio.run(use(level, engine, wait))
+    engine.fail("chdir", errno.ENOMEM, engine.count("chdir") - 1)  # the last, which is the rehearsal's
+    asyncio.run(use(level, engine, wait))
+    assert engine.hits == 1
 
 
 @rootless

@@ -617,11 +617,14 @@ def test_no_answer_is_taken_for_another_ones(owner: Any, name: str, after: bool,
             asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)  # it may come up in a callback
             interrupt(monkeypatch, owner, name, after=after)
             async with asyncio.timeout(10 * harness.PATIENCE):
+                failed = []
                 for number in range(1, 6):
                     try:
                         assert await session.call(echo, number) == number
                     except (Interrupted, PluginExecutionError):
-                        assert number < 3
+                        failed.append(number)
+                first = failed[0] if failed else 0
+                assert failed in ([], [first], [first, first + 1])  # what was interrupted, and what came after it
                 assert await sandbox.execute_plugin_safe(echo, "call") == "call"
 
     asyncio.run(main())

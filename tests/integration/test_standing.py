@@ -209,7 +209,9 @@ def test_whoever_asks_is_told_whatever_comes_between(monkeypatch: pytest.MonkeyP
             await asyncio.gather(*(take() for _ in range(8)))
         elif what == "killed":
             await harness.wait_for(ready)
-            os.kill(ready()[0].sandbox.zygote.pid, signal.SIGKILL)
+            zygote = ready()[0].sandbox.zygote
+            os.kill(zygote.pid, signal.SIGKILL)
+            await harness.wait_for(lambda: zygote.closed)  # else it may be asked for one more
         elif what == "shut down":
             await harness.wait_for(lambda: service.service().stocks)
             await asyncio.to_thread(service.shut_down)
