@@ -266,6 +266,7 @@ def test_a_call_of_a_sandboxs_set_up_fails(engine: faults.Injector, level: Isola
 def test_what_a_worker_does_while_it_waits_may_fail(engine: faults.Injector, level: IsolationLevel) -> None:
     """It rehearses a call, and the call goes well all the same."""
     wait = 0.2 * harness.PATIENCE
+    asyncio.run(use(level, engine))  # starts the zygote
     engine.count_anew()
     asyncio.run(use(level, engine, wait))
     engine.fail("chdir", errno.ENOMEM, engine.count("chdir") - 1)  # the last, which is the rehearsal's
