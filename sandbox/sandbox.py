@@ -155,7 +155,7 @@ class EnhancedPluginSandbox:
         self._is_recorded = True  # each call: not where whoever uses it does that
         self._returns_early = True  # a call, with its value: not where what it does later could be seen, or has to be judged
         self._has_told = False  # that they cannot be
-        self._plain_limits: dict[str, Any] = {}
+        self._plain_limits: dict[str, Any] = {}  # as they were when it was opened
         self._call_instruction: dict[str, object] = {}  # once it is open
         self._plugins: dict[int, str] = {}  # names, by call
         self._was_beyond = False  # whether a call was killed for more violations than the threshold
@@ -175,7 +175,7 @@ class EnhancedPluginSandbox:
         """
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"prewarm: count is {count!r}: give a whole number above 0")
-        made, wire = compiled(config, limits, permissions)
+        made, wire, _ = compiled(config, limits, permissions)
         standing: concurrent.futures.Future[int] = concurrent.futures.Future()
         standing.set_running_or_notify_cancel()
         service().post(service().prewarm, made, wire, count, standing.set_result)
@@ -206,7 +206,7 @@ class EnhancedPluginSandbox:
     async def _opens(self) -> None:
         self._loop = asyncio.get_running_loop()
         holder = self.network.holder if self.network is not None else None
-        self.recipe, wire = compiled(self.config, self.limits, self.permissions, self.read_only)
+        self.recipe, wire, self._plain_limits = compiled(self.config, self.limits, self.permissions, self.read_only)
         if holder is not None and holder.in_user_namespace and not self.recipe.outer_user_namespace:
             raise SandboxInitializationError(
                 "without root a sandbox of level minimal has no user namespace from which it could join a network",
@@ -233,7 +233,6 @@ class EnhancedPluginSandbox:
         self._service.post(self._recording_opens)
         live[self.sandbox_id] = self
         self._read_back = self._standby.call.read_back or {}
-        self._plain_limits = _plain(asdict(self.limits))
         self._call_instruction = self._instruction("call")
 
     async def __aexit__(
@@ -1369,20 +1368,23 @@ def no_start(error: Exception) -> SandboxException:
     return SandboxInitializationError(f"a sandbox could not be opened: {type(error).__name__}: {error}")
 
 
-_compiled: dict[str, tuple[Recipe, dict[str, Any]]] = {}
+_compiled: dict[str, tuple[Recipe, dict[str, Any], dict[str, Any]]] = {}
 COMPILED = 64  # different settings of a process whose recipes are kept
 
 
 def compiled(
     config: IsolationConfig, limits: PluginLimitsV2, permissions: PluginPermissionsV2, read_only: tuple[str, ...] = ()
-) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe for these settings and its wire form; equal settings have one and the same. Raises what compile() does."""
+) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
+    """The recipe for these settings, its wire form, and the limits as plain data; equal settings have one and the same.
+
+    Raises what compile() does.
+    """
     key = repr((config, limits, permissions, read_only, state.distrusted))
     if key not in _compiled:
         if len(_compiled) >= COMPILED:
             _compiled.clear()
         made = recipe.compile(config, limits, permissions, host.facts(), read_only=read_only)
-        _compiled[key] = made, client.wire_form(made)
+        _compiled[key] = made, client.wire_form(made), _plain(asdict(limits))
     return _compiled[key]
 
 

@@ -33,10 +33,13 @@ def folder(kind: str) -> str:
         }[kind]
         path = os.path.join(base, "psie") if base and _usable(base) else f"/tmp/psie-{os.getuid()}-{kind}"
     try:
-        os.makedirs(path, mode=0o711, exist_ok=True)
-    except FileExistsError:
-        pass  # no folder: refused below
-    found = os.lstat(path)
+        found = os.lstat(path)
+    except FileNotFoundError:
+        try:
+            os.makedirs(path, mode=0o711, exist_ok=True)
+        except FileExistsError:
+            pass  # no folder: refused below
+        found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise PermissionError(
             f"{path} belongs to another user: remove it, or set XDG_RUNTIME_DIR, XDG_CACHE_HOME and XDG_STATE_HOME"

@@ -56,10 +56,9 @@ CLOCK_REALTIME_COARSE = 5  # linux/time.h
 GRACE = 5.0  # seconds that a zygote has to kill a warden, or to leave, before it is killed itself
 WHOLE_VALUE = channel.REPLY_VALUE.upper()  # of a frame
 NONSENSE = "the sandbox's {} says what makes no sense, and its sandbox was ended: report this as a bug of psie"
-# Of the messages that are understood here: what each must have, which fields are whole numbers wherever they are, and which
-# are times.
+# Of the messages that are understood here: what each must have. CHECKS, below, has what must be a number wherever it is.
 OPERATION = "operation", "family", "kind", "address", "port", "allowed", "reason", "excess"
-FIELDS = {
+FIELDS: dict[str, tuple[str, ...]] = {
     "opened": ("granted",),
     "failed": (),
     "sealed": ("call",),
@@ -71,13 +70,6 @@ FIELDS = {
     "ready": (),
     "closed": ("sandbox",),
 }
-WHOLE = frozenset(
-    (
-        *("call", "nr", "arg0", "arg1", "arg2", "pid", "count", "port", "errno", "used", "status", "maxrss_kb"),
-        *("links", "supervised", "connections", "rx_bytes", "rx_packets", "tx_bytes", "tx_packets"),
-    )
-)
-TIMES = frozenset(("time", "utime", "stime"))
 WATCH_AFTER = 0.05  # seconds that a call must have run to be watched: of shorter ones the counters are read at their end
 
 MENDS = {
@@ -102,13 +94,12 @@ def understood(data: bytes) -> tuple[str, dict[str, str]]:
     Raises channel.Malformed: its sender is not what it was, and nothing that it says counts.
     """
     kind, fields = channel.unpack(data)
-    wanted = (*FIELDS.get(kind, ()), *(OPERATION if kind == "violation" and "operation" in fields else ()))
+    wanted = FIELDS.get(kind, ())
+    if kind == "violation" and "operation" in fields:
+        wanted += OPERATION
     lacking = [name for name in wanted if name not in fields]
-    odd = [name for name in fields.keys() & WHOLE if not is_whole(fields[name])]
-    odd += [name for name in fields if name.startswith(COUNTERS) and not is_whole(fields[name])]
-    odd += [name for name in fields.keys() & TIMES if not is_time(fields[name])]
-    if not is_number(fields.get("errno", "0"), 4095) or not is_status(fields.get("status", "0")):  # MAX_ERRNO, linux/err.h
-        odd.append("errno or status")
+    odd = [name for name, text in fields.items() if (check := CHECKS.get(name)) is not None and not check(text)]
+    odd += [name for name, text in fields.items() if name.startswith(COUNTERS) and not is_whole(text)]
     if lacking or odd:
         raise channel.Malformed(f"{kind[:TEXT]} lacks {lacking} or is wrong about {odd}")
     return kind, fields
@@ -117,6 +108,14 @@ def understood(data: bytes) -> tuple[str, dict[str, str]]:
 def is_whole(text: str) -> bool:
     digits = text.removeprefix("-")
     return digits.isascii() and digits.isdecimal() and len(digits) <= 20
+
+
+def is_number(text: str, most: int) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 9 and int(text) <= most
+
+
+def is_errno(text: str) -> bool:
+    return is_number(text, 4095)  # MAX_ERRNO, linux/err.h
 
 
 def is_status(text: str) -> bool:
@@ -130,6 +129,15 @@ def is_time(text: str) -> bool:
         return text.isascii() and len(text) < 40 and 0 <= float(text) < 1e11
     except ValueError:
         return False
+
+
+CHECKS: dict[str, Callable[[str], bool]] = {
+    **dict.fromkeys(("call", "nr", "arg0", "arg1", "arg2", "pid", "count", "port", "used", "maxrss_kb"), is_whole),
+    **dict.fromkeys(("links", "supervised", "connections", "rx_bytes", "rx_packets", "tx_bytes", "tx_packets"), is_whole),
+    **dict.fromkeys(("time", "utime", "stime"), is_time),
+    "errno": is_errno,
+    "status": is_status,
+}
 
 
 def failed_line(fields: dict[str, str]) -> SandboxInitializationError:
@@ -1318,10 +1326,6 @@ class Call:
             self._waiting.cancel()
         if self.on_done is not None:
             self.on_done(self)
-
-
-def is_number(text: str, most: int) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 9 and int(text) <= most
 
 
 def where_to(fields: dict[str, str]) -> str:
