@@ -86,12 +86,15 @@ class Conversation:
             self.tell(self.on_answer, call.next_reply())
 
 
+KNOWN = 256  # functions that a process has at once
+
+
 class Known:
     """A function that a session has been asked for: how it travels, and what is known about it."""
 
     def __init__(self, number: int, function: Callable[..., Any]) -> None:
         self.number = number
-        self.function = function
+        self.function = function  # held, so that nothing else gets its id
         self.file = getattr(getattr(function, "__code__", None), "co_filename", "")
         self.wants = transport.first_wish(function)
         # A closure or a bound object may have changed until the next call; what is global stays as it was.
@@ -109,7 +112,7 @@ class Session:
     begins with setup_fn. The sandbox's workspace stays.
 
     A plain function travels once for each process: what it refers to is as it was then, and what it leaves in its globals is
-    there at its next call. Closures, bound methods and other callables travel each time.
+    there at its next call; the process has the last 256 of them. Closures, bound methods and other callables travel each time.
 
     While the process lives, changes of granted folders can be neither looked at nor committed, as with any call that runs; if a
     violation has ended one of its calls, they are discarded at its end.
@@ -324,8 +327,9 @@ class Session:
         return transport.pack(dict, args, kwargs, path)
 
     def _known_function(self, function: Callable[..., Any]) -> Known:
-        known = self._known.get(id(function))
-        if known is not None and known.function is function:
+        known = self._known.pop(id(function), None)
+        if known is not None:
+            self._known[id(function)] = known  # as the latest
             return known
         if not callable(function):
             raise TypeError(f"session.call: a {type(function).__name__} cannot be called: give a function")
@@ -335,6 +339,8 @@ class Session:
             )
         known = Known(len(self._known), function)
         if known.keeps:
+            if len(self._known) == KNOWN:
+                known.number = self._known.pop(next(iter(self._known))).number  # in whose place the process puts it
             self._known[id(function)] = known
         return known
 

@@ -29,6 +29,7 @@ from sandbox import (
     ResourceLimitExceededError,
     SecurityViolationError,
 )
+from sandbox import session as session_module
 from sandbox.engine import channel, client
 from sandbox.engine.clock import Clock
 from sandbox.recovery import private
@@ -133,6 +134,25 @@ def test_what_calls_leave_behind_is_kept(level: IsolationLevel) -> None:
 
     run(level, work)
     assert COUNT == 0
+
+
+def test_functions_that_are_made_for_one_call_are_not_kept_for_ever(
+    level: IsolationLevel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "KNOWN", 8)
+
+    async def work(session: Any, _: EnhancedPluginSandbox) -> None:
+        double = eval("lambda value: 2 * value", {})
+        numbers = range(30)
+        for number in numbers:
+            assert await session.call(double, number) == 2 * number
+            assert await session.call(eval(f"lambda: {number}", {})) == number  # another function each time
+            if number % 3 == 0:
+                await session.call(count_in_globals)
+        assert len(session._known) == 8
+        assert await session.call(count_in_globals) == len(numbers[::3]) + 1  # it was always among the last
+
+    run(level, work)
 
 
 def test_values_and_arguments(level: IsolationLevel) -> None:
