@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -50,6 +51,13 @@ def test_a_report_that_was_saved_is_the_same_again(tmp_path: Path) -> None:
     report = Report(ABOUT, [made(), made("memory")])
     report.save(tmp_path / "run.json")
     assert Report.load(tmp_path / "run.json") == report
+
+
+def test_what_is_published_has_medians_and_verdicts(tmp_path: Path) -> None:
+    Report(ABOUT, [made()]).publish(tmp_path / "speed.json")
+    (measure,) = json.loads((tmp_path / "speed.json").read_text())["measures"]
+    assert measure["medians"] == {OURS: 2.0, THEIRS: 20.0, "sandlock": None}
+    assert [each["verdict"] for each in measure["wanted"]] == ["met", "MISSED", "unknown"]
 
 
 def test_plots_are_drawn_of_what_was_measured(tmp_path: Path) -> None:

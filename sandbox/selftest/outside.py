@@ -23,6 +23,7 @@ sys.path[:] = {path!r}
 import cloudpickle, subprocess  # a child that has given up its ids may not reach the interpreter
 from sandbox.ns.privileges import die_with_parent
 die_with_parent()
+own = os.getpid()
 held = sys.argv[1]  # this text lies in the memory of every child, as a caller's secrets do
 while True:
     head = sys.stdin.buffer.read(12)
@@ -34,6 +35,8 @@ while True:
     pid = os.fork()
     if pid == 0:
         die_with_parent()
+        if os.getppid() != own:
+            os._exit(1)  # it died before the line above
         signal.setitimer(signal.ITIMER_REAL, {seconds})
         folder = tempfile.mkdtemp()
         os.chmod(folder, 0o777)
