@@ -1,8 +1,9 @@
 """`python -m benchmarks`: psie beside what people use in its place, on the same work, in the same rounds; what is wanted, and
 whether it is so.
 
-Prints a table of medians with ratios, and writes the figures (JSON) and plots (SVG) into benchmarks/results. Run it on a quiet
-machine, as root and as a user; benchmarks/measures.py has the measures, benchmarks/peers.py the peers.
+Prints a table of medians with ratios, and writes figures (JSON) and plots (SVG) into benchmarks/results; with --publish those
+of the documentation, too. Run it on a quiet machine, as root and as a user; benchmarks/measures.py has the measures,
+benchmarks/peers.py the peers.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 RESULTS = peers.ROOT / "benchmarks" / "results"
+PUBLISHED = peers.ROOT / "docs" / "speed.json"  # tools/docs_tables.py makes tables of it
 
 
 def about(*, quick: bool) -> dict[str, Any]:
@@ -88,15 +90,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds, to see that all of it works")
     parser.add_argument("--only", action="append", choices=list(MEASURES), metavar="NAME", help=", ".join(MEASURES))
     parser.add_argument("--folder", type=Path, default=RESULTS, help="for the JSON and the plots (default: %(default)s)")
+    parser.add_argument("--publish", action="store_true", help="and the figures and plots that the documentation shows")
     options = parser.parse_args()
+    if options.publish and (options.quick or options.only):
+        parser.error("--publish is for a whole run: leave out --quick and --only")
     report = measure(options.only or list(MEASURES), quick=options.quick)
     print(f"\n{summary(report)}")
     options.folder.mkdir(parents=True, exist_ok=True)
     stem = datetime.now().strftime("%Y-%m-%d-%H%M%S")
     path = options.folder / f"{stem}.json"
     report.save(path)
-    for written in (path, *draw(report, options.folder, stem)):
-        print(written)
+    written = [path, *draw(report, options.folder, stem)]
+    if options.publish:
+        report.publish(PUBLISHED)
+        written += [PUBLISHED, *draw(report, PUBLISHED.parent / "images", PUBLISHED.stem)]
+    for each in written:
+        print(each)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
+pyplot.rcParams["svg.fonttype"] = "none"  # text stays text
 OURS, THEIRS = "#1f5fa8", "#9a9a9a"
 BLUES = ["#1f5fa8", "#5b9bd5", "#0b3766", "#8ec1ec"]
 OTHERS = ["#7a7a7a", "#2e4057", "#b08968"]

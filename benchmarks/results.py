@@ -86,6 +86,18 @@ class Report:
                 wanted["verdict"] = each.verdict
         path.write_text(json.dumps(content, indent=1) + "\n")
 
+    def publish(self, path: Path) -> None:
+        """What the documentation shows: medians, and what is wanted."""
+        measures = [
+            {
+                **{"name": figures.name, "title": figures.title, "unit": figures.unit, "ours": figures.ours},
+                "medians": {contender: figures.median(contender) for contender in figures.samples},
+                "wanted": [{**asdict(wanted), "verdict": wanted.verdict} for wanted in figures.wanted],
+            }
+            for figures in self.measures
+        ]
+        path.write_text(json.dumps({"about": self.about, "measures": measures}, indent=1) + "\n")
+
     @classmethod
     def load(cls, path: Path) -> Report:
         content = json.loads(path.read_text())

@@ -1,4 +1,5 @@
-"""The tables of README.md and docs/ that the code knows: levels from the recipes, options and commands, errors, refusals.
+"""The tables of README.md and docs/ that the code knows: levels from the recipes, options and commands, errors, refusals, and
+of docs/speed.json.
 
     python tools/docs_tables.py            # writes them anew, between the marks of each page
     python tools/docs_tables.py --check    # only says which pages are not as they would be, by its status too
@@ -10,6 +11,7 @@ that every table is what this prints.
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import sys
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, os.fspath(ROOT))
@@ -24,6 +27,7 @@ sys.path.insert(0, os.fspath(ROOT))
 import click  # noqa: E402
 
 import sandbox  # noqa: E402
+from benchmarks import results  # noqa: E402
 from sandbox import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, config, host, recipe  # noqa: E402
 from sandbox.cli import app, options  # noqa: E402
 from sandbox.cli.settings import KINDS  # noqa: E402
@@ -242,6 +246,65 @@ LESS: dict[Callable[..., object], str] = {
 }
 
 
+# -- speed ---------------------------------------------------------------------------------------------------------------
+
+SPEED = ROOT / "docs" / "speed.json"  # of `make bench ARGS=--publish`
+PEERS = {  # by the first word of their names
+    "bubblewrap": "bubblewrap + python3",
+    "nsjail": "nsjail + python3",
+    "crun": "crun + python3",
+    "sandlock": "sandlock",
+    "ProcessPoolExecutor(2)": "a warm process pool, no isolation",
+    "python3": "python3, no isolation",
+}
+SHOWN = ("call", "session", "throughput", "start", "run", "numpy", "memory")
+
+
+def measured() -> dict[str, dict[str, Any]]:
+    """The measures of the run that the documentation shows, by name."""
+    return {each["name"]: each for each in json.loads(SPEED.read_text())["measures"]}
+
+
+def speed() -> str:
+    """psie beside each peer: medians, and how many times as good psie is."""
+    found = [each for name, each in measured().items() if name in SHOWN]
+    words = {contender.partition(" ")[0] for each in found for contender in each["medians"]}
+    peers = [word for word in PEERS if word in words]
+    rows = []
+    for each in sorted(found, key=lambda each: SHOWN.index(each["name"])):
+        medians, unit = each["medians"], each["unit"]
+        ours = each["ours"].removeprefix("psie, ").removeprefix("psie run, ")
+        value = medians[each["ours"]]
+        shown = []
+        for word in peers:
+            other = next((median for name, median in medians.items() if median and name.partition(" ")[0] == word), None)
+            times = (value / other if unit == "a second" else other / value) if other else 0
+            shown.append(f"{results.number(other)} ({results.number(times)})" if other else "-")
+        rows.append([f"{each['title']} ({unit}); {ours}", results.number(value), *shown])
+    return table(["", "psie", *(PEERS[word] for word in peers)], rows)
+
+
+def aims() -> str:
+    """What is wanted of the measures, and whether it is so."""
+    rows = []
+    for each in measured().values():
+        for wanted in each["wanted"]:
+            value = "-" if wanted["value"] is None else results.number(wanted["value"])
+            asked = f"{wanted['relation']} {results.number(wanted['bound'])} {wanted['unit']}"
+            rows.append([wanted["what"], asked, value, {"met": "yes", "MISSED": "no"}.get(wanted["verdict"], "not measured")])
+    return table(["what", "wanted", "measured", "met"], rows)
+
+
+def measured_where() -> str:
+    """Where and when it was measured."""
+    about = json.loads(SPEED.read_text())["about"]
+    machine = f"Linux {about['kernel']} ({about['machine']}), Python {about['python']}, {about['cpus']} CPUs"
+    return (
+        f"Measured on {about['date'][:10]} by `make bench ARGS=--publish`, as {about['who']}: psie {about['psie']}, {machine}. "
+        "Medians of one run, in which all take turns."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "settings": settings,
     "levels": levels,
@@ -252,6 +315,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "call-options": lambda: options_table([each for each in options.CALL if each not in options.SHARED]),
     "errors": errors,
     "refusals": refusals,
+    "speed": lambda: f"{speed()}\n\n{measured_where()}",
+    "aims": aims,
 }
 
 
