@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from . import cli_harness
+from . import cli_harness, harness
 from .cli_harness import Caller
 
 PLUGIN = "import resource\nprint(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
@@ -142,7 +142,7 @@ def completed(caller: Caller, *words: str) -> list[str]:
         cwd=caller.folder,
         env=caller.environment,
         check=True,
-        timeout=60,
+        timeout=60 * harness.PATIENCE,
     )
     return [line.partition(",")[2] or line for line in done.stdout.decode().split("\n") if line]
 
@@ -168,4 +168,4 @@ def test_other_shells_can_read_their_script(caller: Caller, shell: str) -> None:
     assert "_PSIE_COMPLETE" in script.out
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell} here: its script was only printed")
-    subprocess.run([shell, "-n", "/dev/stdin"], input=script.output, check=True, timeout=60)
+    subprocess.run([shell, "-n", "/dev/stdin"], input=script.output, check=True, timeout=60 * harness.PATIENCE)

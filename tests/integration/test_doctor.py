@@ -297,7 +297,9 @@ def test_root_is_told_what_a_user_gets(user: User) -> None:
     program = [user.interpreter, "-m", "sandbox.cli", "doctor", "--json"]
     environment = {**user.environment(), "HOME": "/root", "SUDO_UID": str(user.uid)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(user.repository), user.path]))
-    done = subprocess.run(program, env=environment, cwd="/", capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        program, env=environment, cwd="/", capture_output=True, text=True, timeout=60 * harness.PATIENCE, check=False
+    )
     found = json.loads(done.stdout)
     other = found["unprivileged"]
     assert other["uid"] == user.uid

@@ -73,7 +73,7 @@ def spin() -> None:
 
 def test_submit_and_map(executor: SandboxExecutor) -> None:
     assert executor.submit(add, 1, second=2).result(20) == 3
-    assert list(executor.map(add, range(6), range(6), timeout=60)) == [0, 2, 4, 6, 8, 10]
+    assert list(executor.map(add, range(6), range(6), timeout=60 * harness.PATIENCE)) == [0, 2, 4, 6, 8, 10]
     assert list(executor.map(add, range(7), chunksize=3)) == list(range(7))
     assert list(executor.map(add, [])) == []
     assert executor.submit(named, self=1, fn=2, plugin_function=3).result(20) == {"self": 1, "fn": 2, "plugin_function": 3}
@@ -349,7 +349,9 @@ def test_at_the_end_of_the_interpreter_all_is_done(level: IsolationLevel, last: 
     folder = str(tmp_path) if is_granted and level is not IsolationLevel.MINIMAL else ""
     code = END.format(path=sys.path, level=level.value, last=last, folder=folder)
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60 * harness.PATIENCE, check=False
+    )
     assert sorted(done.stdout.split()) == ["0", "1", "2", "3"], done.stderr
     assert done.returncode == (3 if "3" in last else 0)
     assert not done.stderr
@@ -431,5 +433,7 @@ def test_methods() -> None:
         print(Counter().tripled())
         """
     ).format(path=sys.path)
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=60 * harness.PATIENCE, check=False
+    )
     assert done.stdout == "9\n", done.stderr

@@ -506,7 +506,9 @@ def psie(*arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Complet
     paths = filter(None, [os.environ.get("PYTHONPATH"), str(harness.REPOSITORY), harness.TOKEN])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     line = [sys.executable, "-m", "sandbox.cli", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, stdin=stdin, check=False, timeout=30)
+    return subprocess.run(
+        line, capture_output=True, text=True, env=environment, stdin=stdin, check=False, timeout=60 * harness.PATIENCE
+    )
 
 
 @pytest.fixture
@@ -545,7 +547,7 @@ def test_a_run_that_ends_well_is_kept_and_no_other(level: IsolationLevel, folder
 def test_of_a_long_diff_the_beginning_is_shown(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "lines.py"
     path.write_text("import sys\nfor n in range(20): open(f'{sys.argv[1]}/{n}', 'w').write('line\\n' * 100_000)\n")
-    limits = ("--memory", "256M", "--level", "strict")
+    limits = ("--memory", "256M", "--level", "strict", "--timeout", str(30 * harness.PATIENCE))
     done = psie("run", "-q", *limits, "--rw", str(folder), "--dry-run", str(path), str(folder))
     assert done.returncode == 0
     assert done.stderr.count("\n+line") < 5001
