@@ -5,8 +5,9 @@ those of a user without rights and some more, "rest" all that is left, so that n
 marked `alone` changes what other sandboxes of this user depend on, or would be disturbed by their end: meanwhile the other
 processes run none that opens sandboxes of this user.
 
-With `--quick`, as `make test` has it without ALL=1, what is marked `long` is left out, and of integration tests with a level
-for each of the four those of standard and strict: minimal has no namespaces, maximum has all. Continuous integration runs all.
+With `--two-levels`, as the virtual machine has it without ALL=1, of integration tests with a level for each of the four those
+of standard and strict are left out: minimal has no namespaces, maximum has all. With `--quick`, as `make test` has it without
+ALL=1, what is marked `long` is left out as well. Continuous integration has all of it outside the virtual machine.
 
 Sandboxes and frameworks that tests open themselves record nothing where a person's records are.
 """
@@ -36,7 +37,8 @@ ELSEWHERE = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", choices=PARTS, help="run only this part of the tests")
-    parser.addoption("--quick", action="store_true", help="leave out long tests, and the two levels in the middle")
+    parser.addoption("--two-levels", action="store_true", help="leave out the two levels in the middle")
+    parser.addoption("--quick", action="store_true", help="that, and leave out long tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,16 +46,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: not beside tests of another pytest process of this user")
 
 
-def left_out(items: list[pytest.Item]) -> list[pytest.Item]:
-    """What --quick leaves out."""
+def in_the_middle(items: list[pytest.Item]) -> list[pytest.Item]:
+    """What --two-levels leaves out."""
     with_ends = {(item.path, item.originalname) for item in items if words_of(item) & ENDS}  # type: ignore[attr-defined]
     return [
         item
         for item in items
-        if item.get_closest_marker("long")
-        or (
-            item.path.parent.name == "integration" and words_of(item) & MIDDLE and (item.path, item.originalname) in with_ends  # type: ignore[attr-defined]
-        )
+        if item.path.parent.name == "integration" and words_of(item) & MIDDLE and (item.path, item.originalname) in with_ends  # type: ignore[attr-defined]
     ]
 
 
@@ -71,10 +70,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = config.getoption("--part")
     others = [item for item in items if wanted is not None and part_of(item) != wanted]
     if config.getoption("--quick"):
-        others += left_out([item for item in items if item not in set(others)])
+        others += [item for item in items if item.get_closest_marker("long")]
+    if config.getoption("--quick") or config.getoption("--two-levels"):
+        others += in_the_middle(items)
     if others:
-        config.hook.pytest_deselected(items=others)
-        left = set(others)
+        left = dict.fromkeys(others)
+        config.hook.pytest_deselected(items=list(left))
         items[:] = [item for item in items if item not in left]
 
 

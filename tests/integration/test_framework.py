@@ -136,7 +136,8 @@ def test_a_folder_of_good_and_hostile_plugins(caller: Caller) -> None:
             caller.write(f"p/{path.relative_to(EXAMPLES)}", path.read_text())
     before = {path: path.read_bytes() for path in (caller.folder / "p").rglob("*") if path.is_file()}
 
-    done = caller.run("plugins", "run", "p", "--json")
+    caller.write("patient.toml", f"[limits]\nmax_execution_time_seconds = {30 * harness.PATIENCE}\n")
+    done = caller.run("plugins", "run", "--config", "patient.toml", "p", "--json")
     assert done.status == 1, done
     found = told(done)
     assert sorted(found) == sorted(FOLDER)
@@ -148,7 +149,7 @@ def test_a_folder_of_good_and_hostile_plugins(caller: Caller) -> None:
         assert found[name]["performance_metrics"]["seconds"] > 0
     assert {path: path.read_bytes() for path in (caller.folder / "p").rglob("*") if path.is_file()} == before
 
-    done = caller.run("plugins", "run", "p")
+    done = caller.run("plugins", "run", "--config", "patient.toml", "p")
     assert done.status == 1
     again = {name: "quarantined" if name in WORST else plugin.outcome for name, plugin in FOLDER.items()}
     assert outcomes(done) == again, done.out
@@ -158,9 +159,12 @@ def test_a_folder_of_good_and_hostile_plugins(caller: Caller) -> None:
     kept = {path.name for path in (caller.folder / "records").rglob("evidence/*")}
     assert kept == {Path(each["evidence"]).name for each in listed}
     assert caller.run("quarantine", "release", "fork").status == 0
-    assert outcomes(caller.run("plugins", "run", "p", "fork")) == {"fork": "violation"}
-    assert outcomes(caller.run("plugins", "run", "p", "fork", "good")) == {"fork": "quarantined", "good": "ok"}
-    assert caller.run("plugins", "run", "p", "good", "waits").status == 0
+    assert outcomes(caller.run("plugins", "run", "--config", "patient.toml", "p", "fork")) == {"fork": "violation"}
+    assert outcomes(caller.run("plugins", "run", "--config", "patient.toml", "p", "fork", "good")) == {
+        "fork": "quarantined",
+        "good": "ok",
+    }
+    assert caller.run("plugins", "run", "--config", "patient.toml", "p", "good", "waits").status == 0
     assert caller.run("audit", "verify").status == 0
 
 
