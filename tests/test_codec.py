@@ -949,8 +949,8 @@ def test_a_full_message_of_one_kind(ops: bytes, counts: list[int], ints: list[in
         return clock.thread_time() - start
 
     many = min(MAX_BYTES // 8 // one - 10, nodes - nodes // 100)
-    quarter = spent(many // 4)
-    assert spent(many) < min(SOON / 8, max(SOON / 20, 8 * quarter))
+    attempts = ((spent(many // 4), spent(many)) for _ in range(3))  # what else the machine does can make one of them slow
+    assert any(whole < min(SOON / 8, max(SOON / 20, 8 * quarter)) for quarter, whole in attempts)
 
 
 def walkers(size: int, *, is_set: bool) -> list[int]:

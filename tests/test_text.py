@@ -152,10 +152,10 @@ def test_other_bytes_types() -> None:
 )
 def test_speed(chunk: bytes, times: int, most_seconds: float) -> None:
     escaper = TerminalEscaper()
-    began = time.perf_counter()
+    began = time.thread_time()
     for _ in range(times):
         escaper.feed(chunk)
-    assert time.perf_counter() - began < most_seconds
+    assert time.thread_time() - began < most_seconds
 
 
 def test_import_loads_nothing_else() -> None:
