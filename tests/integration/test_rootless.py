@@ -47,7 +47,7 @@ def test_as_a_user_without_rights(user: User, file: str, pytestconfig: pytest.Co
         "--maxfail=20",
         f"--timeout={15 * harness.PATIENCE}",
         f"--junitxml={report}",
-        *(["--quick"] if is_quick else ["-k", "not standard and not strict"] if file in TWO_LEVELS else []),
+        *(["--quick"] if is_quick else ["--two-levels"] if file in TWO_LEVELS else []),
     ]
     path = user.repository / "tests" / "integration" / file
     done = user.run(user.interpreter, "-m", "pytest", *options, str(path), seconds=110 * harness.PATIENCE)
