@@ -678,9 +678,8 @@ class EnhancedPluginSandbox:
 
     def _value(self, call: client.Call, types: Mapping[str, type]) -> Any:
         if call.reply_kind != channel.REPLY_VALUE or not call.reply_complete:
-            code, _ = outcome.exit_of(call)
             self._telemetry.exit_reason = "no reply"
-            raise PluginExecutionError(f"the plugin exited with status {code} instead of returning", exit_code=code)
+            raise outcome.no_reply(call, "the plugin", "returning")
         try:
             value = codec.decode(call.reply, max_bytes=call.reply_limit, types=types)
         except codec.CodecError as error:

@@ -261,7 +261,8 @@ class Session:
         error = None if process.cancelled() else process.exception()
         self._ended_by = error or self._ended_by
         if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_exception(error or exited(None if process.cancelled() else process.result()))
+            ended = None if error or process.cancelled() else process.result()
+            self._waiting.set_exception(error or outcome.no_reply(ended, "the session's process", "answering"))
 
     async def _end(self) -> None:
         process = self._process
@@ -388,9 +389,3 @@ class PluginSession(Session):
 def name_of(function: Callable[..., Any] | str) -> str:
     """A function's, or that which a plugin's was asked for by."""
     return function if isinstance(function, str) else getattr(function, "__qualname__", type(function).__name__)
-
-
-def exited(call: Call | None) -> PluginExecutionError:
-    """For a process that ended by itself where an answer was awaited."""
-    code = outcome.exit_of(call)[0] if call is not None else None
-    return PluginExecutionError(f"the session's process exited with status {code} instead of answering", exit_code=code)

@@ -290,6 +290,14 @@ def exit_of(call: Call) -> tuple[int | None, int | None]:
     return (code, None) if code >= 0 else (None, -code)
 
 
+def no_reply(call: Call | None, who: str, instead_of: str) -> PluginExecutionError:
+    """For what ended where a reply was awaited, and not for a reason that `judge` knows."""
+    code = exit_of(call)[0] if call is not None else None
+    if code is None:
+        return PluginExecutionError(f"{who} was ended instead of {instead_of}: an exception interrupted its caller; call again")
+    return PluginExecutionError(f"{who} exited with status {code} instead of {instead_of}", exit_code=code)
+
+
 def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | None:
     """The exception that this end is, or None if the plugin ended by itself with a value or an exit status."""
     limits = call.sandbox.recipe.limits
