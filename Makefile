@@ -25,8 +25,8 @@ test: .venv/ready
 test-pythons: .venv/ready
 	$(BIN)/python tools/run_pythons.py $(ARGS)
 
-# The integration tests and the self-test in a virtual machine with systemd and a pure cgroup v2 tree: Debian 13, or 12 with
-# BOX=bookworm; with ALL=1 nothing is left out, and the attacks at all levels come on top.
+# The integration tests that vagrant/in-the-vm names and the self-test in a virtual machine with systemd and a pure cgroup v2
+# tree: Debian 13, or 12 with BOX=bookworm; with ALL=1 all integration tests, and the attacks at all levels.
 vm-test: .venv/ready
 	PACKAGES="$(VM)" ./tools/apt-install
 	ALL=$(ALL) ./vagrant/test $(BOX)
