@@ -53,8 +53,8 @@ class Terminal:
         self.pending = b""
         self.saved = termios.tcgetattr(0)
         self._resize(0, None)
-        tty.setraw(0, termios.TCSANOW)
         atexit.register(self._restore)
+        tty.setraw(0, termios.TCSANOW)
         os.set_blocking(self.master, False)
         signal.signal(signal.SIGWINCH, self._resize)
         loop.add_reader(0, self._typed)
