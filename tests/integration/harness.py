@@ -53,9 +53,10 @@ def open_sandbox(
     config: Settings | None = None,
     **more: Any,
 ) -> EnhancedPluginSandbox:
-    """A sandbox that is still to be opened, with what differs from the defaults."""
+    """A sandbox that is still to be opened, with what differs from the defaults; of the CPU it may use more, because on a slow
+    machine whatever a test does would come up against that limit, and be told of it."""
     return EnhancedPluginSandbox(
-        PluginLimitsV2(**(limits or {})),
+        PluginLimitsV2(**{"max_cpu_percent": 400.0, **(limits or {})}),
         PluginPermissionsV2(**(permissions or {})),
         IsolationConfig(level=level, **(config or {})),
         **more,

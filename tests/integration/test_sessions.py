@@ -215,7 +215,7 @@ def test_a_process_that_ends_is_replaced_by_a_clean_one(level: IsolationLevel, e
 
     seconds = 0.5 * harness.PATIENCE
     text = text.replace("0.5", f"{seconds:g}")
-    run(level, work, limits={"max_execution_time_seconds": seconds, "max_output_mb": 1.0, "max_cpu_percent": 400.0})
+    run(level, work, limits={"max_execution_time_seconds": seconds, "max_output_mb": 1.0})
 
 
 def test_each_call_has_its_own_time_and_output(level: IsolationLevel) -> None:
@@ -249,7 +249,7 @@ def test_its_time_is_kept_while_the_caller_is_blocked(level: IsolationLevel) -> 
             await call
         return taken
 
-    taken = run(level, work, limits={"max_execution_time_seconds": seconds, "max_cpu_percent": 400.0})
+    taken = run(level, work, limits={"max_execution_time_seconds": seconds})
     assert seconds * 0.5 < taken < seconds * 3
 
 
