@@ -63,7 +63,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     archive = build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
     place = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(archive) as file:
-        file.extractall(place, filter="data")
+        file.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2, Debian 12's, has none
+        file.extractall(place)
     return place / f"psie-{__version__}"
 
 

@@ -133,7 +133,10 @@ def plant_modules_and_bytecode(folder: str, secret: bytes) -> str:
             continue
 
     def plant(path: str) -> object:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            os.mkdir(os.path.dirname(path))  # and none above it: in its own /tmp that would be nobody's but its own
+        except OSError:
+            pass  # it is there, or what follows tells
         return os.open(path, os.O_WRONLY | os.O_CREAT)
 
     places = [here, os.path.dirname(here), f"{folder}/innocent"]
