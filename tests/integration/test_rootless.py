@@ -1,4 +1,4 @@
-"""The tests that are marked rootless, once more: as a user without rights."""
+"""The tests that are marked rootless, and those of parts that the kernel treats a user differently in: as such a user."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILES = [
     "test_lifetimes.py",
     "test_documentation.py",
 ]
-
+UNITS = ["test_landlock.py", "test_refusals.py", "test_seccomp.py", "test_state.py"]
 
 # Where each level takes a second or more and what is done does not depend on it: once without namespaces, once with all.
 TWO_LEVELS = {"test_recovery.py", "test_lifetimes.py", "test_faults.py", "test_sessions.py"}
@@ -36,10 +36,21 @@ TWO_LEVELS = {"test_recovery.py", "test_lifetimes.py", "test_faults.py", "test_s
 @pytest.mark.parametrize("file", [*FILES, pytest.param("test_faults.py", marks=pytest.mark.long)])
 def test_as_a_user_without_rights(user: User, file: str, pytestconfig: pytest.Config) -> None:
     is_quick = pytestconfig.getoption("--quick")
-    report = user.home / f"{file}.xml"
+    options = ["--quick"] if is_quick else ["--two-levels"] if file in TWO_LEVELS else []
+    run(user, [f"integration/{file}"], ["-m", "rootless", *options], at_least=5 if is_quick else 10)
+
+
+@pytest.mark.timeout(120 * harness.PATIENCE)
+def test_parts_as_a_user_without_rights(user: User) -> None:
+    run(user, UNITS, [], at_least=100)
+
+
+def run(user: User, files: list[str], options: list[str], *, at_least: int) -> None:
+    """Have the user run these test files, of which so many tests have to pass, and none may fail."""
+    report = user.home / "report.xml"
+    report.unlink(missing_ok=True)
     options = [
-        "-m",
-        "rootless",
+        *options,
         "-q",
         "--tb=short",
         "-p",
@@ -47,10 +58,9 @@ def test_as_a_user_without_rights(user: User, file: str, pytestconfig: pytest.Co
         "--maxfail=20",
         f"--timeout={15 * harness.PATIENCE}",
         f"--junitxml={report}",
-        *(["--quick"] if is_quick else ["--two-levels"] if file in TWO_LEVELS else []),
     ]
-    path = user.repository / "tests" / "integration" / file
-    done = user.run(user.interpreter, "-m", "pytest", *options, str(path), seconds=110 * harness.PATIENCE)
+    paths = [str(user.repository / "tests" / file) for file in files]
+    done = user.run(user.interpreter, "-m", "pytest", *options, *paths, seconds=110 * harness.PATIENCE)
     assert report.exists(), done.stdout + done.stderr
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
@@ -58,5 +68,5 @@ def test_as_a_user_without_rights(user: User, file: str, pytestconfig: pytest.Co
     bad = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
     assert not bad, f"as a user: {bad}\n{done.stdout}"
     ran = [case for case in cases if case.find("skipped") is None]
-    assert len(ran) >= (5 if is_quick else 10), done.stdout
+    assert len(ran) >= at_least, done.stdout
     assert done.returncode == 0, done.stdout + done.stderr
