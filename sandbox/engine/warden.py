@@ -719,6 +719,7 @@ def run(
     shared: int,
     zygote: int,
     baseline: int,
+    recipes: dict[int, dict[str, Any]],
     template: int | None,
     host_namespace: int | None,
     link_socket: _socket.socket | None,
@@ -738,7 +739,6 @@ def run(
         channel.keep_only([nest, *keep])
         channel.send(tasks, "up", {})
         sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
-        recipes: dict[int, dict[str, Any]] = {}
         kept: list[int] = []
         while True:
             unprepared = prepare(template)

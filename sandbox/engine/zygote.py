@@ -198,12 +198,12 @@ class Sandbox:
 class Warden:
     """One warden: at work for a sandbox, or idle and ready for the next."""
 
-    def __init__(self, pid: int, pidfd: int, tasks: _socket.socket) -> None:
+    def __init__(self, pid: int, pidfd: int, tasks: _socket.socket, learned: set[int]) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.tasks = tasks
         self.sandbox: Sandbox | None = None
-        self.learned: set[int] = set()  # recipes
+        self.learned = learned  # recipes, those that we knew when it was cloned, and what it was taught since
 
 
 class Zygote:
@@ -332,12 +332,13 @@ class Zygote:
         try:
             pid, pidfd = sc.clone3(sc.CLONE_FILES)
             if pid == 0:
-                warden.run(self.nest, self.shared, own_pid, self.baseline, self.template, self.host_namespace, self.link_socket)
+                places = self.template, self.host_namespace, self.link_socket
+                warden.run(self.nest, self.shared, own_pid, self.baseline, self.recipes, *places)
         except OSError:
             self.empty_nest()
             ours.close()
             raise
-        self.newest = self.wardens[pidfd] = Warden(pid, pidfd, ours)
+        self.newest = self.wardens[pidfd] = Warden(pid, pidfd, ours, set(self.recipes))
         self.epoll.register(pidfd, select.EPOLLIN)
         return self.newest
 
