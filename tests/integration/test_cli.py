@@ -1437,7 +1437,7 @@ def test_a_killed_selftest_leaves_nothing_to_the_next(
 ) -> None:
     """Its folder is removed by the next one, as long as nobody is in it."""
     with twice.start("selftest", "--level", twice.level, **temporary) as process:
-        assert harness.wait_until(lambda: len(list(tmp_path.glob("psie-escape-*/*"))) > 5, harness.SETTLE)
+        assert harness.wait_until(lambda: len(list(tmp_path.glob("psie-escape-*/*"))) > 5, 4 * harness.SETTLE)
         (left,) = tmp_path.iterdir()
         assert twice.run("selftest", "--level", twice.level, "unshare", **temporary).status == 0
         assert left.exists()  # it is held
