@@ -294,7 +294,7 @@ def no_reply(call: Call | None, who: str, instead_of: str) -> PluginExecutionErr
     """For what ended where a reply was awaited, and not for a reason that `judge` knows."""
     code = exit_of(call)[0] if call is not None else None
     if code is None:
-        return PluginExecutionError(f"{who} was ended instead of {instead_of}: an exception interrupted its caller; call again")
+        return PluginExecutionError(f"{who} was ended instead of {instead_of}: its caller was interrupted; call again")
     return PluginExecutionError(f"{who} exited with status {code} instead of {instead_of}", exit_code=code)
 
 

@@ -16,18 +16,10 @@ from typing import Any
 
 import pytest
 
-from sandbox import (
-    EnhancedPluginSandbox,
-    IsolationConfig,
-    IsolationLevel,
-    PluginExecutionError,
-    PluginLimitsV2,
-    PluginPermissionsV2,
-    ResourceLimitExceededError,
-    host,
-)
+from sandbox import IsolationLevel, PluginExecutionError, ResourceLimitExceededError, host
 from sandbox.cgroups import leaf, place
 from sandbox.cgroups.controllers import Cpu, Folder, Limit, Memory, V2Controller
+from sandbox.config import PluginLimitsV2
 from sandbox.engine.loop import PollLoop
 from sandbox.monitor.sources import CgroupSource
 from sandbox.monitor.watch import Thresholds, Watch
@@ -289,8 +281,8 @@ def leaf_settings(pid: int) -> dict[str, str]:
 @limited
 def test_a_leaf_has_what_the_recipe_says() -> None:
     async def main() -> None:
-        limits, config = PluginLimitsV2(), IsolationConfig(level=IsolationLevel.STRICT)
-        async with EnhancedPluginSandbox(limits, PluginPermissionsV2(), config) as sandbox:
+        limits = PluginLimitsV2()
+        async with harness.open_sandbox(IsolationLevel.STRICT, limits={"max_cpu_percent": limits.max_cpu_percent}) as sandbox:
             task = asyncio.create_task(sandbox.execute_plugin_safe(plugins.signal_and_sleep))
             await harness.wait_for((sandbox.temp_directory / "started").exists)
             (worker,) = harness.roles(os.getpid())["worker"]
