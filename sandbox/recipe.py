@@ -336,13 +336,7 @@ class _Compiler:
             )  # fmt: skip
             return None
         own_mounts = "mnt" in self.namespaces
-        rules = [
-            ["/dev/null", "write_file"],
-            ["/dev/zero", "write_file"],
-            ["/dev/full", "write_file"],
-            ["/dev/tty", "write_file"],
-        ]
-        rules = [rule for rule in rules if os.path.exists(rule[0])]
+        rules = [[path, "write_file"] for path in self.writable_devices() if os.path.exists(path)]
         if not self.config.enable_filesystem_isolation:
             rules.append(["/", "write"])
         elif self.permissions.allow_file_access:
@@ -382,6 +376,12 @@ class _Compiler:
         probe = (PROBE if own_mounts else "{folder}/probe") if self.config.enable_filesystem_isolation else None
         return {"abi": abi, "rules": rules, "deny_network": True, "scopes": True, "probe": probe}
 
+    def writable_devices(self) -> list[str]:
+        devices = ["/dev/null", "/dev/full", "/dev/tty"]
+        if "memory" in self.controllers():
+            devices.append("/dev/zero")  # mapped, it is memory without a file: see sandbox/seccomp/denylist.toml, allow_memfd
+        return devices
+
     def truncation_is_open(self) -> bool:
         """Whether only the filter keeps files outside from being emptied: no read-only mounts, and a Landlock before ABI 3."""
         return "mnt" not in self.namespaces and self.config.enable_filesystem_isolation and 0 < self.host.landlock_abi < 3
@@ -414,7 +414,7 @@ class _Compiler:
                 ("threads refused", not self.permissions.allow_thread_creation),
                 ("sockets only by the supervisor", self.has_sockets()),
                 ("sockets refused", not self.has_sockets()),
-                ("memfd_create refused", "memory" not in self.controllers()),
+                ("memfd_create and shared memory without a file refused", "memory" not in self.controllers()),
                 ("truncate refused", self.truncation_is_open()),
                 ("changes of mode, owner and times refused", "mnt" not in self.namespaces and not self.host.root),
             )
@@ -431,6 +431,7 @@ class _Compiler:
             "allow_metadata": "mnt" in self.namespaces or self.host.root,
             "allow_memfd": "memory" in self.controllers(),
             "allow_truncate": not self.truncation_is_open(),
+            "allow_ioctls": "mnt" in self.namespaces or profile != "denylist",  # the others have lists of their own
         }
 
     def describe_namespaces(self) -> None:

@@ -106,7 +106,7 @@ class Recipe(Frozen):
     ids: dict[str, Any]  # user_namespace, allocated, outside
     rlimits: list[list[Any]]  # name as in setrlimit(2), value
     landlock: dict[str, Any] | None  # abi, rules, deny_network, scopes, probe
-    seccomp: dict[str, Any]  # profile, allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd, allow_truncate
+    seccomp: dict[str, Any]  # profile, and by name each of sandbox.seccomp.filter.FEATURES
     cgroup: dict[str, Any] | None  # tree, controllers, settings
     environment: dict[str, str]
     limits: dict[str, float]

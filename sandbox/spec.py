@@ -324,8 +324,8 @@ def conditions(profile: Any, where: Iterable[Mapping[str, Any]]) -> list[Cube]:
         index = condition["argument"]
         if "bits" in condition:
             bits = 0
-            for constant in condition["bits"]:
-                bits |= profile.value(constant)
+            for value in profile.values(*condition["bits"]):
+                bits |= value
             cubes, before = [], 0
             for position in range(32):
                 bit = 1 << position
@@ -333,8 +333,8 @@ def conditions(profile: Any, where: Iterable[Mapping[str, Any]]) -> list[Cube]:
                     cubes.append({index: ((before | bit) << shift, bit << shift)})
                     before |= bit
         else:
-            mask = profile.value(condition["mask"]) if "mask" in condition else 0xFFFFFFFF
-            values = sorted({profile.value(constant) for constant in condition["equals"]})
+            (mask,) = profile.values(condition.get("mask", 0xFFFFFFFF))
+            values = sorted(set(profile.values(*condition["equals"])))
             cubes = [{index: (mask << shift, value << shift)} for value in values if value & ~mask == 0]
         fits = [both for one in fits for cube in cubes if (both := common(one, cube)) is not None]
     return fits

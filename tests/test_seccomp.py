@@ -49,7 +49,7 @@ ALL_VARIANTS = [
     for permitted in itertools.product((False, True), repeat=len(profiles.FEATURES))
 ]
 # What the host decides, not the caller. Most tests have it (without allow_metadata copying files fails); both have their own.
-OF_THE_HOST = {"allow_metadata": True, "allow_memfd": True, "allow_truncate": True}
+OF_THE_HOST = {"allow_metadata": True, "allow_memfd": True, "allow_truncate": True, "allow_ioctls": True}
 VARIANTS = [permissions for permissions in ALL_VARIANTS if permissions.items() >= OF_THE_HOST.items()]
 CLOSED = dict.fromkeys(profiles.FEATURES, False) | OF_THE_HOST
 OPEN = dict.fromkeys(profiles.FEATURES, True)
@@ -652,19 +652,68 @@ def test_metadata_of_files_the_caller_owns_stays_as_it_is(profile: str, tmp_path
 def test_memory_that_nothing_counts(profile: str) -> None:
     """Refused where there is no memory controller; MAXIMUM does without in any case."""
 
-    def attempt() -> str:
-        return call("memfd_create", b"x", 0)
+    def attempts() -> list[str]:
+        shared = [call("mmap", 0, mmap.PAGESIZE, mmap.PROT_READ, kind | mmap.MAP_ANONYMOUS, -1, 0) for kind in (1, 2)]
+        return [call("memfd_create", b"x", 0), *shared]
 
     def plain_work() -> list[str]:
         return stdlib_basics()[:2]
 
-    assert confined(attempt, None).value == "ok"
-    assert confined(attempt, compiled(profile, CLOSED)).value == ("ENOSYS" if profile == "tight" else "ok")
+    assert confined(attempts, None).value == ["ok", "ok", "ok"]
+    assert confined(attempts, compiled(profile, CLOSED)).value == ["ENOSYS" if profile == "tight" else "ok", "ok", "ok"]
     refusing = compiled(profile, {**CLOSED, "allow_memfd": False})
-    outcome = confined(attempt, refusing)
-    assert (outcome.value, outcome.notified) == ("EPERM", [])
+    outcome = confined(attempts, refusing)
+    assert (outcome.value, outcome.notified) == (["EPERM", "EPERM", "ok"], [])  # the last is MAP_PRIVATE
     outcome = confined(plain_work, refusing)
     assert (outcome.value, outcome.notified) == (["plain", "files"], [])
+
+
+@every_profile
+def test_locks_that_outlive_descriptors(profile: str, tmp_path: Path) -> None:
+    """Those of processes are what programs use, and stay."""
+    file = tmp_path / "file"
+    file.write_bytes(b"content")
+
+    def attempts() -> dict[str, str]:
+        with open(file, "r+b") as opened:
+            done = {"flock": call("flock", opened.fileno(), fcntl.LOCK_EX)}
+            for place, (name, number) in enumerate((("F_SETLK", fcntl.F_SETLK), ("F_OFD_SETLK", 37), ("F_OFD_SETLKW", 38))):
+                lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, place, 1, 0)
+                done[name] = call("fcntl", opened.fileno(), number, lock)
+            return done
+
+    assert set(confined(attempts, None).value.values()) == {"ok"}
+    outcome = confined(attempts, compiled(profile, OPEN))
+    assert outcome.value == {"F_SETLK": "ok", "F_OFD_SETLK": "EPERM", "F_OFD_SETLKW": "EPERM", "flock": "ok"}
+    assert outcome.notified == []
+
+
+@every_profile
+def test_ioctls_of_file_systems(profile: str, tmp_path: Path) -> None:
+    """The denylist refuses them where the host's files are there as they are; the others in any case."""
+    (tmp_path / "file").write_bytes(b"content")
+
+    def attempts() -> dict[str, str]:
+        with open(tmp_path / "file", "rb") as opened:
+            numbers = {
+                "FIGETBSZ": 2,
+                "BTRFS_IOC_SUBVOL_CREATE": 0x5000940E,
+                "FS_IOC_SETVERSION": 0x40087602,
+                "FS_IOC_SET_ENCRYPTION_POLICY": 0x800C6613,
+                "FIONREAD": termios.FIONREAD,
+                "TIOCSTI": termios.TIOCSTI,
+            }
+            return {name: call("ioctl", opened.fileno(), number, bytes(4096)) for name, number in numbers.items()}
+
+    outside = confined(attempts, None).value
+    assert (outside["FIGETBSZ"], outside["FIONREAD"]) == ("ok", "ok")
+    assert "EPERM" not in outside.values()
+    closed = confined(attempts, compiled(profile, {**CLOSED, "allow_ioctls": profile != "denylist"}))
+    passed = {name for name, answer in closed.value.items() if answer != "EPERM"}
+    assert (passed, closed.notified) == ({"FIONREAD"}, ["ioctl"])  # TIOCSTI is told
+    if profile == "denylist":
+        opened = confined(attempts, compiled(profile, CLOSED)).value
+        assert {name for name, answer in opened.items() if answer == "EPERM"} == {"TIOCSTI"}
 
 
 @every_profile
@@ -1163,7 +1212,7 @@ def test_names_exist() -> None:
     for profile in profiles.PROFILES:
         read = profiles._Profile(profile)
         assert read.named_syscalls() - known <= read.newer
-        assert all(0 <= value < 1 << 32 for value in read.constants.values())
+        assert all(0 <= value < 1 << 32 for value in read.values(*read.constants))
 
 
 @pytest.mark.parametrize(
@@ -1183,6 +1232,11 @@ def test_names_exist() -> None:
         ),
         (
             '[allow]\n[[rule]]\nsyscalls = ["read"]\naction = "refuse"\nwhere = [{argument = 0, bits = ["X"]}]',
+            "unknown constants",
+        ),
+        (
+            '[allow]\n[[rule]]\nsyscalls = ["read"]\naction = "refuse"\nwhere = [{argument = 0, equals = ["X"]}]\n'
+            '[constants]\nX = ["Y"]',
             "unknown constants",
         ),
     ],
@@ -1236,7 +1290,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_cache_returns_what_was_compiled(cache: Path, counted: list[str]) -> None:
     variants = [CLOSED, OPEN, THREADS, {**THREADS, "allow_metadata": False}, {**THREADS, "allow_memfd": False}]
-    variants.append({**THREADS, "allow_truncate": False})
+    variants += [{**THREADS, "allow_truncate": False}, {**THREADS, "allow_ioctls": False}]
     for permissions in variants:
         for profile, notify in (("tight", True), ("tight", False), ("denylist", True)):
             expected = profiles.compile_profile(profile, **permissions, notify=notify)

@@ -50,7 +50,7 @@ def groups(profile: str) -> dict[tuple[str, str], Group]:
                 continue
             head, group = re.match(r"\[(\w+)\]", line), re.match(r"(\w+) = \[", line)
             table = head.group(1) if head else table
-            if group:
+            if group and table != "constants":
                 found[table, group.group(1)] = Group(table, group.group(1), " ".join(comment))
             if not head:
                 comment = []

@@ -1363,6 +1363,7 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         allow_metadata=bool(seccomp["allow_metadata"]),
         allow_memfd=bool(seccomp["allow_memfd"]),
         allow_truncate=bool(seccomp["allow_truncate"]),
+        allow_ioctls=bool(seccomp["allow_ioctls"]),
     )
     network = dict(recipe.network)
     if network["mode"] == "veth":

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROFILES = ("denylist", "allowlist", "tight")
-FEATURES = ("allow_subprocess", "allow_threads", "sockets", "allow_metadata", "allow_memfd", "allow_truncate")
+FEATURES = ("allow_subprocess", "allow_threads", "sockets", "allow_metadata", "allow_memfd", "allow_truncate", "allow_ioctls")
 
 SECCOMP_RET_USER_NOTIF = 0x7FC00000
 SECCOMP_RET_ERRNO = 0x00050000
@@ -53,6 +53,7 @@ def compile_profile(
     allow_metadata: bool = True,
     allow_memfd: bool = True,
     allow_truncate: bool = True,
+    allow_ioctls: bool = True,
     notify: bool = True,
 ) -> bytes:
     """The BPF program of `profile` (one of PROFILES) in the variant for these permissions, for this machine.
@@ -64,7 +65,7 @@ def compile_profile(
     Raises ImportError, with the mend, where pyseccomp or libseccomp is missing, ValueError for an unknown profile or a
     mistake in a data file.
     """
-    permitted = _permitted(allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd, allow_truncate)
+    permitted = _permitted(allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd, allow_truncate, allow_ioctls)
     return _compile(_Profile(profile), permitted, os.uname().machine, notify)
 
 
@@ -77,6 +78,7 @@ def cached_profile(
     allow_metadata: bool = True,
     allow_memfd: bool = True,
     allow_truncate: bool = True,
+    allow_ioctls: bool = True,
     notify: bool = True,
 ) -> bytes:
     """As compile_profile(), but kept in the cache for the next process (state.Cache: one that cannot be used is no error).
@@ -85,7 +87,7 @@ def cached_profile(
     """
     if profile not in PROFILES:
         raise ValueError(f"no seccomp profile {profile!r}: there are {', '.join(PROFILES)}")
-    permitted = _permitted(allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd, allow_truncate)
+    permitted = _permitted(allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd, allow_truncate, allow_ioctls)
     variant = "-".join([profile, *(name.removeprefix("allow_") for name in permitted), *(["notify"] if notify else [])])
     cache = state.Cache("bpf")
     key = f"{variant} {_identity()}".encode()
@@ -134,7 +136,7 @@ class _Profile:
 
         base = _Profile(data["base"]) if "base" in data else None
         self.newer: set[str] = {*data.get("newer", []), *(base.newer if base else ())}
-        self.constants: dict[str, int] = {**(base.constants if base else {}), **data.get("constants", {})}
+        self.constants: dict[str, int | list[str]] = {**(base.constants if base else {}), **data.get("constants", {})}
         self.actions: dict[str, int] = dict(base.actions) if base else {}
         self.allow = set(self._unique(data["allow"]))
         if "allow_like" in data:
@@ -166,10 +168,17 @@ class _Profile:
                 break
         return found
 
-    def value(self, constant: int | str) -> int:
-        value = self.constants[constant] if isinstance(constant, str) else constant
-        self._check(0 <= value <= 0xFFFFFFFF, f"{constant} does not fit 32 bits")
-        return value
+    def values(self, *constants: int | str) -> list[int]:
+        """The numbers that are meant, of a name for a list each of it."""
+        found: list[int] = []
+        for constant in constants:
+            value = self.constants[constant] if isinstance(constant, str) else constant
+            if isinstance(value, list):
+                found += self.values(*value)
+            else:
+                self._check(0 <= value <= 0xFFFFFFFF, f"{constant} does not fit 32 bits")
+                found.append(value)
+        return found
 
     def _unique(self, groups: dict[str, list[str]]) -> list[str]:
         names = [name for group in groups.values() for name in group]
@@ -185,6 +194,9 @@ class _Profile:
             self._check(tests in ({"equals"}, {"bits"}, {"equals", "mask"}), f"unknown condition {condition}")
             self._check(condition.get("half", "high") == "high", f"unknown half in {condition}")
             constants = [*condition.get("equals", []), *condition.get("bits", []), condition.get("mask", 0)]
+            for name in list(constants):
+                meant = self.constants.get(name)
+                constants += meant if isinstance(meant, list) else []
             unknown = [name for name in constants if isinstance(name, str) and name not in self.constants]
             self._check(not unknown, f"unknown constants {unknown}")
 
@@ -346,14 +358,15 @@ class _Gate:
         half = 4 if "half" in condition else 0
         yield _Instruction(_LD_W_ABS, _OFFSET_ARGS + 8 * condition["argument"] + half)
         if "mask" in condition:
-            yield _Instruction(_AND_K, profile.value(condition["mask"]))
+            (mask,) = profile.values(condition["mask"])
+            yield _Instruction(_AND_K, mask)
         if "bits" in condition:
             bits = 0
-            for constant in condition["bits"]:
-                bits |= profile.value(constant)
+            for value in profile.values(*condition["bits"]):
+                bits |= value
             yield _Instruction(_JSET_K, bits, "next rule")
         else:
-            values = [profile.value(constant) for constant in condition["equals"]]
+            values = profile.values(*condition["equals"])
             for position, value in enumerate(values[:-1]):
                 yield _Instruction(_JEQ_K, value, on_true=len(values) - 1 - position)
             yield _Instruction(_JEQ_K, values[-1], "next rule")

@@ -9,7 +9,18 @@ from contextlib import contextmanager
 from functools import partial
 
 from sandbox.errors import SecurityViolationError
-from sandbox.selftest.attacks import MAXIMUM, STRICTER, Scene, Where, attack, attempt, calls, first_escape, syscall
+from sandbox.selftest.attacks import (
+    MAXIMUM,
+    MINIMAL,
+    STRICTER,
+    Scene,
+    Where,
+    attack,
+    attempt,
+    calls,
+    first_escape,
+    syscall,
+)
 
 NAMES = "seccomp: namespaces and mounts"
 PROCESSES = "seccomp: other processes"
@@ -247,6 +258,19 @@ def hold_every_file_watch(numbers: dict[str, int]) -> str:
     )
 
 
+@attack(SURFACE, (MINIMAL, *STRICTER))
+def ioctls_of_file_systems() -> str:
+    """Some write to what was opened for reading: subvolumes and snapshots, versions of files, policies of encrypted folders.
+    This one is harmless, and each file system has it. At STANDARD the mounts of the host's files are read-only."""
+    import fcntl
+
+    fd = os.open(os.__file__, os.O_RDONLY)
+    try:
+        return attempt(lambda: fcntl.ioctl(fd, 2, bytes(4)))  # FIGETBSZ
+    finally:
+        os.close(fd)
+
+
 @attack(SURFACE, scene=calls("io_setup"))
 def hold_contexts_of_asynchronous_io(numbers: dict[str, int]) -> str:
     """Their number is one for all the machine (fs.aio-max-nr), whatever the namespace; outside it takes only a few."""
@@ -324,7 +348,7 @@ if os.uname().machine == "x86_64":
         import ctypes
         import mmap
 
-        area = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        area = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         area.write(code)
         function = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(area)))
         result: int = function()
@@ -437,10 +461,11 @@ if os.uname().machine == "x86_64":
         import os
         import time
 
-        end = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        end = mmap.mmap(-1, 4096, private, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         end.write(b"\xb8\x3c\x00\x00\x00\x31\xff\x0f\x05")  # mov eax, 60; xor edi, edi; syscall: exit(0)
         libc = ctypes.CDLL(None, use_errno=True)
-        stack = mmap.mmap(-1, 1 << 16)
+        stack = mmap.mmap(-1, 1 << 16, private)
         start, top = (ctypes.addressof(ctypes.c_char.from_buffer(area)) for area in (end, stack))
 
         def clone(flags: int) -> None:

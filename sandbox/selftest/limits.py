@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from typing import Any
 
 from sandbox.errors import PluginExecutionError, ResourceLimitExceededError
 from sandbox.host import facts
@@ -18,7 +19,6 @@ from sandbox.selftest.attacks import (
     calls,
     first_escape,
     given,
-    socket_to_the_caller,
     syscall,
 )
 
@@ -30,6 +30,13 @@ OUTPUT = "output and replies"
 
 SMALL = {"max_memory_mb": 64.0}
 LIMIT = (ResourceLimitExceededError,)
+SEVERAL: dict[str, Any] = {
+    "limits": {**SMALL, "max_subprocess_count": 16, "max_thread_count": 4},
+    "permissions": {"allow_subprocess_execution": True, "allow_thread_creation": True},
+    "rootless_levels": NAMESPACED,  # without a cgroup MINIMAL has no processes
+    "ends": LIMIT,
+    "memory_mb": 256,
+}
 
 
 # -- memory --------------------------------------------------------------------------------------------------------------
@@ -56,6 +63,23 @@ def shared_memory() -> str:
         return len(area) >> 20
 
     return attempt(take)
+
+
+@attack(MEMORY, limits=SMALL, ends=(*LIMIT, PluginExecutionError), refusals=("ENOMEM", "ENOSPC"), memory_mb=256)
+def shared_memory_that_is_not_mapped() -> str:
+    """It stays where it is, and no file of /proc says whose it is."""
+    import mmap
+
+    def take(fd: int) -> int:
+        area = mmap.mmap(fd, 256 << 20)
+        for start in range(0, len(area), 1 << 20):
+            for page in range(start, start + (1 << 20), 4096):
+                area[page] = 1
+            area.madvise(mmap.MADV_DONTNEED, start, 1 << 20)
+        time.sleep(0.3)  # somebody may look
+        return sum(area[::4096]) >> 8
+
+    return first_escape({"no file": lambda: take(-1), "/dev/zero": lambda: take(os.open("/dev/zero", os.O_RDWR))})
 
 
 @attack(MEMORY, limits=SMALL, ends=(*LIMIT, PluginExecutionError), refusals=("ENOMEM", "ENOSPC", "EFBIG"), memory_mb=256)
@@ -92,50 +116,36 @@ def page_tables() -> str:
     return f"escaped: {size >> 29} MB"
 
 
-@attack(MEMORY, limits=SMALL, ends=LIMIT, scene=calls("exit", title=b"psie"), memory_mb=256)
+@attack(MEMORY, **SEVERAL, scene=calls("exit", title=b"psie"))
 @attack(
     MEMORY,
     name="memory_behind_a_name",  # what is no line's end to the kernel may be one to whoever reads it
-    limits=SMALL,
-    ends=LIMIT,
+    **SEVERAL,
     scene=calls("exit", title=b"\x0cRssAnon:\t0"),
-    memory_mb=256,
 )
-@attack(
-    MEMORY,
-    name="memory_behind_a_name_that_is_no_text",
-    limits=SMALL,
-    ends=LIMIT,
-    scene=calls("exit", title=b"\xff"),
-    memory_mb=256,
-)
+@attack(MEMORY, name="memory_behind_a_name_that_is_no_text", **SEVERAL, scene=calls("exit", title=b"\xff"))
 def memory_of_a_thread_that_stays(numbers: dict[str, int], title: bytes) -> str:
-    """The first thread of a process ends, and with it what /proc says of the process's memory; another one goes on."""
+    """The first thread of a process ends, and with it what /proc says of the process's memory; another one goes on. In several
+    processes, each of which has less than it may."""
     import ctypes
-    import mmap
     import threading
 
     reader, writer = os.pipe()
-    is_inside = "PSIE_ESCAPE_SECRET" not in os.environ
 
     def take() -> None:
-        time.sleep(0.05)
-        area = mmap.mmap(-1, 256 << 20)
-        for start in range(0, len(area), 4096):
-            area[start] = 1
-        time.sleep(0.4)
-        if is_inside:  # nobody else can answer there
-            from sandbox.engine import codec
-
-            socket_to_the_caller().send(b"V" + codec.encode(f"escaped: {len(area) >> 20} MB"))
-        os.write(writer, b"x")
+        block = bytearray(32 << 20)
+        time.sleep(0.5)
+        os.write(writer, bytes(block[:1]))
         os._exit(0)
 
-    if not is_inside and os.fork():
-        return "escaped: 256 MB" if os.read(reader, 1) else "failed: it has no memory"
-    threading.Thread(target=take).start()
-    ctypes.CDLL(None).prctl(15, title, 0, 0, 0)  # PR_SET_NAME
-    return str(syscall(numbers["exit"], 0))
+    for _ in range(8):
+        if not os.fork():
+            threading.Thread(target=take).start()
+            ctypes.CDLL(None).prctl(15, title, 0, 0, 0)  # PR_SET_NAME
+            syscall(numbers["exit"], 0)
+    os.close(writer)
+    told = sum(len(os.read(reader, 1)) for _ in range(8))
+    return "escaped: 256 MB" if told == 8 else f"stopped: {told} of 8 had memory"
 
 
 @attack(
@@ -158,6 +168,28 @@ def rules_of_landlock(numbers: dict[str, int]) -> str:
         return port
 
     return attempt(take)
+
+
+@attack(MEMORY)
+def locks_of_open_files() -> str:
+    """Each is memory of the kernel's that no limit counts, and a mapping keeps all those of a file. Outside it takes a few."""
+    import fcntl
+    import mmap
+    import struct
+
+    def take() -> int:
+        fd = os.open("locks", os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"x")
+        for place in range(0, 2000, 2):
+            fcntl.fcntl(fd, 37, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, place, 1, 0))  # F_OFD_SETLK
+        mapped = mmap.mmap(fd, 1)
+        os.close(fd)
+        return place // 2 + len(mapped)
+
+    try:
+        return attempt(take)
+    finally:
+        os.unlink("locks")
 
 
 @attack(MEMORY, refusals=("EMFILE",))
