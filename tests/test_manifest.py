@@ -167,6 +167,12 @@ JSON_MISTAKES = [
     ('{"name": "a",\n"name": "b"}', 2, "name is there for a second time: remove one of them"),
     ('{"name": "a",\n"n\\u0061me": "b"}', 2, "name is there for a second time"),
     ('{"limits": {"max_memory_mb": 9,\n\n"max_memory_mb": 8}}', 3, "max_memory_mb is there for a second time"),
+    # Were each key sought among those before it, that would take minutes.
+    (
+        "{" + ",\n".join(f'"k{number}": 1' for number in (*range(40_000), 39_999)) + "}",
+        40_001,
+        "k39999 is there for a second time",
+    ),
     ('{"name": "\\ud800"}', 1, "name is '\\ud800': give a text"),
     ('{"description": "\\ud800"}', 1, "description is '\\ud800': give a text"),
     ("[1]", 1, 'this is no JSON object: begin with "{"'),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RECORDS = 10_000  # kept, where telemetry is; further ones are only counted
 FEW = 100  # files that are looked at after every call; among more only where something shows that there is something new
+WATCHES = 2000  # of one tree, of those that all programs of the caller's user share; behind them looks tell
 LAYERS = ("overlay", "copy")
 PLACE = 200  # characters of a folder's path that are told
 
@@ -69,7 +70,8 @@ class Recorder:
 
         for number, tree in enumerate(self.trees):
             if not isinstance(tree, FileWatch):
-                watch = FileWatch(self.sandbox.loop, tree.root, tree.on_operation, tree.lower, each_file=True)
+                loop = self.sandbox.loop
+                watch = FileWatch(loop, tree.root, tree.on_operation, tree.lower, each_file=True, most=WATCHES)
                 watch.top, watch.size, watch.own = tree.top, tree.size, tree.own
                 self.trees[number] = tree = watch
             try:

@@ -56,8 +56,11 @@ class FileWatch(FileTree):
         lower: int | None = None,
         *,
         each_file: bool = False,
+        most: int | None = None,
     ) -> None:
+        """`most` watches, of those that all of a user's programs share (fs.inotify.max_user_watches); then looks tell."""
         super().__init__(root, on_operation, lower)
+        self.most = most
         self.loop = loop
         self.each_file = each_file
         self.mask = flags.ONLYDIR | flags.EXCL_UNLINK | NAMES | (0 if each_file else CONTENT)
@@ -304,13 +307,13 @@ class FileWatch(FileTree):
         """Watches it as well."""
         fd = super()._enter(folder, report)
         is_missed = fd >= 0 and self.notify is not None and not self._watch(folder, f"/proc/self/fd/{fd}", self.mask)
-        if is_missed and self.complete:  # fs.inotify.max_user_watches
+        if is_missed and self.complete:
             self.complete = False
             self._tell(OVERFLOW, "", None)
         return fd
 
     def _learn(self, folder: Node, name: str, now: Seen, report: bool = True) -> Node:
-        """Watches a file as well. Where that cannot be - it may not be read, or fs.inotify.max_user_watches - looks tell."""
+        """Watches a file as well. Where that cannot be - it may not be read, or there are too many - looks tell."""
         node = super()._learn(folder, name, now, report)
         if self.each_file and self.notify is not None and node.watch < 0 and stat.S_ISREG(now.mode):
             try:
@@ -323,6 +326,8 @@ class FileWatch(FileTree):
 
     def _watch(self, node: Node, path: str, mask: int) -> bool:
         assert self.notify is not None
+        if self.most is not None and node.watch < 0 and len(self.watched) >= self.most:
+            return False
         try:
             watch = self.notify.add_watch(path, mask)
         except OSError:

@@ -155,9 +155,11 @@ class _Source:
         repeated: list[str] = []
 
         def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            found = dict(pairs)
-            if len(found) < len(pairs):
-                repeated.append(next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index])))
+            found: dict[str, Any] = {}
+            for key, value in pairs:
+                if key in found:
+                    repeated.append(key)
+                found[key] = value
             return found
 
         try:

@@ -131,6 +131,24 @@ def test_so_do_those_of_files_that_are_watched_one_by_one(tmp_path: Path, loop: 
     assert watch.size == len(tree(tmp_path)) + 1
 
 
+def test_no_more_watches_than_it_may_have(tmp_path: Path, loop: PollLoop) -> None:
+    """They are shared by all programs of a user. Beyond them looks tell, and that something may be missing is told."""
+    records: list[dict[str, Any]] = []
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    watch = FileWatch(loop, fd, records.append, each_file=True, most=5)
+    watch.listen()
+    for number in range(10):
+        (tmp_path / f"folder{number}").mkdir()
+        (tmp_path / f"folder{number}" / "file").write_text("x")
+    watch.catch_up()
+    assert watch.notify is not None
+    held = Path(f"/proc/self/fdinfo/{watch.notify.fileno()}").read_text().count("inotify wd:")
+    assert held == 5
+    watch.close()
+    assert replayed(records) == tree(tmp_path)
+    assert "overflow" in {record["operation"] for record in records}
+
+
 def test_a_file_that_is_watched_for_itself(tmp_path: Path, loop: PollLoop) -> None:
     records: list[dict[str, Any]] = []
     (tmp_path / "old").write_text("old")
