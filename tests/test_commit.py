@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from sandbox.errors import CommitError
+from sandbox.ns import syscalls
 from sandbox.recovery import commit
 from sandbox.recovery.changes import HOLES, Comparison, Difference, is_same, leads_out, unified
 from sandbox.recovery.granted import described
@@ -411,17 +412,46 @@ def test_a_journal_that_is_none_stops_nobody(case: Case, own_state: Path) -> Non
     assert ["is damaged" in line for line in commit.recover()] == [True, True]
 
 
-def test_a_journal_goes_with_its_folder(case: Case, own_state: Path) -> None:
-    """Where nothing had been done yet there is nothing to finish."""
+@pytest.mark.parametrize("then", ["gone", "a new one", "a file", "moved"])
+def test_a_journal_goes_with_its_folder(case: Case, own_state: Path, then: str) -> None:
+    """Where nothing had been done yet there is nothing to finish. What is there of other folders' stages is cleared away."""
+    (own_state / "commits").mkdir()
+    journal = commit.Journal("0011")
+    other = case.lower.parent / "other"
+    (other / ".psie-0011").mkdir(parents=True)
+    folders = [(str(path), os.open(path, os.O_RDONLY)) for path in (case.lower, other)]
+    journal.write(commit.CLEAR, folders, [])
+    journal.close()
+    for _, fd in folders:
+        os.close(fd)
+    os.rename(case.lower, case.lower.parent / "moved")
+    if then == "gone":
+        shutil.rmtree(case.lower.parent / "moved")
+    elif then == "a new one":
+        case.lower.mkdir()
+    elif then == "a file":
+        case.lower.write_text("")
+    (line,) = commit.recover()
+    assert "cleared away: where one has been moved to, .psie-0011 is still in it" in line
+    assert os.listdir(own_state / "commits") == []
+    assert os.listdir(other) == []
+
+
+def test_what_is_half_done_in_a_folder_that_was_moved_names_its_mend(case: Case, own_state: Path) -> None:
     (own_state / "commits").mkdir()
     journal = commit.Journal("0011")
     lower = os.open(case.lower, os.O_RDONLY)
-    journal.write(commit.CLEAR, [(str(case.lower), lower)], [])
+    journal.write(commit.APPLY, [(str(case.lower), lower)], [[]])
     journal.close()
     os.close(lower)
-    shutil.rmtree(case.lower)
-    assert ["cleared away" in line for line in commit.recover()] == [True]
-    assert os.listdir(own_state / "commits") == []
+    os.rename(case.lower, case.lower.parent / "moved")
+    case.lower.mkdir()
+    (line,) = commit.recover()
+    path = own_state / "commits" / "0011"
+    assert f"still unfinished: another folder has its name; put the folder back, or remove {path}" in line
+    case.lower.rmdir()
+    os.rename(case.lower.parent / "moved", case.lower)
+    assert ["finished" in line for line in commit.recover()] == [True]
 
 
 def test_a_journal_outlives_another_number_of_the_device(case: Case, own_state: Path) -> None:
@@ -453,6 +483,36 @@ def test_a_journal_outlives_another_number_of_the_device(case: Case, own_state: 
 )
 def test_where_links_lead(path: str, target: str, out: bool) -> None:
     assert leads_out(path, target) is out
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ("a/" * 2046 + "a", False),  # nothing is there: it leads nowhere
+        ("kept/changed/x", False),
+        ("kept/changed", False),
+        ("out/x/y", True),
+        ("kept/out/" + "a/" * 1000 + "a", True),
+        ("mine/x", True),
+    ],
+)
+def test_a_link_through_a_link_is_seen_at_once(case: Case, monkeypatch: pytest.MonkeyPatch, target: str, problem: bool) -> None:
+    """Of whichever side the other link is, and however long the way: a plugin may make thousands of them."""
+    os.symlink("/etc", case.lower / "out")
+    os.symlink("/etc", case.lower / "kept" / "out")
+    os.symlink("/etc", case.upper / "mine")
+    os.symlink(target, case.upper / "link")
+    looks = []
+    real = syscalls.open_beneath
+
+    def look(folder: int, path: str, flags: int) -> int:
+        looks.append(path)
+        return real(folder, path, flags)
+
+    monkeypatch.setattr(syscalls, "open_beneath", look)
+    found = {each.path: each for each in case.differences()}
+    assert bool(found["link"].problem) is problem
+    assert len(looks) <= 2 * 2  # of two links
 
 
 def test_a_diff_of_text_and_of_none() -> None:

@@ -598,19 +598,21 @@ def _finish(path: str, content: dict[str, Any]) -> str:
         return f"the commit to {shown} was begun by another version of psie, which has to finish it"
     journal = Journal(os.path.basename(path))
     opened: list[int] = []
+    there: list[tuple[str, int]] = []
+    said, gone = "cleared away", ""
     try:
         for folder in content["folders"]:
             try:
                 opened.append(os.open(folder["path"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            except FileNotFoundError:
-                if content["phase"] == CLEAR:
-                    journal.clear([])
-                    return f"the commit to {shown} was cleared away with its folder"
-                raise
-            # The device may have another number after a boot; that it is the same folder the stage in it tells as well.
-            if os.fstat(opened[-1]).st_ino != folder["inode"]:
-                raise FileNotFoundError(errno.ENOENT, "another folder has its name", folder["path"])
-        said = "cleared away"
+                # The device may have another number after a boot; that it is the same folder the stage in it tells as well.
+                if os.fstat(opened[-1]).st_ino != folder["inode"]:
+                    raise FileNotFoundError(errno.ENOENT, "another folder has its name", folder["path"])
+            except (FileNotFoundError, NotADirectoryError):
+                if content["phase"] == APPLY:
+                    raise
+                gone = f": where one has been moved to, {RESERVED}{journal.identity} is still in it, which you may remove"
+            else:
+                there.append((folder["path"], opened[-1]))
         if content["phase"] == APPLY:
             steps = [[Step.from_dict(fields) for fields in folder["steps"]] for folder in content["folders"]]
             try:
@@ -620,11 +622,14 @@ def _finish(path: str, content: dict[str, Any]) -> str:
                 raise
             except OSError:
                 said = "undone"
-        journal.clear([(folder["path"], fd) for folder, fd in zip(content["folders"], opened, strict=True)])
+        journal.clear(there)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        mend = f"put the folder back, or remove {escape_text(path, keep='')}, and {RESERVED}{journal.identity} in the folder"
+        return f"the commit to {shown} is still unfinished: {error.strerror}; {mend}"
     except OSError as error:
         return f"the commit to {shown} is still unfinished: {error.strerror}"
     finally:
         journal.close()
         for fd in opened:
             os.close(fd)
-    return f"the commit to {shown} was {said}"
+    return f"the commit to {shown} was {said}{gone}"
