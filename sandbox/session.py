@@ -123,7 +123,7 @@ class Session:
     ) -> None:
         if setup_fn is not None and not callable(setup_fn):
             raise TypeError(f"session: setup_fn is a {type(setup_fn).__name__}: give a function, or None")
-        if max_calls is not None and max_calls < 1:
+        if max_calls is not None and (not isinstance(max_calls, int) or max_calls < 1):
             raise ValueError(f"session: max_calls is {max_calls}: give a whole number above 0, or None for no bound")
         self._sandbox = sandbox
         self._setup = setup_fn
@@ -268,8 +268,9 @@ class Session:
         process = self._process
         if process is None:
             return
-        if self._conversation is not None:
-            self._sandbox._post(self._conversation.end)
+        conversation, self._conversation = self._conversation, None  # whoever calls next waits for its end
+        if conversation is not None:
+            self._sandbox._post(conversation.end)
         await asyncio.wait([process])
 
     def _value(self, answer: Answer, before: int, types_: Mapping[str, type]) -> Any:
@@ -280,6 +281,7 @@ class Session:
             told = len(violations)
             outcome.locate(answer, violations)
             self._conversation.violations.extend(violations[told:])
+            violations = violations or outcome.repeated(answer, self._conversation.violations)
             if self._conversation.run is not None:
                 self._sandbox._see_violations(self._conversation.run)
             error = outcome.reply_error(answer, violations)
@@ -335,9 +337,8 @@ class Session:
         if not callable(function):
             raise TypeError(f"session.call: a {type(function).__name__} cannot be called: give a function")
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise PluginExecutionError(
-                f"{function.__qualname__} is a generator: return a list instead", exception_type="TypeError"
-            )
+            name = getattr(function, "__qualname__", function)
+            raise PluginExecutionError(f"{name} is a generator: return a list instead", exception_type="TypeError")
         known = Known(len(self._known), function)
         if known.keeps:
             if len(self._known) == KNOWN:

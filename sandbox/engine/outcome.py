@@ -182,22 +182,54 @@ def locate(call: Call | Answer, violations: list[SandboxViolation]) -> None:
         violations.append(describe_violation(call.passing, call.sandbox))
     if error.errno != errno.EPERM or not violations or not error.file:
         return
-    import linecache
-    import re
     from dataclasses import replace
 
     from sandbox.text import escape_text
 
-    # The sandbox could not read the caller's own file, which is the only one that is read here.
-    done = error.done or (linecache.getline(call.source_file, error.line) if error.file == call.source_file else "")
-    names = {name.lstrip("_") for name in re.findall(r"\w+", done)}
+    names = _names(call, error)
     for violation in reversed(violations):
-        operation = violation.details.get("syscall") or violation.details.get("operation")
-        if operation and names & operations(operation) and violation.explanation is not None:
+        if violation.explanation is not None and names & operations(_operation(violation)):
             file = escape_text(error.file[-PLACE:], keep="")
             violation.explanation = replace(violation.explanation, file=file, line=error.line or None)
             violation.details |= {"file": file, "line": error.line or None, "position": "interpreter"}
             return
+
+
+def repeated(answer: Answer, earlier: list[SandboxViolation]) -> list[SandboxViolation]:
+    """Of a session: the refusal that an exception comes from, where its process has been refused the same before. Equal ones
+    are told once for each process."""
+    if answer.reply_kind != channel.REPLY_ERROR or not answer.reply_complete:
+        return []
+    try:
+        error = failure.decode(answer.reply)
+    except channel.Malformed:
+        return []
+    names = _names(answer, error)
+    for violation in reversed(earlier):
+        path = str(violation.details.get("path") or "")
+        if path:
+            is_it = path in error.message and error.errno in (errno.EPERM, errno.EACCES, errno.EROFS)
+        elif _operation(violation) == "resolve":
+            is_it = error.type.endswith("gaierror")
+        else:  # where no line of the plugin's is on the way, it may be any
+            is_it = error.errno == errno.EPERM and (not error.file or bool(names & operations(_operation(violation))))
+        if is_it:
+            return [violation]
+    return []
+
+
+def _names(call: Call | Answer, error: failure.Failure) -> set[str]:
+    """Those in the line of code that was refused something."""
+    import linecache
+    import re
+
+    # The sandbox could not read the caller's own file, which is the only one that is read here.
+    done = error.done or (linecache.getline(call.source_file, error.line) if error.file == call.source_file else "")
+    return {name.lstrip("_") for name in re.findall(r"\w+", done)}
+
+
+def _operation(violation: SandboxViolation) -> str:
+    return str(violation.details.get("syscall") or violation.details.get("operation") or "")
 
 
 def operations(name: str) -> set[str]:

@@ -555,10 +555,11 @@ def send_outcome(job: _socket.socket, action: Callable[[], object], max_bytes: i
         raise
     except BaseException as error:
         error.__traceback__ = own_frames_off(error.__traceback__)
+        flush()
         send_error(job, error)
         if show:
             sys.excepthook(type(error), error, error.__traceback__)
-        flush()
+            flush()
         return 1 if show else 0
     flush()
     send_value(job, value, max_bytes)

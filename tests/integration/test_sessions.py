@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,10 @@ def spin() -> None:
 
 def write(megabytes: float) -> int:
     return os.write(1, b"x" * int(megabytes * 2**20))
+
+
+def permission_error() -> None:
+    raise PermissionError(1, "not by psie")
 
 
 def large(megabytes: float) -> bytes:
@@ -300,6 +305,24 @@ def test_who_is_cancelled_twice_spoils_no_call_of_others(level: IsolationLevel) 
     run(level, work)
 
 
+def test_who_is_cancelled_while_the_old_process_ends_spoils_no_call_of_others(level: IsolationLevel) -> None:
+    def lingers() -> int:
+        import atexit
+        import time
+
+        atexit.register(time.sleep, 0.3)
+        return 1
+
+    async def work(session: Any, _: EnhancedPluginSandbox) -> None:
+        for _number in range(3):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await session.call(lingers)
+            assert await session.call(os.getpid) > 0
+
+    run(level, work, max_calls=1)
+
+
 class Unloadable:
     def __reduce__(self) -> Any:
         return int, ("none",)
@@ -414,6 +437,38 @@ def test_refusals_are_those_of_the_call(level: IsolationLevel) -> None:
     run(level, work)
 
 
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        (partial(os.chroot, "/"), "chroot"),
+        (partial(socket.create_connection, ("192.0.2.1", 443), 1), "connect|socket"),
+        (partial(open, "/etc/passwd", "w"), "/etc/passwd"),
+    ],
+    ids=["call", "socket", "file"],
+)
+def test_a_refusal_that_is_known_already_ends_a_call_as_well(level: IsolationLevel, refused: Any, said: str) -> None:
+    """The kernel's side tells equal ones once for each process."""
+
+    def caught() -> str:
+        try:
+            refused()
+        except OSError:
+            return "caught"
+        return "done"
+
+    async def work(session: Any, sandbox: EnhancedPluginSandbox) -> None:
+        assert await session.call(caught) == "caught"
+        for _ in range(2):
+            with pytest.raises(SecurityViolationError, match=said):
+                await session.call(refused)
+        with pytest.raises(PluginExecutionError, match="ValueError"):
+            await session.call(fail, "x")
+        with pytest.raises(PluginExecutionError, match="PermissionError"):  # of another making
+            await session.call(permission_error)
+
+    run(level, work)
+
+
 def test_beyond_the_threshold_the_process_is_killed(level: IsolationLevel) -> None:
     async def work(session: Any, sandbox: EnhancedPluginSandbox) -> None:
         assert await session.call(use_state) == 1
@@ -436,13 +491,20 @@ def test_a_refusal_that_ends_a_call_is_on_record(level: IsolationLevel) -> None:
     run(level, work)
 
 
+@pytest.mark.parametrize("is_known", [False, True], ids=["new", "known"])
 @pytest.mark.parametrize("level", [IsolationLevel.STANDARD, IsolationLevel.STRICT], ids=lambda level: level.value)
-def test_changes_of_a_call_that_a_violation_has_ended_are_discarded(level: IsolationLevel) -> None:
+def test_changes_of_a_call_that_a_violation_has_ended_are_discarded(level: IsolationLevel, is_known: bool) -> None:
     def offends(path: str) -> None:
         Path(path).write_text("x")
         os.chroot("/")
 
+    def tries() -> None:
+        with suppress(OSError):
+            os.chroot("/")
+
     async def work(session: Any, sandbox: EnhancedPluginSandbox) -> None:
+        if is_known:
+            await session.call(tries)
         with pytest.raises(SecurityViolationError, match="chroot"):
             await session.call(offends, f"{folder}/new")
         await session.__aexit__(None, None, None)
@@ -484,10 +546,14 @@ def test_mistakes(level: IsolationLevel) -> None:
             await session.call(3)
         with pytest.raises(PluginExecutionError, match="generator"):
             await session.call(generator)
+        with pytest.raises(PluginExecutionError, match="generator"):
+            await session.call(partial(generator))
         with pytest.raises(TypeError, match="setup_fn is a int"):
             sandbox.session(3)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="max_calls is 0"):
             sandbox.session(max_calls=0)
+        with pytest.raises(ValueError, match="max_calls is a"):
+            sandbox.session(max_calls="a")  # type: ignore[arg-type]
 
     run(level, work)
 
