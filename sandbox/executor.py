@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import overload
 
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
-from sandbox.sandbox import EnhancedPluginSandbox
+from sandbox.sandbox import EnhancedPluginSandbox, checked_environment
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class SandboxExecutor(concurrent.futures.Executor):
             changed: dict[str, Any] = {"max_execution_time_seconds": timeout, "execution_warning_threshold_seconds": None}
             self._limits = replace(self._limits, **changed)
         self._permissions = permissions or PluginPermissionsV2()
-        self._environment = dict(environment or {})
+        self._environment = checked_environment("SandboxExecutor", environment)
         self._new_sandbox()  # mistakes in the settings are told here
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -167,8 +167,8 @@ class SandboxExecutor(concurrent.futures.Executor):
                 self._room.wait()
             if self._is_shut:
                 raise RuntimeError("the executor was shut down: make a new one")
-            self._waiting.append(Work(future, fn, args, kwargs))
             loop = self._started()
+            self._waiting.append(Work(future, fn, args, kwargs))
         loop.call_soon_threadsafe(self._more)
         return future
 
@@ -225,9 +225,14 @@ class SandboxExecutor(concurrent.futures.Executor):
 
     def _started(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=_serve, args=(self._loop,), name="psie executor", daemon=True)
-            self._thread.start()
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=_serve, args=(loop,), name="psie executor", daemon=True)
+            try:
+                thread.start()
+            except BaseException:
+                loop.close()
+                raise
+            self._loop, self._thread = loop, thread
             _open.add(self)
             weakref.finalize(self, _stop, self._loop).atexit = False
         return self._loop
@@ -341,7 +346,12 @@ class Sandboxed:
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if self._is_async:
             return self._awaited(args, kwargs)
-        return self.executor.submit(self._function, *args, **kwargs).result()
+        future = self.executor.submit(self._function, *args, **kwargs)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # of an interrupted caller; else it is over
+            raise
 
     async def _awaited(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return await asyncio.wrap_future(self.executor.submit(self._function, *args, **kwargs))

@@ -7,6 +7,7 @@ ends into exceptions and its records into telemetry. Must not know how anything 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import concurrent.futures
 import errno
 import os
@@ -122,9 +123,11 @@ class EnhancedPluginSandbox:
         self.permissions = permissions
         self.config = config
         self.sandbox_id = sandbox_id if sandbox_id is not None else f"sandbox-{uuid.uuid4().hex[:12]}"
-        self.environment = dict(environment or {})
+        self.environment = checked_environment("EnhancedPluginSandbox", environment)
         self.monitoring_handler = monitoring_handler
         self.network = network
+        if isinstance(read_only, str):
+            raise TypeError("EnhancedPluginSandbox: read_only is a str: give a list of paths")
         self.read_only = tuple(read_only)
         self.recipe: Recipe | None = None
         self._read_back: dict[str, str] = {}
@@ -227,13 +230,13 @@ class EnhancedPluginSandbox:
             if holder is not None or not self._take(wire, self._standby):
                 self._service.post(self._open, wire, self._standby, holder)
             await self._standby.stands()
+            self._call_instruction = self._instruction("call")
         except BaseException:
             await self._close()
             raise
         self._service.post(self._recording_opens)
         live[self.sandbox_id] = self
         self._read_back = self._standby.call.read_back or {}
-        self._call_instruction = self._instruction("call")
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
@@ -458,14 +461,22 @@ class EnhancedPluginSandbox:
                 self._sandbox.close()
 
         try:
-            await self._ends()
-        finally:
-            self._service.post(close)
-        clean = True
-        try:
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._gone)), self._longest)
-        except TimeoutError:
-            clean = False
+            try:
+                await self._ends()
+            finally:
+                self._service.post(close)
+            clean = True
+            try:
+                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._gone)), self._longest)
+            except TimeoutError:
+                clean = False
+        except asyncio.CancelledError:
+            self._gone.add_done_callback(lambda _: self._tell(self._has_gone, True))  # it goes all the same
+            raise
+        self._has_gone(clean)
+        return clean
+
+    def _has_gone(self, clean: bool) -> None:
         self._see_ends()
         self._count_operations()
         if not self._telemetry.cleanup_successful:
@@ -474,7 +485,6 @@ class EnhancedPluginSandbox:
                 self._is_told = False
                 observers.tell("closed", self, clean)
             self._notify("on_sandbox_cleanup", self._telemetry)
-        return clean
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
@@ -636,8 +646,8 @@ class EnhancedPluginSandbox:
     def _instruction(self, kind: str) -> dict[str, object]:
         """What every job of this sandbox says."""
         assert self.recipe is not None
-        environment = {**self.recipe.environment, **self.environment}
-        wanted = {name: value.replace("{folder}", self._folder()) for name, value in environment.items()}
+        own = {name: value.replace("{folder}", self._folder()) for name, value in self.recipe.environment.items()}
+        wanted = {**own, **self.environment}
         return {
             "kind": kind,
             "cwd": self._workspace_path(),
@@ -1145,6 +1155,8 @@ class _Run:
         self._watch_timer: Timer | None = None
         self._raw: dict[tuple[str, str], SandboxViolation] = {}
         self._escapers = {1: TerminalEscaper(), 2: TerminalEscaper()}
+        self._decoders = {fd: codecs.getincrementaldecoder("utf-8")("backslashreplace") for fd in (1, 2)}
+        self._has_shown: set[int] = set()
 
     @property
     def call(self) -> client.Call:
@@ -1212,16 +1224,23 @@ class _Run:
         """Call back at the end of everything, from whichever thread."""
         self._done.add_done_callback(lambda _: callback())
 
-    def show(self, fd: int, data: bytes) -> None:
+    def show(self, fd: int, data: bytes, *, is_last: bool = False) -> None:
         """On the caller's loop: the plugin's output to sys.stdout or sys.stderr, escaped on a terminal."""
         self.owner._output_tail += data
         del self.owner._output_tail[:-TAIL_BYTES]
         stream: TextIO | None = sys.stdout if fd == 1 else sys.stderr
         if stream is None:
             return
-        shown = self._escapers[fd].feed(data) if stream.isatty() else data
-        stream.write(shown.decode("utf-8", "backslashreplace"))
-        stream.flush()
+        is_terminal, flush = getattr(stream, "isatty", None), getattr(stream, "flush", None)  # it may be anybody's
+        shown = self._escapers[fd].feed(data) if is_terminal is not None and is_terminal() else data
+        text = self._decoders[fd].decode(shown, final=is_last)
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        if text and codecs.lookup(encoding).name != "utf-8":
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
+        if text:
+            stream.write(text)
+        if flush is not None:
+            flush()
 
     # In the engine's thread, or with its turn:
 
@@ -1281,6 +1300,7 @@ class _Run:
             self._sealed.set_exception(error)
 
     def _on_output(self, fd: int, data: bytes) -> None:
+        self._has_shown.add(fd)
         self.owner._tell(self.show, fd, data)
 
     def _on_reply(self, call: client.Call) -> None:
@@ -1317,6 +1337,8 @@ class _Run:
         for timer in (self._watch_timer, self._lingers):
             if timer is not None:
                 timer.cancel()
+        for fd in self._has_shown:
+            self.owner._tell(partial(self.show, fd, b"", is_last=True))
         try:
             if self._recorded is not None:
                 self.owner._recording_ends(self._recorded)
@@ -1339,6 +1361,22 @@ class _Run:
             self.call.kill("violations")
         else:
             self.owner._react(violation, self.call.offences if fields["nr"] not in client.TOLD else 0)
+
+
+def checked_environment(who: str, environment: Mapping[str, str] | None) -> dict[str, str]:
+    """A copy. Raises TypeError or ValueError for what no process can have in its environment (environ(7))."""
+    for name, value in (environment or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            kind = type(value if isinstance(name, str) else name).__name__
+            raise TypeError(f"{who}: environment has a {kind} at {name!r}: give texts")
+        try:
+            is_possible = b"\0" not in os.fsencode(name + value) and name != "" and "=" not in name
+        except UnicodeEncodeError:
+            is_possible = False
+        if not is_possible:
+            mend = "names are not empty and have no '=', and there is no NUL nor half a character"
+            raise ValueError(f"{who}: environment cannot have {name!r}={value!r}: {mend}")
+    return dict(environment or {})
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

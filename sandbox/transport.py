@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 import pickle
 import sys
 import threading
@@ -32,6 +33,17 @@ _parcels: dict[int, Parcel] = {}  # by the function's identity
 KEPT, KEPT_BYTES = 128, 1 << 16  # parcels that are kept, and how large each may be
 
 
+def _forget_parent() -> None:
+    """In a fork: another thread of the parent's may have had the lock, and been in the middle of what it is for."""
+    global _lock, _seen_modules
+    _lock = threading.Lock()
+    _seen_modules = 0, ""
+    _parcels.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
+
+
 def _refuse_file(file: io.IOBase) -> NoReturn:
     raise pickle.PicklingError(f"an open file ({getattr(file, 'name', '?')!r}) cannot travel: pass its content or its path")
 
@@ -40,10 +52,19 @@ def _refuse_generator(generator: object) -> NoReturn:
     raise pickle.PicklingError("a generator cannot travel: pass a list")
 
 
+def _newest_module() -> tuple[int, str]:
+    """How many there are, and which came last."""
+    while True:
+        try:
+            return len(sys.modules), next(reversed(sys.modules))
+        except RuntimeError:  # another thread imports just now
+            continue
+
+
 def register_own_modules(library_path: Sequence[str]) -> None:
     """Mark every module that is neither standard library nor an installed package to travel by value."""
     global _seen_modules, _registered
-    seen = len(sys.modules), next(reversed(sys.modules))
+    seen = _newest_module()
     if seen == _seen_modules and not _parcels:
         return
     import cloudpickle
@@ -137,7 +158,8 @@ def parcel(function: Callable[..., Any], library_path: Sequence[str]) -> Parcel:
         if _parcels.get(id(function)) is known and known.is_of(function):
             return known
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        raise PluginExecutionError(f"{function.__qualname__} is a generator: return a list instead", exception_type="TypeError")
+        name = getattr(function, "__qualname__", function)
+        raise PluginExecutionError(f"{name} is a generator: return a list instead", exception_type="TypeError")
     return Parcel(function, first_wish(function))
 
 

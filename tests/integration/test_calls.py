@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import decimal
 import fractions
@@ -28,6 +29,7 @@ from sandbox import (
     PluginLimitsV2,
     PluginPermissionsV2,
     ResourceError,
+    SandboxExecutor,
     SandboxInitializationError,
     SandboxTelemetry,
     SandboxViolation,
@@ -274,6 +276,50 @@ def test_environment_variables(level: IsolationLevel, monkeypatch: pytest.Monkey
     assert set(none) <= {"LC_CTYPE"}
 
 
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PORT": 8080}, "a int at 'PORT'"),
+        ({8080: "PORT"}, "a int at 8080"),
+        *(({name: "x"}, "cannot have") for name in ("", "A=B", "A\0B", "\ud800")),
+        ({"A": "x\0"}, "cannot have"),
+    ],
+)
+def test_what_no_environment_can_have(environment: Any, said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=said):
+        harness.open_sandbox(IsolationLevel.STRICT, environment=environment)
+    with pytest.raises((TypeError, ValueError), match=said):
+        SandboxExecutor(environment=environment)
+
+
+def test_a_value_of_the_callers_is_passed_on_as_it_is(level: IsolationLevel) -> None:
+    seen = harness.call(level, plugins.variables, environment={"PLACE": "http://host/{folder}/x"})
+    assert seen["PLACE"] == "http://host/{folder}/x"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", None])
+def test_text_that_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, encoding: str | None) -> None:
+    """A character may lie across two reads; and what is shown fits whatever stands for stdout."""
+
+    class Shown:
+        def __init__(self) -> None:
+            self.text = ""
+            self.encoding = encoding
+
+        def write(self, text: str) -> None:
+            self.text += text.encode(encoding).decode(encoding) if encoding else text
+
+    def speaks() -> None:
+        os.write(1, b"x" + "\u20ac".encode() * 100_000 + b"\xe2\x82")
+
+    shown = Shown()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", shown)
+        harness.call(IsolationLevel.STRICT, speaks)
+    sign = "\u20ac" if encoding in ("utf-8", None) else "\\u20ac"
+    assert shown.text == "x" + sign * 100_000 + "\\xe2\\x82"
+
+
 def test_an_exception_of_the_plugin(level: IsolationLevel) -> None:
     with pytest.raises(PluginExecutionError, match="ValueError: no way") as caught:
         harness.call(level, plugins.fail, "no way")
@@ -371,6 +417,25 @@ def test_cleanup_by_hand(level: IsolationLevel) -> None:
                 await task
             assert sandbox.get_telemetry().cleanup_successful
             assert await sandbox.cleanup_sandbox() is True
+
+    asyncio.run(main())
+
+
+def test_a_close_that_is_cancelled_is_told_all_the_same(level: IsolationLevel) -> None:
+    async def one(handler: Handler, done: asyncio.Event) -> None:
+        async with harness.open_sandbox(level, monitoring_handler=handler) as sandbox:
+            await sandbox.execute_plugin_safe(plugins.awaited, 7)
+            done.set()
+
+    async def main() -> None:
+        for _ in range(5):
+            handler, done = Handler(), asyncio.Event()
+            task = asyncio.create_task(one(handler, done))
+            await done.wait()
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            await harness.wait_for(lambda: handler.seen)  # noqa: B023
 
     asyncio.run(main())
 
