@@ -328,15 +328,18 @@ class Sandboxed:
         self._settings = settings
         self._is_async = inspect.iscoroutinefunction(function)
         self._executor: SandboxExecutor | None = None
-        self._lock = threading.Lock()
+        self._lock, self._pid = threading.Lock(), os.getpid()
         if self._is_async:
             mark = getattr(inspect, "markcoroutinefunction", None)  # from Python 3.12
             if mark is not None:
                 mark(self)
+            self._is_coroutine = getattr(asyncio.coroutines, "_is_coroutine", None)  # asyncio's own mark, until it goes
         SandboxExecutor(**settings)  # mistakes are told where it is decorated
 
     @property
     def executor(self) -> SandboxExecutor:
+        if self._pid != os.getpid():  # another thread of the parent's may have had it
+            self._lock, self._pid = threading.Lock(), os.getpid()
         with self._lock:
             known = self._executor
             if known is None or known._is_shut or known._pid != os.getpid():

@@ -939,12 +939,15 @@ class EnhancedPluginSandbox:
         Raises:
             OSError: a link is on the way (ELOOP), it is no regular file, there is no room (ENOSPC, max_disk_usage_mb), or
                 `data` is larger than max_file_size_mb (EFBIG).
+            TypeError: `data` is neither bytes nor text.
             ValueError, RuntimeError: as for `read_file`.
         """
+        if not isinstance(data, (str, bytes, bytearray, memoryview)):
+            raise TypeError(f"write_file: data is a {type(data).__name__}: give bytes or a text")
         content = data.encode() if isinstance(data, str) else bytes(data)
-        if len(content) > self._limit("file_bytes"):
-            raise OSError(errno.EFBIG, f"larger than {self._limit('file_bytes'):g} bytes (max_file_size_mb)", path)
         with self._workspace() as root, self._unrecorded(files.checked(path)):
+            if len(content) > self._limit("file_bytes"):
+                raise OSError(errno.EFBIG, f"larger than {self._limit('file_bytes'):g} bytes (max_file_size_mb)", path)
             assert self._sandbox is not None
             uid, gid = self._sandbox.owner
             files.write(root, path, content, (uid, gid) if os.getuid() == 0 else None)
@@ -1401,6 +1404,8 @@ def no_start(error: Exception) -> SandboxException:
     if isinstance(error, OSError):
         text = f"a sandbox could not be opened: {error.strerror or error}"
         mend = client.mend_of(error.errno or 0)
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC):
+            return ResourceError(f"{text}; {mend}")
         return SandboxInitializationError(text, line="caller: start", errno=error.errno, path=error.filename, mend=mend)
     return SandboxInitializationError(f"a sandbox could not be opened: {type(error).__name__}: {error}")
 

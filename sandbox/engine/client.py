@@ -144,12 +144,15 @@ def failed_line(fields: dict[str, str]) -> SandboxInitializationError:
     """The error for a "failed" message: it names the recipe's line, errno, path and mend."""
     number = int(fields.get("errno", "0"))
     state.distrust()
+    mend = mend_of(number)
+    if fields.get("line") == "zygote: preload":
+        mend = "install it for the interpreter that runs psie, or leave it out of preload"
     return SandboxInitializationError(
         f"a sandbox could not be set up: {fields.get('text', '')}",
         line=fields.get("line", ""),
         errno=number or None,
         path=fields.get("path") or None,
-        mend=mend_of(number),
+        mend=mend,
     )
 
 

@@ -60,7 +60,14 @@ class ThreadLoop(PollLoop):
         self.add_reader(self.alarm, self._alarmed)
         self.wakes_at = float("-inf")  # when the thread does so at the latest, while it waits
         self.thread = threading.Thread(target=self._serve, name="psie engine", daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError as error:  # "can't start new thread"
+            self.close()
+            for fd in (self.wake_reader, self.wake_writer, self.alarm):
+                os.close(fd)
+            mend = "raise the limit of processes (ulimit -u)"
+            raise ResourceError(f"psie's own thread could not be started ({error}): {mend}") from None
 
     def post(self, callback: Callable[..., Any], *args: Any) -> None:
         self.posted.append((callback, args))
@@ -459,6 +466,15 @@ class Service:
 
 _service: Service | None = None
 _lock = threading.Lock()
+
+
+def _forget_parent() -> None:
+    """In a fork: another thread of the parent's may have had the lock."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
 
 
 def service() -> Service:

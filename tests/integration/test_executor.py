@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import inspect
 import os
 import subprocess
 import sys
@@ -437,3 +438,74 @@ def test_methods() -> None:
         [sys.executable, "-c", source], capture_output=True, text=True, timeout=60 * harness.PATIENCE, check=False
     )
     assert done.stdout == "9\n", done.stderr
+
+
+# -- where something is not to be had --------------------------------------------------------------------------------------
+
+
+def no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_an_executor_that_had_no_thread_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with SandboxExecutor(1, level="strict") as executor:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread)
+            with pytest.raises(RuntimeError, match="can't start"):
+                executor.submit(abs, -1)
+        assert executor.submit(abs, -2).result() == 2
+
+
+FORKS = """
+import asyncio, os, sys
+from sandbox import SandboxExecutor, sandboxed, transport
+from sandbox.engine import service
+
+def double(number):
+    return 2 * number
+
+doubled = sandboxed(level="strict")(double)
+if sys.argv[1] == "thread":
+    import threading
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+    start, threading.Thread.start = threading.Thread.start, refuse
+    seen = []
+    for _ in range(3):
+        try:
+            service.service()
+        except service.ResourceError as error:
+            print(error)
+        seen.append(len(os.listdir("/proc/self/fd")))
+    print(seen[-1] - seen[0])
+else:
+    with transport._lock, service._lock, doubled._lock:  # as another thread may have them
+        pid = os.fork()
+    if not pid:
+        assert doubled(4) == 8
+        doubled.executor.shutdown()
+        os._exit(0)
+    print(os.waitpid(pid, 0)[1], doubled(5))
+"""
+
+
+def test_a_fork_waits_for_no_thread_of_its_parents() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, "fork"], cwd=harness.REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("0 10\n", "")
+
+
+def test_an_engine_without_a_thread_leaves_nothing_open() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKS, "thread"], cwd=harness.REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.count("psie's own thread could not be started") == 3
+    assert done.stdout.endswith("\n0\n")
+
+
+def test_asyncio_knows_an_async_one() -> None:
+    @sandboxed(level="strict")
+    async def later() -> int:
+        return 1
+
+    assert asyncio.iscoroutinefunction(later)
+    assert inspect.iscoroutinefunction(later) or sys.version_info < (3, 12)
