@@ -41,9 +41,8 @@ def folder(kind: str) -> str:
             pass  # no folder: refused below
         found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise PermissionError(
-            f"{path} belongs to another user: remove it, or set XDG_RUNTIME_DIR, XDG_CACHE_HOME and XDG_STATE_HOME"
-        )
+        what = "belongs to another user" if found.st_uid != os.getuid() else "is no folder"
+        raise PermissionError(f"{path} {what}: remove it, or set XDG_RUNTIME_DIR, XDG_CACHE_HOME and XDG_STATE_HOME")
     if found.st_mode & 0o022:
         os.chmod(path, 0o711)
     return path

@@ -64,6 +64,8 @@ PATH_READS = ("read_text", "read_bytes", "iterdir", "glob", "rglob", "exists", "
 PATH_WRITES = ("write_text", "write_bytes", "mkdir", "unlink", "rmdir", "touch", "rename", "replace")
 READERS = ("os.listdir", "os.scandir", "os.walk", "os.stat", "os.path.exists", "os.path.isfile", "os.path.isdir", "glob.glob")
 WRITERS = ("os.mkdir", "os.makedirs", "os.remove", "os.unlink", "os.rmdir", "os.rename", "shutil.rmtree")
+MOST = 1 << 20  # bytes of a file: to parse it may take six hundred times as many, and that is done here, outside of a sandbox
+TOO_LARGE = f"is larger than {MOST >> 20} MB, which is not looked at outside of a sandbox"
 GIVEN = ("PATH", "HOME", "TMPDIR", "USER", "LOGNAME", "LANG", "PYTHONDONTWRITEBYTECODE", "TERM")  # in every sandbox
 
 
@@ -97,12 +99,14 @@ def findings(sources: Mapping[str, bytes]) -> list[Finding]:
 
 
 def of_file(file: str, source: bytes) -> list[Finding]:
+    if len(source) > MOST:
+        return [Finding(SYNTAX, file, 1, "", TOO_LARGE)]
     try:
         tree = ast.parse(source, filename=file)
     except SyntaxError as error:
         return [Finding(SYNTAX, file, error.lineno or 1, "", f"is no Python {version()}: {error.msg}")]
     except (ValueError, RecursionError, MemoryError) as error:
-        return [Finding(SYNTAX, file, 1, "", f"cannot be read: {error}")]
+        return [Finding(SYNTAX, file, 1, "", f"cannot be read: {error or 'it is nested too deeply'}")]
     text = Text(file)
     for node in walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

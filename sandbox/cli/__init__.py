@@ -7,6 +7,8 @@ click, which explains it.
 
 from __future__ import annotations
 
+import _signal as signal
+import errno
 import gc
 import os
 import sys
@@ -17,22 +19,23 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 
-def open_standard_fds() -> None:
+def open_standard_streams() -> None:
     """/dev/null for each standard stream that the caller has closed: else the next thing we open takes its number, and a
-    socket of ours would be handed to the plugin as its stdin."""
-    for fd in (0, 1, 2):
+    socket of ours would be handed to the plugin as its stdin; and what is for stderr would go to stdout."""
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(fd, mode, errors="backslashreplace"))
 
 
 def leave(status: int) -> NoReturn:
     """Exit without tearing the interpreter down, which would cost 4 ms: everything of ours is closed already."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:  # closed by the caller
-                stream.flush()
+            stream.flush()
         except (OSError, ValueError):
             continue  # nobody reads any more
     os._exit(status)
@@ -40,14 +43,13 @@ def leave(status: int) -> NoReturn:
 
 def main() -> None:
     """The console script. Exits with the plugin's status, or as the table of statuses in docs/command-line.md says."""
-    open_standard_fds()
+    open_standard_streams()
     gc.disable()  # nothing here lives long enough for a collection to pay
     arguments = sys.argv[1:]
     if arguments == ["--version"]:
         from sandbox.version import __version__
 
-        print(f"psie {__version__}")
-        return
+        sys.exit(written(lambda: print(f"psie {__version__}") or 0))
     if sys.flags.no_site:
         from sandbox.cli import late
 
@@ -66,8 +68,8 @@ def main() -> None:
             promised.leave()
     from sandbox.cli import app
 
-    if sys.stdout is None:  # closed by the caller: 1 is /dev/null now
-        sys.stdout = os.fdopen(1, "w")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as psie-python leaves it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(written(lambda: guarded(lambda: app.main(arguments))))
 
 
@@ -78,19 +80,50 @@ def guarded(command: Callable[[], int]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if os.environ.get("PSIE_DEBUG"):
+        if os.environ.get("PSIE_DEBUG") or (isinstance(error, OSError) and error.filename is None and error.errno in FULL):
             raise
+        if isinstance(error, FileNotFoundError) and error.filename is None and is_nowhere():
+            print(f"psie: {NOWHERE}", file=sys.stderr)
+            return 125
         print(f"psie: internal error: {type(error).__name__}: {error}; PSIE_DEBUG=1 shows where", file=sys.stderr)
         return 125
 
 
+FULL = (errno.ENOSPC, errno.EIO)  # of stdout, where no file is named: see `written`
+NOWHERE = "the working directory is gone: cd to one that is there"
+
+
+def is_nowhere() -> bool:
+    """Whether the working directory has been removed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def written(command: Callable[[], int]) -> int:
-    """The status of `command`, when all of stdout has been written; 1, as click has it, if its reader has left."""
+    """The status of `command`, when all of stdout has been written; 1, as click has it, if its reader has left; 125 where it
+    cannot be written to."""
     try:
         try:
             return command()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)  # for the interpreter's own flush
+        forget(1)
         return 1
+    except OSError as error:
+        forget(1)
+        print(f"psie: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return 125
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            forget(2)
+
+
+def forget(fd: int) -> None:
+    """What is left for a stream that nobody takes goes nowhere: the interpreter's own flush would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), fd)

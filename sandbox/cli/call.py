@@ -9,7 +9,7 @@ import sys
 
 from sandbox.cli import run as run_command
 from sandbox.cli.inputs import UsageError
-from sandbox.cli.session import Session, guarded, remember
+from sandbox.cli.session import Session, guarded, remember, say
 from sandbox.engine import channel, codec
 
 TYPE_CHECKING = False
@@ -52,6 +52,8 @@ def from_json(where: str, text: str) -> object:
         return json.loads(text)
     except ValueError as error:
         raise UsageError(f"{where}: this is no JSON ({error}): quote a text, as in '\"text\"'") from None
+    except RecursionError:
+        raise UsageError(f"{where[:60]}...: this is nested too deeply") from None
 
 
 def keyword(text: str) -> tuple[str, object]:
@@ -69,7 +71,11 @@ def print_reply(session: Session) -> int:
     if call.reply_kind != channel.REPLY_VALUE or not call.reply_complete:
         raise run_command.Failed("the plugin ended without a reply")
     value = codec.decode(call.reply, max_bytes=call.reply_limit)
-    text = json.dumps(jsonable(value), allow_nan=False, ensure_ascii=os.isatty(1))
+    try:
+        text = json.dumps(jsonable(value), allow_nan=False, ensure_ascii=os.isatty(1))
+    except ValueError as error:  # Python's bound on the digits of an int
+        say(f"the result is no JSON: {str(error).partition(';')[0]}")
+        return 1
     try:
         sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")  # \ud800 is JSON's own escape
         sys.stdout.buffer.flush()

@@ -15,6 +15,7 @@ from sandbox.text import escape_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from rich.tree import Tree
@@ -44,8 +45,10 @@ class Settled:
         return [deletion_violation(path) for path in deleted]
 
 
-def settle(sandbox: Sandbox, failure: str, *, dry_run: bool, ask: bool) -> Settled:
-    """Commit the changes of a run that has ended well; `failure` is why another has not."""
+def settle(
+    sandbox: Sandbox, failure: Callable[[], str], commit: Callable[[GrantedChanges], None], *, dry_run: bool, ask: bool
+) -> Settled:
+    """`commit` the changes of a run that has ended well; `failure()` is why another has not, which may change meanwhile."""
     with GrantedChanges(sandbox) as granted:
         settled = Settled(granted.found(), allow_deletion=bool(sandbox.recipe.monitoring["allow_file_deletion"]))
         count = f"{len(settled.found)} change{'' if len(settled.found) == 1 else 's'}"
@@ -53,15 +56,17 @@ def settle(sandbox: Sandbox, failure: str, *, dry_run: bool, ask: bool) -> Settl
             show(granted, settled.found)
         if dry_run:
             settled.said = f"dry run: {count}, none was committed"
-        elif settled.found and failure:
-            settled.said = f"{count} not committed: {failure}"
         elif settled.found:
             try:
-                if ask and not agreed(count, sandbox):
+                if not failure() and ask and not agreed(count, sandbox):
                     settled.said = f"{count} not committed: you said no"
+                elif failure():
+                    settled.said = f"{count} not committed: {failure()}"
                 else:
-                    granted.commit()
+                    commit(granted)
                     settled.is_committed = True
+                    if failure():
+                        settled.said = f"{count} committed all the same: that had begun"
             except (CommitError, ResourceLimitExceededError) as error:
                 settled.error = error
     return settled

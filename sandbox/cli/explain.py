@@ -24,13 +24,15 @@ def explain(level: str | None, config: str | None, as_json: bool, sources: bool,
     if sources:
         return tell_sources(given, as_json)
     try:
+        if file is not None:
+            given["file"] = run_command.plugin_path(file)
         base, limits, permissions = settings.settings(given)
         is_one = level is not None or config is not None or file is not None
         levels = [base.level] if is_one else list(IsolationLevel)
         facts = host.facts()
         recipes = [recipe.compile(replace(base, level=each), limits, permissions, facts, strict=False) for each in levels]
         refusals = [refusal(replace(base, level=each), limits, permissions, facts) for each in levels]
-    except (SandboxException, ValueError, TypeError, OSError) as error:
+    except (run_command.Failed, SandboxException, ValueError, TypeError, OSError) as error:
         return complain(error)
     if as_json:
         data = [{**each.to_dict(), "refused": refused} for each, refused in zip(recipes, refusals, strict=True)]

@@ -9,6 +9,8 @@ from sandbox.cli.inputs import UsageError
 from sandbox.cli.options import LEVELS
 from sandbox.recovery.store import OUTCOMES, Run, Store
 
+MOST = 1 << 31  # rows: SQLite knows no number that is much larger
+
 
 def history(plugin: str | None, level: str | None, outcome: str | None, since: str | None, limit: int, as_json: bool) -> int:
     """Print them; 0 also where there are none."""
@@ -19,7 +21,8 @@ def history(plugin: str | None, level: str | None, outcome: str | None, since: s
                 raise UsageError(f"{option} {value}: give one of {', '.join(known)}")
         if limit < 1:
             raise UsageError(f"--limit {limit}: give a number above 0")
-        found = store.runs(plugin, level, outcome, records.since(since), limit)
+        name = records.known_as(plugin, lambda each: bool(store.runs(each, limit=1))) if plugin is not None else None
+        found = store.runs(name, level, outcome, records.since(since), min(limit, MOST))
         if as_json:
             print(json.dumps([run.to_dict() for run in found], indent=2))
         elif found:

@@ -27,11 +27,11 @@ def remove() -> int:
         else:
             leaves = sweep.leaves(opened)
             os.close(opened)
-    folders = sweep.workspaces()
-    stages = stage.sweep()
-    for line in commit.recover():
-        print(line)
     try:
+        folders = sweep.workspaces()
+        stages = stage.sweep()
+        for line in commit.recover():
+            print(line)
         records = private.default_folder()
         if evidence.remove_unfinished(os.path.join(records, evidence.FOLDER)):
             print("removed evidence that was not finished")
@@ -40,6 +40,10 @@ def remove() -> int:
                 runs, folders_of_evidence = store.trim()
             if runs or folders_of_evidence:
                 print(f"removed {runs} old runs and {folders_of_evidence} folders of old evidence")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return complain(ResourceError(f"{error.filename}: {error.strerror}" if error.filename else str(error)))
     except ResourceError as error:
         return complain(error)
     counts = f"{len(leaves)} cgroups, {len(folders)} workspace folders and {len(stages)} folders of staged plugins"

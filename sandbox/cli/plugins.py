@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 
+from sandbox import static
 from sandbox.errors import PluginError, SandboxException
 from sandbox.plugins import discovery, files, manifest, signing
 from sandbox.text import escape_text
@@ -117,6 +118,8 @@ def syntax_error(plugin: PluginFiles) -> str:
         for path, source in sorted(plugin.files.items()):
             if not path.endswith(".py"):
                 continue
+            if len(source) > static.MOST:
+                return f"{path} {static.TOO_LARGE}"
             try:
                 compile(source, path, "exec", dont_inherit=True)
             except SyntaxError as error:

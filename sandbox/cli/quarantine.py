@@ -62,7 +62,9 @@ def show(plugin_id: str, as_json: bool) -> int:
 
 def newest(store: Store, plugin_id: str) -> Quarantined:
     """The newest quarantine of this name, one in force before those released. Raises UsageError if there is none."""
-    found = [each for each in store.quarantined(include_released=True) if each.plugin_id == plugin_id]
+    known = store.quarantined(include_released=True)
+    name = records.known_as(plugin_id, {each.plugin_id for each in known}.__contains__)
+    found = [each for each in known if each.plugin_id == name]
     if not found:
         raise UsageError(f"{plugin_id} is not quarantined and never was: psie quarantine list --all shows which plugins are")
     return min(found, key=lambda each: each.released is not None)
@@ -75,16 +77,18 @@ def release(plugin_id: str) -> int:
     """
 
     def work(store: Store) -> int:
-        if not any(each.plugin_id == plugin_id for each in store.quarantined()):
+        known = {each.plugin_id for each in store.quarantined()}
+        name = records.known_as(plugin_id, known.__contains__)
+        if name not in known:
             say(f"{plugin_id} is not quarantined: psie quarantine list shows which plugins are")
             return 1
-        AuditLog(store).append("quarantine-release", plugin_id=plugin_id, by=person())
+        AuditLog(store).append("quarantine-release", plugin_id=name, by=person())
         try:
-            count = store.release(plugin_id, person())
+            count = store.release(name, person())
         except ValueError as error:  # another process was faster
             say(str(error))
             return 1
-        say(f"{plugin_id}: {count} quarantine{'' if count == 1 else 's'} released")
+        say(f"{name}: {count} quarantine{'' if count == 1 else 's'} released")
         return 0
 
     return records.with_store(work)

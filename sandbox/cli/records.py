@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from datetime import datetime
@@ -25,6 +26,12 @@ def with_store(command: Callable[[Store], int]) -> int:
             return command(store)
     except (SandboxException, UsageError) as error:
         return complain(error)
+
+
+def known_as(plugin: str, is_known: Callable[[str], bool]) -> str:
+    """The id that a person means: of a file it is its absolute path."""
+    path = os.path.abspath(plugin)
+    return path if not is_known(plugin) and is_known(path) else plugin
 
 
 def shown_time(moment: float | None) -> str:

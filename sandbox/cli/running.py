@@ -37,7 +37,7 @@ RATES = ("CPU %", "memory/s")
 NONE = "no sandbox runs"
 PLUGIN_LENGTH = 40  # characters of a plugin's name in a table; of a path the end tells the most
 SHORTEST = 0.1  # seconds between two looks
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def listed(*, as_json: bool) -> int:
@@ -133,7 +133,7 @@ def top(*, seconds: float, once: bool) -> int:
         return complain(UsageError(f"-n {seconds:g}: give at least {SHORTEST} seconds"))
     course = Course()
     try:
-        if once or not sys.stdout.isatty():
+        if once or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
             course.rows()
             select.select([], [], [], min(seconds, 1.0))  # rates want two looks
             rows = course.rows()

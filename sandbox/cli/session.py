@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sandbox.engine.recording import Recorder
     from sandbox.engine.streams import Streams
     from sandbox.engine.watching import SandboxWatch
+    from sandbox.recovery.granted import GrantedChanges
     from sandbox.recovery.measures import Recovery
     from sandbox.recovery.records import Evidence
     from sandbox.violations import SandboxViolation
@@ -66,7 +67,10 @@ def say(text: str) -> None:
 def complain(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):
         raise error  # nobody reads any more, which is no mistake of anybody's: sandbox.cli.written
-    say(str(error))
+    from sandbox.cli import NOWHERE, is_nowhere
+
+    is_lost = isinstance(error, FileNotFoundError) and error.filename is None and is_nowhere()
+    say(NOWHERE if is_lost else str(error))
     return FAILED
 
 
@@ -92,6 +96,8 @@ def guarded(work: Callable[[], int]) -> int:
     except (run_command.Failed, SandboxException, ValueError, TypeError, ImportError) as error:
         return complain(error)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.filename is None:
+            return complain(error)
         return complain(run_command.Failed(f"{error.filename or 'the sandbox'}: {error.strerror}"))
 
 
@@ -155,6 +161,7 @@ class Session:
         self.hosts: dict[str, list[str]] = {}
         self.interrupts = 0
         self.ended_by: int | None = None
+        self.is_committing = False
         self.reader_gone = False
         self.remembered: remembered.Remembered | None = None  # as what it is
         self.live: Live | None = None
@@ -276,7 +283,15 @@ class Session:
 
         assert self.call is not None
         dry_run, ask = bool(self.given.get("dry_run")), bool(self.given.get("ask"))
-        self.settled = changes.settle(sandbox, self._failure(), dry_run=dry_run, ask=ask)
+        self.settled = changes.settle(sandbox, self._failure, self._commit, dry_run=dry_run, ask=ask)
+
+    def _commit(self, granted: GrantedChanges) -> None:
+        """What has begun comes to its end, whatever signal comes."""
+        self.is_committing = True
+        try:
+            granted.commit()
+        finally:
+            self.is_committing = False
 
     def _failure(self) -> str:
         """Why nothing is kept of what it changed; "" after a good end."""
@@ -285,6 +300,10 @@ class Session:
         assert self.call is not None
         if self.call.offences:
             return "a violation was recorded"
+        if self.ended_by is not None:
+            from signal import Signals
+
+            return f"psie was ended by {Signals(self.ended_by).name}"
         if self.is_discarded:
             return "recovery discards them"
         if self.call.cause or outcome.judge(self.call, []) is not None:
@@ -467,6 +486,7 @@ class Session:
                     view = view[write_some(fd, view) :]
             except OSError as error:
                 if error.errno not in GONE:
+                    error.filename = f"standard {'output' if fd == 1 else 'error'}"
                     raise
                 self.reader_gone = True
                 self._kill("reader")
@@ -491,6 +511,9 @@ class Session:
         self._kill("interrupt")
 
         def leave(_: int, frame: object) -> None:
+            if self.is_committing:
+                signal.alarm(int(client.GRACE))
+                return
             self.zygote.wake()
             os._exit(128 + number)
 
@@ -504,7 +527,7 @@ class Session:
             self.interrupts += 1
             if self.call is None:
                 return
-            if self.interrupts == 1:
+            if self.interrupts == 1 and not self.call.done:
                 self.call.signal(signal.SIGINT)
             else:
                 self._interrupt_again()
@@ -642,6 +665,8 @@ class Session:
             return 128 + number
         if self._is_unfit():
             return 1
+        if self.interrupts and getattr(error, "exception_type", "") == "KeyboardInterrupt":
+            return 128 + int(signal.SIGINT)
         if self.call.outcome.get("cause") == "killed":
             return 128 + int(signal.SIGKILL)
         return code if code is not None else FAILED

@@ -9,10 +9,12 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,106 @@ def test_a_closed_standard_stream(caller: Caller, closed: int) -> None:
     assert done.returncode == 7, done
     assert done.stdout == (b"" if closed in (1, 3) else b"out ''\n" if closed == 0 else b"out 'text'\n")
     assert done.stderr == (b"" if closed in (2, 3) else b"err\n")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-", "<&- 2>&-"])
+def test_what_psie_says_to_a_closed_stream_is_lost(caller: Caller, closed: str) -> None:
+    """And goes nowhere else: stdout may hold a reply alone."""
+    path = caller.write("plugin.py", "def main():\n    return 7\nif __name__ == '__main__':\n    print('out')")
+    lines = {
+        ("run", "--level", "strict", "--timeout", "9", str(path)): (0, b"out\n"),
+        ("run", "--level", "high", str(path)): (125, b""),
+        ("call", "--level", "strict", f"{path}:main"): (0, b"7\n"),
+        ("explain", "--level", "high"): (125, b""),
+        ("kill", "nobody"): (125, b""),
+    }
+    for line, (status, out) in lines.items():
+        shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *caller.command(*line)]
+        done = subprocess.run(
+            shell, env=caller.environment, cwd=caller.folder, capture_output=True, timeout=cli_harness.SECONDS, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (status, b"" if ">&- " in closed else out, b""), line
+
+
+@pytest.mark.parametrize("line", [("levels",), ("explain",), ("--version",), ("--help",), ("ps",), ("completion", "bash")])
+def test_a_full_disk_behind_stdout(caller: Caller, line: tuple[str, ...]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = caller.run(*line, stdout=full)
+    assert (done.status, done.err) == (125, "psie: standard output cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("file", ["nope.py", "folder", "-", ""])
+def test_explain_looks_at_its_file(caller: Caller, file: str) -> None:
+    (caller.folder / "folder").mkdir()
+    assert_refused(caller.run("explain", file), file)
+    assert_refused(caller.run("explain", "--json", file), file)
+
+
+def test_an_argument_that_is_nested_too_deeply(caller: Caller) -> None:
+    assert_refused(caller.call("def main(x): pass", "[" * 5000 + "]" * 5000), "nested too deeply")
+
+
+@pytest.mark.parametrize("damage", ["file", "link", "work"])
+def test_gc_where_the_state_is_no_folder(somebody: Caller, tmp_path: Path, damage: str) -> None:
+    state = somebody.folder / "state"
+    (state / "psie").mkdir(parents=True)
+    if damage == "work":
+        (state / "psie" / "work").write_text("")
+    else:
+        (state / "psie").rmdir()
+        (state / "psie").write_text("") if damage == "file" else (state / "psie").symlink_to("nowhere")
+    for made in (state, state / "psie", *(state / "psie").glob("*")):
+        os.lchown(made, somebody.uid, somebody.uid)
+    done = somebody.run("gc", env={"XDG_STATE_HOME": str(state)})
+    assert_refused(done, str(state / "psie"))
+    assert ("is no folder" in done.err) is (damage != "work")
+
+
+def test_a_full_disk_behind_the_plugins_output(caller: Caller) -> None:
+    with open("/dev/full", "wb") as full:
+        done = caller.plugin("print('out')", stdout=full)
+    assert (done.status, done.err) == (125, "psie: standard output: No space left on device\n")
+
+
+def test_a_working_directory_that_is_gone(caller: Caller) -> None:
+    path = caller.write("plugin.py", "print('out')")
+    for line, status in ((("run", "-q", str(path)), 0), (("run", "-q", "--ro", ".", str(path)), 125), (("spec", "x"), 125)):
+        shell = ["sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh", *caller.command(*line)]
+        done = subprocess.run(
+            shell, env=caller.environment, cwd=caller.folder, capture_output=True, timeout=cli_harness.SECONDS, check=False
+        )
+        assert done.returncode == status, done
+        if status:
+            said = done.stderr.decode().splitlines()[-1]  # the shell in psie may have complained before
+            assert said == "psie: the working directory is gone: cd to one that is there"
+
+
+def test_names_in_a_locale_without_unicode(caller: Caller, tmp_path: Path) -> None:
+    """Files are bytes; what is said is UTF-8."""
+    if not shutil.which("localedef") or not os.path.isdir("/usr/share/i18n/locales"):
+        pytest.skip("this host has nothing to make a locale of (Debian: apt-get install locales)")
+    subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-1", tmp_path / "de_DE.ISO-8859-1"], check=False)
+    env = {"LOCPATH": str(tmp_path), "LC_ALL": "de_DE.ISO-8859-1"}
+    python = [sys.executable, "-c", "import locale; print(locale.getpreferredencoding())"]
+    own = subprocess.run(python, env={**os.environ, **env}, capture_output=True, text=True, check=True)
+    assert own.stdout == "ISO-8859-1\n"
+    path = caller.write("caf\u00e9 \u263a.py", "import sys\nprint(ascii(__file__), ascii(sys.argv[1:]))")
+    done = caller.run("run", "-q", "--level", "strict", "--ro", str(path), str(path), "\u263a", env=env)
+    assert (done.status, done.err) == (0, ""), done
+    assert done.out == ascii(str(path)) + " " + ascii(["\u263a"]) + "\n"
+    done = caller.run("check", str(path), env=env)
+    assert (done.status, "caf\u00e9" in done.err) == (0, True), done
+
+
+@pytest.mark.parametrize("line", [("history",), ("levels",), ("run", "--level", "high", "x")], ids=lambda line: line[0])
+def test_an_early_interrupt_is_no_traceback(caller: Caller, line: tuple[str, ...]) -> None:
+    """At whatever moment of psie's start it comes; before that it is Python's to say something."""
+    for delay in range(20):
+        with caller.start(*line) as process:
+            time.sleep(delay / 100)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=cli_harness.SECONDS)
+        assert b"/sandbox/" not in err
 
 
 def test_output_and_errors_are_apart_and_byte_exact(everywhere: Caller) -> None:
@@ -670,7 +772,7 @@ def test_an_endless_loop(twice: Caller) -> None:
 BOMBS = {
     "heap": "blocks = []\nwhile True: blocks.append(bytearray(8 << 20))",
     "at once": "bytearray(1 << 34)",
-    "shared": "import mmap\nshared = mmap.mmap(-1, 1 << 30)\nfor at in range(0, 1 << 30, 4096): shared[at] = 1\nprint('held')",
+    "files": "import time\nfor n in range(30): open(f'/tmp/{n}', 'wb').write(bytes(3 << 20))\ntime.sleep(1)\nprint('held')",
 }
 
 
@@ -873,6 +975,24 @@ def test_an_interrupt_reaches_the_plugin_and_a_second_one_kills(everywhere: Call
         assert process.wait(10) == 130
         assert process.stderr is not None
         assert process.stderr.read() == b""
+
+
+def test_an_interrupted_call_is_told_from_one_that_failed(twice: Caller) -> None:
+    path = twice.write("plugin.py", WAITING + "\n    def main():\n        pass\n")
+    with twice.start("call", "-q", "--level", twice.level, f"{path}:main") as process:
+        read_until(fd_of(process.stderr), READY)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_doctor_leaves_nothing_whenever_it_ends(caller: Caller, tmp_path: Path, number: signal.Signals) -> None:
+    for tenths in range(1, 9, 2):
+        with caller.start("doctor", env={"TMPDIR": str(tmp_path)}) as process:
+            time.sleep(tenths / 10)
+            process.send_signal(number)
+            process.communicate(timeout=cli_harness.SECONDS)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupt_that_the_plugin_does_not_handle(twice: Caller) -> None:

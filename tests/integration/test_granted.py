@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -542,6 +543,50 @@ def test_a_run_that_ends_well_is_kept_and_no_other(level: IsolationLevel, folder
     assert (done.returncode, done.stderr) == (0, "")
     assert (folder / "text").read_text() == "text\nmore\n"
     assert (folder / "made" / "here" / "file").exists()
+
+
+SIGNALLED = """
+import os, sys
+from sandbox.recovery.granted import GrantedChanges
+
+number, name = int(sys.argv.pop(1)), sys.argv.pop(1)
+real = getattr(GrantedChanges, name)
+
+def struck(self):
+    if name == "commit":
+        os.kill(os.getpid(), number)
+    value = real(self)
+    if name == "found":
+        os.kill(os.getpid(), number)
+    return value
+
+setattr(GrantedChanges, name, struck)
+from sandbox.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("moment", ["found", "commit"])
+def test_a_signal_after_the_plugins_end(folder: Path, plugin: str, moment: str, number: signal.Signals) -> None:
+    """Before the commit has begun it keeps it from that; afterwards all of it is done, and said."""
+    before = tree(folder)
+    line = ("run", "-q", "--level", "strict", "--rw", str(folder), plugin, str(folder), "0", str(UNSHARE))
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(int(number)), moment, *line],
+        cwd=harness.REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60 * harness.PATIENCE,
+    )
+    assert done.returncode == 128 + number
+    if moment == "found":
+        assert done.stderr == f"psie: 4 changes not committed: psie was ended by {number.name}\n"
+        assert tree(folder) == before
+    else:
+        assert done.stderr == "psie: 4 changes committed all the same: that had begun\n"
+        assert (folder / "text").read_text() == "text\nmore\n"
 
 
 def test_of_a_long_diff_the_beginning_is_shown(folder: Path, tmp_path: Path) -> None:

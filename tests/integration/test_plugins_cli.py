@@ -116,6 +116,16 @@ def test_check_sign_and_check_again(caller: Caller, folder: Path) -> None:
     assert (state, why[:21]) == ("wrong", "no trusted key has si")
 
 
+def test_what_is_too_large_is_not_compiled_outside_of_a_sandbox(caller: Caller, folder: Path) -> None:
+    """A syntax tree takes six hundred times the memory of its text."""
+    caller.write("p/one.py", "x=1\n" * 300_000)
+    done = plugins(caller, "check", "p", "one")
+    assert (done.status, rows(done)["one", "syntax"][0]) == (1, "wrong")
+    assert "is larger than 1 MB" in done.out
+    done = caller.run("check", "p/one.py")
+    assert (done.status, "is larger than 1 MB" in done.out) == (1, True), done
+
+
 def test_a_manifest_can_want_a_signature(caller: Caller, folder: Path) -> None:
     caller.write("p/one.toml", "[permissions]\nrequire_code_signing = true\n")
     done = plugins(caller, "check", "p", "one")

@@ -227,6 +227,7 @@ def test_history(caller: Caller, store: Store) -> None:
 
     assert found() == ["0", "bad", "1", "2", "3", "4"]
     assert found("--limit", "2") == ["0", "bad"]
+    assert len(found("--limit", "9" * 30)) == 6
     assert found("--plugin", "plugin-3") == ["3"]
     assert found("--level", "maximum") == found("--outcome", "violation") == ["bad"]
     assert found("--since", "90m") == ["0", "bad", "1"]
@@ -253,6 +254,17 @@ def test_quarantine_is_listed_and_shown(caller: Caller, store: Store) -> None:
         assert part in shown.out
     assert json.loads(caller.run("quarantine", "show", HOSTILE, "--json").out)["violations"] == violations
     assert_refused(caller.run("quarantine", "show", "nobody\n"), "nobody\\n is not quarantined", "list --all")
+
+
+def test_a_file_is_known_by_its_path_however_it_is_given(caller: Caller, store: Store) -> None:
+    path = caller.write("pest.py", "pass")
+    store.quarantine(str(path), None, "why", [], "manager")
+    store.add_runs([a_run("1", plugin_id=str(path))])
+    for given in ("pest.py", "./pest.py", str(path)):
+        assert json.loads(caller.run("quarantine", "show", given, "--json").out)["plugin_id"] == str(path)
+        assert [run["plugin_id"] for run in json.loads(caller.run("history", "--plugin", given, "--json").out)] == [str(path)]
+    done = caller.run("quarantine", "release", "pest.py")
+    assert (done.status, done.err) == (0, f"psie: {path}: 1 quarantine released\n")
 
 
 def test_a_release_is_audited(caller: Caller, store: Store, here: Path) -> None:
