@@ -6,6 +6,7 @@ caller's files; the standard library and installed packages go by reference. Mus
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 import os
@@ -50,6 +51,16 @@ def _refuse_file(file: io.IOBase) -> NoReturn:
 
 def _refuse_generator(generator: object) -> NoReturn:
     raise pickle.PicklingError("a generator cannot travel: pass a list")
+
+
+def _reduce_cached(cached: Any) -> str | tuple[Any, ...]:
+    """A function under functools.cache or lru_cache, without what it has kept so far; by its name where the sandbox has it."""
+    if not travels_by_value(cached.__module__ or ""):
+        return str(cached.__qualname__)
+    known = cached.cache_parameters()
+    about = {name: value for name, value in vars(cached).items() if name != "cache_parameters"}
+    make, info = vars(functools)["_lru_cache_wrapper"], vars(functools)["_CacheInfo"]
+    return make, (cached.__wrapped__, known["maxsize"], known["typed"], info), about
 
 
 def _newest_module() -> tuple[int, str]:
@@ -118,6 +129,7 @@ def _pickler_class() -> type:
                 io.FileIO: _refuse_file,
                 types.GeneratorType: _refuse_generator,
                 types.CodeType: reduce_code,
+                type(functools.cache(len)): _reduce_cached,
             },
             cloudpickle.Pickler.dispatch_table,
         )

@@ -256,6 +256,23 @@ def test_own_modules_travel_by_value(
     assert harness.call(level, importlib.import_module(top).run, 4) == 15
 
 
+@functools.lru_cache(maxsize=10)
+def fibonacci(number: int) -> int:
+    return number if number < 2 else fibonacci(number - 1) + fibonacci(number - 2)
+
+
+def uses_cached(number: int) -> tuple[int, int, str]:
+    return fibonacci(number), fibonacci.cache_info().hits, fibonacci.__name__
+
+
+def test_functions_with_a_cache_travel(level: IsolationLevel) -> None:
+    """With an empty one."""
+    fibonacci(9)
+    assert harness.call(level, fibonacci, 30) == 832_040
+    assert harness.call(level, uses_cached, 30) == (832_040, 28, "fibonacci")
+    assert harness.call(level, functools.cache(lambda value: value + 1), 4) == 5
+
+
 def test_preload(level: IsolationLevel) -> None:
     assert harness.call(level, plugins.loaded, "colorsys") is False
     assert harness.call(level, plugins.loaded, "colorsys", config={"preload": ("colorsys",)}) is True
