@@ -80,8 +80,10 @@ def guarded(command: Callable[[], int]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if os.environ.get("PSIE_DEBUG") or (isinstance(error, OSError) and error.filename is None and error.errno in FULL):
+        if os.environ.get("PSIE_DEBUG"):
             raise
+        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
+            return lost(error)
         if isinstance(error, FileNotFoundError) and error.filename is None and is_nowhere():
             print(f"psie: {NOWHERE}", file=sys.stderr)
             return 125
@@ -89,7 +91,7 @@ def guarded(command: Callable[[], int]) -> int:
         return 125
 
 
-FULL = (errno.ENOSPC, errno.EIO)  # of stdout, where no file is named: see `written`
+FULL = (errno.ENOSPC, errno.EIO)  # where no file is named, it was stdout
 NOWHERE = "the working directory is gone: cd to one that is there"
 
 
@@ -114,14 +116,18 @@ def written(command: Callable[[], int]) -> int:
         forget(1)
         return 1
     except OSError as error:
-        forget(1)
-        print(f"psie: standard output cannot be written: {error.strerror}", file=sys.stderr)
-        return 125
+        return lost(error)
     finally:
         try:
             sys.stderr.flush()
         except OSError:
             forget(2)
+
+
+def lost(error: OSError) -> int:
+    forget(1)
+    print(f"psie: standard output cannot be written: {error.strerror}", file=sys.stderr)
+    return 125
 
 
 def forget(fd: int) -> None:
