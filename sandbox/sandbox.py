@@ -1377,8 +1377,8 @@ def checked_environment(who: str, environment: Mapping[str, str] | None) -> dict
         except UnicodeEncodeError:
             is_possible = False
         if not is_possible:
-            mend = "names are not empty and have no '=', and there is no NUL nor half a character"
-            raise ValueError(f"{who}: environment cannot have {name!r}={value!r}: {mend}")
+            mend = "a name is not empty and has no '=', and neither it nor its value has a NUL or half a character"
+            raise ValueError(f"{who}: environment cannot have {name!r} like that: {mend}")  # the value may be a secret
     return dict(environment or {})
 
 
