@@ -281,7 +281,7 @@ def ps(**given: Any) -> None:
 def top(**given: Any) -> None:
     """Show what the sandboxes that run use, again and again until q or Ctrl-C.
 
-    Where stdout is no terminal one table is printed.
+    Where stdout is no terminal, or one that cannot move its cursor (TERM=dumb), one table is printed.
     """
     from sandbox.cli import running as command
 

@@ -9,18 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from sandbox.errors import SecurityViolationError
-from sandbox.selftest.attacks import (
-    MAXIMUM,
-    MINIMAL,
-    STRICTER,
-    Scene,
-    Where,
-    attack,
-    attempt,
-    calls,
-    first_escape,
-    syscall,
-)
+from sandbox.selftest.attacks import MAXIMUM, MINIMAL, STRICTER, Scene, Where, attack, attempt, calls, first_escape, syscall
 
 NAMES = "seccomp: namespaces and mounts"
 PROCESSES = "seccomp: other processes"

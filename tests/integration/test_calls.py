@@ -849,12 +849,19 @@ def test_what_is_printed_comes_before_the_value(level: IsolationLevel, capsys: p
         print("number", number, flush=True)
         return number
 
+    def speaks_and_fails(number: int) -> None:
+        print("number", number)
+        raise ValueError("at last")
+
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox, sandbox.session() as session:
             for number in range(5):
                 assert await sandbox.execute_plugin_safe(speaks, number) == number
                 assert capsys.readouterr().out == f"number {number}\n"
                 assert await session.call(speaks, number) == number
+                assert capsys.readouterr().out == f"number {number}\n"
+                with pytest.raises(PluginExecutionError, match="at last"):
+                    await session.call(speaks_and_fails, number)
                 assert capsys.readouterr().out == f"number {number}\n"
 
     asyncio.run(main())

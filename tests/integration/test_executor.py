@@ -509,3 +509,32 @@ def test_asyncio_knows_an_async_one() -> None:
 
     assert asyncio.iscoroutinefunction(later)
     assert inspect.iscoroutinefunction(later) or sys.version_info < (3, 12)
+
+
+INTERRUPTED = """
+import signal
+from sandbox import PluginLimitsV2, sandboxed
+
+@sandboxed(level="strict", limits=PluginLimitsV2(max_execution_time_seconds=3600))
+def sleep():
+    import time
+    print("begun", flush=True)
+    time.sleep(3600)
+
+def strike(number, frame):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, strike)
+signal.setitimer(signal.ITIMER_REAL, 1)
+try:
+    sleep()
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_an_interrupted_caller_has_its_call_killed() -> None:
+    """Else the end of the program would wait for an hour."""
+    line = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(line, cwd=harness.REPOSITORY, capture_output=True, text=True, timeout=60 * harness.PATIENCE)
+    assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "interrupted", "")

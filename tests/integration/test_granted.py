@@ -479,6 +479,8 @@ def test_the_host_reads_and_writes_the_workspace(level: IsolationLevel) -> None:
                 sandbox.read_file("large", max_bytes=1000)
             with pytest.raises(OSError, match="max_file_size_mb"):
                 sandbox.write_file("much", bytes(7 << 20))
+            with pytest.raises(TypeError, match="data is a int"):
+                sandbox.write_file("number", 5)  # type: ignore[arg-type]
         with pytest.raises(RuntimeError, match="not open"):
             sandbox.read_file("given/file")
 

@@ -280,7 +280,20 @@ def test_top_prints_one_table_where_there_is_no_terminal(own: Caller) -> None:
         assert row.split()[-2].isdecimal()
 
 
-@pytest.mark.parametrize("how", ["q", "Ctrl-C"])
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_top_prints_one_table_on_a_terminal_that_can_no_more(own: Caller, term: str) -> None:
+    master, slave = pty.openpty()
+    try:
+        done = own.run("top", "-n", "0.2", stdin=slave, stdout=slave, env={"TERM": term})
+        assert (done.status, done.err) == (0, "")
+        seen = cli_harness.read_until(master, b"\n")
+        assert b"\x1b" not in seen
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+@pytest.mark.parametrize("how", ["q", "SIGINT", "SIGQUIT"])
 def test_top_on_a_terminal_ends_and_leaves_it_as_it_was(own: Caller, how: str) -> None:
     with plugin(own) as (_, found):
         master, slave = pty.openpty()
@@ -293,7 +306,7 @@ def test_top_on_a_terminal_ends_and_leaves_it_as_it_was(own: Caller, how: str) -
                 if how == "q":
                     os.write(master, b"q")
                 else:
-                    top.send_signal(signal.SIGINT)
+                    top.send_signal(signal.Signals[how])
                 cli_harness.read_until(master, b"\x1b[?1049l")  # the screen that was there before
                 assert top.wait(cli_harness.SECONDS) == 0
                 assert termios.tcgetattr(slave) == before
