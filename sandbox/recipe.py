@@ -379,7 +379,9 @@ class _Compiler:
     def writable_devices(self) -> list[str]:
         devices = ["/dev/null", "/dev/full", "/dev/tty"]
         if "memory" in self.controllers():
-            devices.append("/dev/zero")  # mapped, it is memory without a file: see sandbox/seccomp/denylist.toml, allow_memfd
+            devices.append(
+                "/dev/zero"
+            )  # mapped, it is memory without a file: see sandbox/seccomp/denylist.toml, allow_uncounted_memory
         return devices
 
     def truncation_is_open(self) -> bool:
@@ -429,7 +431,7 @@ class _Compiler:
             "allow_threads": self.permissions.allow_thread_creation,
             "sockets": self.has_sockets(),
             "allow_metadata": "mnt" in self.namespaces or self.host.root,
-            "allow_memfd": "memory" in self.controllers(),
+            "allow_uncounted_memory": "memory" in self.controllers(),
             "allow_truncate": not self.truncation_is_open(),
             "allow_ioctls": "mnt" in self.namespaces or profile != "denylist",  # the others have lists of their own
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import os
 import pickle
 from datetime import UTC, datetime, timedelta, timezone
 from enum import Enum
@@ -23,6 +24,7 @@ from sandbox.errors import (
     SandboxInitializationError,
     SecurityViolationError,
 )
+from sandbox.sandbox import no_start
 from sandbox.telemetry import SandboxTelemetry
 from sandbox.violations import SandboxViolation, SandboxViolationType, to_plain
 
@@ -175,3 +177,10 @@ def test_telemetry_to_dict_is_strict_json() -> None:
 @pytest.mark.parametrize("value", [None, True, 3, 2.5, "x", [1, [2]], {"a": {}}])
 def test_plain_data_stays(value: object) -> None:
     assert to_plain(value) == value
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EPERM])
+def test_what_the_host_has_no_more_of_is_no_fault_of_the_settings(number: int) -> None:
+    error = no_start(OSError(number, os.strerror(number)))
+    assert isinstance(error, SandboxInitializationError if number == errno.EPERM else ResourceError)
+    assert os.strerror(number) in str(error)

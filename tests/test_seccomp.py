@@ -49,7 +49,7 @@ ALL_VARIANTS = [
     for permitted in itertools.product((False, True), repeat=len(profiles.FEATURES))
 ]
 # What the host decides, not the caller. Most tests have it (without allow_metadata copying files fails); both have their own.
-OF_THE_HOST = {"allow_metadata": True, "allow_memfd": True, "allow_truncate": True, "allow_ioctls": True}
+OF_THE_HOST = {"allow_metadata": True, "allow_uncounted_memory": True, "allow_truncate": True, "allow_ioctls": True}
 VARIANTS = [permissions for permissions in ALL_VARIANTS if permissions.items() >= OF_THE_HOST.items()]
 CLOSED = dict.fromkeys(profiles.FEATURES, False) | OF_THE_HOST
 OPEN = dict.fromkeys(profiles.FEATURES, True)
@@ -661,7 +661,7 @@ def test_memory_that_nothing_counts(profile: str) -> None:
 
     assert confined(attempts, None).value == ["ok", "ok", "ok"]
     assert confined(attempts, compiled(profile, CLOSED)).value == ["ENOSYS" if profile == "tight" else "ok", "ok", "ok"]
-    refusing = compiled(profile, {**CLOSED, "allow_memfd": False})
+    refusing = compiled(profile, {**CLOSED, "allow_uncounted_memory": False})
     outcome = confined(attempts, refusing)
     assert (outcome.value, outcome.notified) == (["EPERM", "EPERM", "ok"], [])  # the last is MAP_PRIVATE
     outcome = confined(plain_work, refusing)
@@ -1289,7 +1289,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_cache_returns_what_was_compiled(cache: Path, counted: list[str]) -> None:
-    variants = [CLOSED, OPEN, THREADS, {**THREADS, "allow_metadata": False}, {**THREADS, "allow_memfd": False}]
+    variants = [CLOSED, OPEN, THREADS, {**THREADS, "allow_metadata": False}, {**THREADS, "allow_uncounted_memory": False}]
     variants += [{**THREADS, "allow_truncate": False}, {**THREADS, "allow_ioctls": False}]
     for permissions in variants:
         for profile, notify in (("tight", True), ("tight", False), ("denylist", True)):

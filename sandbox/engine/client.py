@@ -1364,7 +1364,7 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         allow_threads=bool(seccomp["allow_threads"]),
         sockets=bool(seccomp["sockets"]),
         allow_metadata=bool(seccomp["allow_metadata"]),
-        allow_memfd=bool(seccomp["allow_memfd"]),
+        allow_uncounted_memory=bool(seccomp["allow_uncounted_memory"]),
         allow_truncate=bool(seccomp["allow_truncate"]),
         allow_ioctls=bool(seccomp["allow_ioctls"]),
     )

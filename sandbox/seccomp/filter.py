@@ -31,7 +31,15 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROFILES = ("denylist", "allowlist", "tight")
-FEATURES = ("allow_subprocess", "allow_threads", "sockets", "allow_metadata", "allow_memfd", "allow_truncate", "allow_ioctls")
+FEATURES = (
+    "allow_subprocess",
+    "allow_threads",
+    "sockets",
+    "allow_metadata",
+    "allow_uncounted_memory",
+    "allow_truncate",
+    "allow_ioctls",
+)
 
 SECCOMP_RET_USER_NOTIF = 0x7FC00000
 SECCOMP_RET_ERRNO = 0x00050000
@@ -51,7 +59,7 @@ def compile_profile(
     allow_threads: bool,
     sockets: bool,
     allow_metadata: bool = True,
-    allow_memfd: bool = True,
+    allow_uncounted_memory: bool = True,
     allow_truncate: bool = True,
     allow_ioctls: bool = True,
     notify: bool = True,
@@ -65,7 +73,9 @@ def compile_profile(
     Raises ImportError, with the mend, where pyseccomp or libseccomp is missing, ValueError for an unknown profile or a
     mistake in a data file.
     """
-    permitted = _permitted(allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd, allow_truncate, allow_ioctls)
+    permitted = _permitted(
+        allow_subprocess, allow_threads, sockets, allow_metadata, allow_uncounted_memory, allow_truncate, allow_ioctls
+    )
     return _compile(_Profile(profile), permitted, os.uname().machine, notify)
 
 
@@ -76,7 +86,7 @@ def cached_profile(
     allow_threads: bool,
     sockets: bool,
     allow_metadata: bool = True,
-    allow_memfd: bool = True,
+    allow_uncounted_memory: bool = True,
     allow_truncate: bool = True,
     allow_ioctls: bool = True,
     notify: bool = True,
@@ -87,7 +97,9 @@ def cached_profile(
     """
     if profile not in PROFILES:
         raise ValueError(f"no seccomp profile {profile!r}: there are {', '.join(PROFILES)}")
-    permitted = _permitted(allow_subprocess, allow_threads, sockets, allow_metadata, allow_memfd, allow_truncate, allow_ioctls)
+    permitted = _permitted(
+        allow_subprocess, allow_threads, sockets, allow_metadata, allow_uncounted_memory, allow_truncate, allow_ioctls
+    )
     variant = "-".join([profile, *(name.removeprefix("allow_") for name in permitted), *(["notify"] if notify else [])])
     cache = state.Cache("bpf")
     key = f"{variant} {_identity()}".encode()
