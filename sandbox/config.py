@@ -399,7 +399,8 @@ class IsolationConfig:
         enable_filesystem_isolation: whether it has its own view of the files.
         enable_real_time_monitoring: whether samples are taken; the limits hold without them.
         auto_recovery_enabled: whether a violation is recovered from without asking.
-        violation_threshold: how many violations until the response is escalated, 1 to 10.
+        violation_threshold: how many different violations a call may have, 1 to 10. The one that reaches it is escalated; a
+            further one has no answer, and the call is killed.
         quarantine_on_violation: whether a plugin beyond the threshold is quarantined.
         telemetry_enabled: whether telemetry is stored.
         watchdog_timeout_seconds: how long psie waits for its own parts, in seconds, 5 to 300: for a worker to stand (with

@@ -44,7 +44,7 @@ NETWORK = {
     **{"operation": "connect", "family": "AF_INET", "kind": "SOCK_STREAM", "address": "10.0.0.1", "port": "80"},
     **{"allowed": "0", "reason": "it is not in allowed_hosts", "passing": "0", "excess": "0"},
 }
-VIOLATION = {"call": "1", "nr": "161", "arg0": "1", "arg1": "2", "arg2": "3", "pid": "7", "count": "1"}
+VIOLATION = {"call": "1", "nr": "161", "arg0": "1", "arg1": "2", "arg2": "3", "pid": "7", "count": "1", "offences": "1"}
 SUPERVISOR: list[tuple[str, dict[str, str]]] = [
     ("violation", VIOLATION),
     ("violation", {**VIOLATION, "nr": "-1"}),

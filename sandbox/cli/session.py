@@ -422,9 +422,7 @@ class Session:
 
     def _violation(self, call: client.Call, fields: dict[str, str]) -> None:
         threshold = self.recipe.monitoring["violation_threshold"]
-        if call.offences > threshold:
-            call.kill("violations")
-        elif call.offences == threshold and fields["nr"] not in client.TOLD:
+        if call.offences == threshold and fields["nr"] not in client.TOLD:
             from sandbox.engine import outcome
 
             self._react(outcome.describe_violation(fields, call.sandbox), call.offences)

@@ -64,7 +64,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sealed": ("call",),
     "renewed": (),
     "ended": ("call", "cause", "used"),
-    "violation": ("call", "nr", "arg0", "arg1", "arg2", "pid", "count"),
+    "violation": ("call", "nr", "arg0", "arg1", "arg2", "pid", "count", "offences"),
     "network": ("call", "pid", "count", *OPERATION),
     "cut_off": (),
     "ready": (),
@@ -132,7 +132,7 @@ def is_time(text: str) -> bool:
 
 
 CHECKS: dict[str, Callable[[str], bool]] = {
-    **dict.fromkeys(("call", "nr", "arg0", "arg1", "arg2", "pid", "count", "port", "used", "maxrss_kb"), is_whole),
+    **dict.fromkeys(("call", "nr", "arg0", "arg1", "arg2", "pid", "count", "offences", "port", "used", "maxrss_kb"), is_whole),
     **dict.fromkeys(("links", "supervised", "connections", "rx_bytes", "rx_packets", "tx_bytes", "tx_packets"), is_whole),
     **dict.fromkeys(("time", "utime", "stime"), is_time),
     "errno": is_errno,
@@ -933,7 +933,8 @@ class Call:
         self.violations: dict[tuple[str, str], dict[str, str]] = {}
         # How many different ones may end a call, or have its changes not kept, and how many refusals they stand for. Files that
         # the interpreter was refused are none, nor names: harmless programs look where they may not, and go on.
-        self.offences = self.refusals = 0
+        self.refused_calls = self.refused_imports = 0
+        self.refusals = 0
         self.passing: dict[str, str] | None = None  # a refusal that is none of the plugin's making, unless it ends by it
         self.on_sealed: Callable[[Call], None] | None = None
         self.on_done: Callable[[Call], None] | None = None
@@ -1278,12 +1279,20 @@ class Call:
         is_new = known is None
         self.violations[key] = fields
         if fields["nr"] not in TOLD:
-            self.offences += is_new
+            if "offences" in fields:
+                self.refused_calls = int(fields["offences"])
+            else:
+                self.refused_imports += is_new
             self.refusals += int(fields["count"]) - (int(known["count"]) if known is not None else 0)
-            if self.refusals >= REFUSALS:
-                self.kill("violations")
         if is_new and self.on_violation is not None:
             self.on_violation(self, fields)
+        if self.refusals >= REFUSALS or self.offences > self.sandbox.recipe.monitoring["violation_threshold"]:
+            self.kill("violations")
+
+    @property
+    def offences(self) -> int:
+        """Different violations, of those that may end the call. (The supervisor counts its own: it stops answering.)"""
+        return self.refused_calls + self.refused_imports
 
     @property
     def is_running(self) -> bool:
@@ -1387,6 +1396,7 @@ def _wire_form(recipe: Recipe) -> dict[str, Any]:
         "pids_max": int((recipe.cgroup or {}).get("settings", {}).get("pids.max", 0)),
         "memory_sampled": None if "memory" in (recipe.cgroup or {}).get("controllers", ()) else recipe.limits["memory_bytes"],
         "landlock": recipe.landlock,
+        "violation_threshold": recipe.monitoring["violation_threshold"],
         "watches_refusals": recipe.monitoring["recording"] == "events",
         "seccomp": {"profile": seccomp["profile"], "bpf": program},
     }

@@ -118,8 +118,8 @@ class Sockets:
         self.waiting: dict[int, set[Connect]] = {}  # those under way, by call
         self.late: set[Connect] = set()  # those under way whose call has ended
 
-    def handle(self, listener: int, notification: notifier.Notification, call: int, tell: Callable[[Wanted], None]) -> bool:
-        """Answer it if it is one of ours, else False. `tell` is called before the answer."""
+    def handle(self, listener: int, notification: notifier.Notification, call: int, tell: Callable[[Wanted], bool]) -> bool:
+        """Answer it if it is one of ours, else False. `tell` is called before the answer: False if a refusal is to wait."""
         if notification.nr == self.option:
             linger(listener, notification)
             return True
@@ -144,7 +144,9 @@ class Sockets:
             wanted.reason = wanted.reason or (error.strerror or "it cannot be had")
         if not notifier.is_valid(listener, notification):
             return True  # its caller has died, and what was read was perhaps another's
-        tell(wanted)
+        is_answered = tell(wanted)
+        if sock is None and not is_answered:
+            return True
         if sock is None:
             notifier.refuse(listener, notification, refusal)
         elif operation == SOCKET:

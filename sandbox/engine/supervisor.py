@@ -2,9 +2,10 @@
 
 Two kinds reach it. What has to do with sockets is answered by sandbox.engine.sockets, which makes and connects those that a
 plugin may have, and is told to the caller operation by operation. All else the profile refuses, and it is worth a record:
-it is refused with EPERM. A refusal is told as a violation; nothing is ever continued. A process of its own, so that a
-flood of notifications starves nothing else. The warden starts it when the first notification waits: a plugin that is
-refused nothing, and has no sockets, needs none. When it dies, the warden kills the sandbox. Must not import anything heavy.
+it is refused with EPERM. A refusal is told as a violation; nothing is ever continued, and whoever passes violation_threshold
+is not answered any more. A process of its own, so that a flood of notifications starves nothing else. The warden starts it
+when the first notification waits: a plugin that is refused nothing, and has no sockets, needs none. When it dies, the warden
+kills the sandbox. Must not import anything heavy.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ class Record:
 
 
 class Supervisor:
-    def __init__(self, warden: _socket.socket, violations: int, own: sockets.Sockets) -> None:
+    def __init__(self, warden: _socket.socket, violations: int, threshold: int, own: sockets.Sockets) -> None:
         self.warden = warden
+        self.threshold = threshold
         self.sockets = own
         self.violations = channel.from_fd(violations)
         self.violations.setblocking(False)
         self.listeners: dict[int, int] = {}  # listener fd -> number of the call
         self.records: dict[tuple[int, int, object], Record] = {}  # (call, nr, what tells one refusal from another)
+        self.offences: dict[int, int] = {}  # different ones per call that are the plugin's making
         self.operations: dict[int, int] = {}  # network operations per call
         self.told: dict[tuple[int, bool], int] = {}  # by call, and whether it was no more than a new socket
         self.poll = select.poll()
@@ -55,15 +58,20 @@ class Supervisor:
         key = call, notification.nr, what
         if key not in self.records and sum(known[0] == call for known in self.records) >= DISTINCT:
             key, more = (call, -1, 0), None
-        record = self.records.setdefault(key, Record())
+        if key not in self.records:
+            self.records[key] = Record()
+            is_offence = more is None or not more["passing"]
+            self.offences[call] = self.offences.get(call, 0) + is_offence
+        record = self.records[key]
         record.count += 1
         if record.count & (record.count - 1) == 0:
             fields: dict[str, object] = {"call": call, "nr": key[1], "pid": notification.pid, "count": record.count}
+            fields["offences"] = self.offences[call]
             fields.update({f"arg{i}": notification.args[i] for i in range(3)})
             self.send("violation", {**fields, **(more or {})})
 
-    def network(self, call: int, notification: notifier.Notification, wanted: sockets.Wanted) -> None:
-        """Tell what the plugin wants of the network, and a refusal as a violation as well."""
+    def network(self, call: int, notification: notifier.Notification, wanted: sockets.Wanted) -> bool:
+        """Tell what the plugin wants of the network, and a refusal as a violation as well; whether to answer."""
         count = self.operations[call] = self.operations.get(call, 0) + 1
         kind = call, wanted.operation == sockets.SOCKET
         number = self.told[kind] = self.told.get(kind, 0) + 1
@@ -72,8 +80,13 @@ class Supervisor:
             pid = sockets.process_of(notification.pid)
             self.send("network", {"call": call, "pid": pid, "time": time(), "count": count, **wanted.fields()})
         if not wanted.allowed:
-            what = wanted.family, wanted.kind, wanted.address, wanted.port
+            what = wanted.family, wanted.kind, wanted.address, wanted.port, wanted.is_passing
             self.record(call, notification, what, wanted.fields())
+        return not self.is_beyond(call)
+
+    def is_beyond(self, call: int) -> bool:
+        """Whether its plugin has passed the threshold. The caller kills it, and until then it gets no further."""
+        return self.offences.get(call, 0) > self.threshold
 
     def send(self, kind: str, fields: dict[str, object]) -> None:
         """Where the caller does not read, we wait, and with us the plugin: nothing is lost. The warden's end is ours."""
@@ -91,10 +104,13 @@ class Supervisor:
 
     def answer(self, listener: int, notification: notifier.Notification) -> None:
         call = self.listeners[listener]
+        if self.is_beyond(call):
+            return
         if self.sockets.handle(listener, notification, call, lambda wanted: self.network(call, notification, wanted)):
             return
         self.record(call, notification, notification.args[0] & 0xFFFFFFFF)
-        notifier.refuse(listener, notification, errno.EPERM)
+        if not self.is_beyond(call):
+            notifier.refuse(listener, notification, errno.EPERM)
 
     def serve(self) -> None:
         self.poll.register(self.warden.fileno(), select.POLLIN)
@@ -125,20 +141,22 @@ class Supervisor:
         os.close(listener)
         self.sockets.ended(call)
         self.operations.pop(call, None)
+        self.offences.pop(call, None)
         for is_socket in (True, False):
             self.told.pop((call, is_socket), None)
         for key in [key for key in self.records if key[0] == call]:
             del self.records[key]
 
 
-def run(warden: _socket.socket, violations: int, parent: int, network: dict[str, Any], resolved: dict[str, Any]) -> NoReturn:
-    """The life of a supervisor, in a fork of the warden. `network` is the recipe's, `resolved` what names in it stand for."""
+def run(warden: _socket.socket, violations: int, parent: int, recipe: dict[str, Any], resolved: dict[str, Any]) -> NoReturn:
+    """The life of a supervisor, in a fork of the warden. `resolved`: what the names in the recipe's network stand for."""
     try:
         privileges.die_with_parent()
         if os.getppid() != parent:
             os._exit(1)
         channel.keep_only([warden.fileno(), violations])
-        Supervisor(warden, violations, sockets.Sockets(network, resolved)).serve()
+        own = sockets.Sockets(recipe["network"], resolved)
+        Supervisor(warden, violations, recipe["violation_threshold"], own).serve()
     except BaseException:
         sys.excepthook(*sys.exc_info())
         os._exit(1)

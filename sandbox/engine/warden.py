@@ -289,9 +289,11 @@ class Warden:
         """The supervisor's life, in our child."""
         try:
             self.learn_to_supervise()
-            wanted = {**self.recipe["network"], "access": None} if self.is_cut_off else self.recipe["network"]
+            recipe = self.recipe
+            if self.is_cut_off:
+                recipe = {**recipe, "network": {**recipe["network"], "access": None}}
             supervisor = sys.modules[SUPERVISOR]
-            supervisor.run(there, self.fds["violations"], own_pid, wanted, self.instruction["resolved"])
+            supervisor.run(there, self.fds["violations"], own_pid, recipe, self.instruction["resolved"])
         except BaseException:
             sys.excepthook(*sys.exc_info())
         os._exit(1)  # which the warden sees, and ends the sandbox

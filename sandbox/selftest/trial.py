@@ -24,6 +24,8 @@ from sandbox.violations import SandboxViolation
 
 T = TypeVar("T")
 
+THRESHOLD = 10  # violations that a call may have
+
 # The sandbox has the library, but it is the attack that has to travel, with what it needs of it.
 cloudpickle.register_pickle_by_value(sandbox.selftest)
 
@@ -48,11 +50,11 @@ def open_sandbox(
     config: dict[str, Any] | None = None,
     **further: Any,
 ) -> EnhancedPluginSandbox:
-    """A sandbox that counts, but does not end a call for, up to ten violations."""
+    """A sandbox that counts, but does not end a call for, up to THRESHOLD violations."""
     return EnhancedPluginSandbox(
         PluginLimitsV2(**{"max_execution_time_seconds": SECONDS, **(limits or {})}),
         PluginPermissionsV2(**(permissions or {})),
-        IsolationConfig(level=level, **{"violation_threshold": 10, **(config or {})}),
+        IsolationConfig(level=level, **{"violation_threshold": THRESHOLD, **(config or {})}),
         **further,
     )
 

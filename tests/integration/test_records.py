@@ -398,13 +398,12 @@ def test_what_a_killed_bundle_has_left_is_removed(caller: Caller, here: Path) ->
 FINE = "print('fine')"
 # Refused by every profile, and survived: more different ones than violation_threshold.
 BREAK_OFTEN = """
-    import ctypes, sys, time
+    import ctypes
     libc = ctypes.CDLL(None, use_errno=True)
     print("begun", flush=True)
     open("left behind", "w").write("by the plugin")
     for name in ("mount", "umount2", "unshare", "setns", "ptrace", "swapon", "swapoff", "acct", "reboot"):
         getattr(libc, name)(0, 0, 0, 0, 0)
-        time.sleep(0.05)
     print("survived")
 """
 
@@ -580,7 +579,7 @@ def test_the_command_quarantines_what_passes_the_threshold(caller: Caller, here:
     assert (entry["plugin_id"], entry["by"]) == (path, "command")
     assert entry["sha256"] == hashlib.sha256((caller.folder / "plugin.py").read_bytes()).hexdigest()
     assert "violation threshold" in entry["reason"]
-    assert len(entry["violations"]) > 3  # the default threshold
+    assert len(entry["violations"]) == 4  # one more than the default threshold, and no further one was answered
     made = here / "evidence" / Path(entry["evidence"]).name
     subprocess.run(["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"], cwd=made, check=True)
     assert (made / "output.txt").read_bytes() == b"begun\n"
