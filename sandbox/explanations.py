@@ -87,6 +87,23 @@ RULES: dict[str, Rule] = {
     "ports": Rule("seccomp", "seccomp refuses hardware ports ({})", note="no plugin has a reason for it"),
     "terminals": Rule("seccomp", "seccomp refuses to type into a terminal ({})", note="the terminal is its caller's"),
     "other calls": Rule("seccomp", "seccomp refuses {}", note="no plugin has a reason for it"),
+    # What the kernel refuses without a record: see QUIET.
+    "capabilities": Rule("capabilities", "{} takes a capability, and a plugin has none"),
+    "uncounted memory": Rule(
+        "seccomp",
+        "seccomp refuses memory without a file where there is no memory controller",
+        note="nothing would count it; psie doctor says how to have a controller, and files in /dev/shm can be mapped",
+    ),
+    "attributes": Rule("seccomp", "seccomp refuses extended attributes", note="Landlock does not cover them"),
+    "metadata": Rule(
+        "seccomp",
+        "seccomp refuses to change modes, owners and times of files",
+        note="at level minimal without root they would be all of the caller's: take --level standard",
+    ),
+    "requests": Rule("seccomp", "seccomp refuses unusual requests to devices and files", note="no plugin has a use for them"),
+    "locks": Rule(
+        "seccomp", "seccomp refuses locks of open files", note="nothing counts them; fcntl.lockf and fcntl.flock can be had"
+    ),
     # The network, as sandbox.engine.sockets decides on it.
     "connection": Rule(
         "network",
@@ -189,6 +206,21 @@ CALLS = {
     ),
     "terminals": ("ioctl",),
     "addresses": ("sendto", "sendmsg", "sendmmsg"),
+}  # fmt: skip
+
+# What Python calls in which the kernel refuses something without a record, and which rule that falls under. Of the same name
+# there is much that is not refused: it counts only where an EPERM has come from it.
+QUIET = {
+    "metadata": ("chmod", "fchmod", "lchmod", "chown", "fchown", "lchown", "utime"),  # first, as the filter answers first
+    "capabilities": (
+        "chown", "fchown", "lchown", "nice", "setpriority", "sched_setscheduler", "sched_setparam", "sethostname",
+        "clock_settime", "clock_settime_ns", "setuid", "seteuid", "setreuid", "setresuid", "setgid", "setegid", "setregid",
+        "setresgid", "setgroups", "initgroups",
+    ),
+    "uncounted memory": ("memfd_create", "mmap"),
+    "attributes": ("setxattr", "removexattr"),
+    "requests": ("ioctl",),
+    "locks": ("fcntl",),
 }  # fmt: skip
 
 
@@ -302,6 +334,19 @@ def kernel(name: str) -> Explanation:
     """Of a system call that no setting allows."""
     key = next((key for key, names in CALLS.items() if name in names), "other calls")
     return explain(key, name)
+
+
+def quiet(names: set[str], recipe: Recipe) -> tuple[str, Explanation] | None:
+    """Of an EPERM that has no record: what of `names` (those in the line that it came from) was refused, and why. None where
+    that cannot be told, and where the line has raised it itself."""
+    allowed = {"metadata": "allow_metadata", "uncounted memory": "allow_uncounted_memory"}
+    if "raise" not in names:
+        for key, known in QUIET.items():
+            if not recipe.seccomp.get(allowed.get(key, "")):
+                for name in known:
+                    if name in names:
+                        return name, explain(key, name)
+    return None
 
 
 def imported(which: str, module: str, recipe: Recipe, file: str, line: int | None) -> Explanation:

@@ -19,7 +19,22 @@ from sandbox.cli import options, refusals, settings
 from sandbox.engine import access, channel, outcome
 from sandbox.engine.access import Access
 from sandbox.errors import ResourceLimitExceededError, SecurityViolationError
-from sandbox.explanations import CALLS, CLASSES, GIVEN, RULES, explain, imported, kernel, limited, more, network, socket, tasks
+from sandbox.explanations import (
+    CALLS,
+    CLASSES,
+    GIVEN,
+    QUIET,
+    RULES,
+    explain,
+    imported,
+    kernel,
+    limited,
+    more,
+    network,
+    quiet,
+    socket,
+    tasks,
+)
 from sandbox.violations import SandboxViolation, SandboxViolationType
 
 SOURCES = Path(recipe.__file__).parent
@@ -135,6 +150,24 @@ def test_every_call_that_is_told_has_a_reason() -> None:
     by_the_supervisor = {"connect", "bind", "listen", "setsockopt"}  # or refused without a word
     assert ruled - known - outcome.PERMISSION - by_the_supervisor <= outcome.NETWORK
     assert set(CALLS) < set(NOTHING)
+
+
+def test_what_has_no_record_is_found_by_its_names() -> None:
+    def found(names: str, *allowed: str) -> str:
+        made = recipe.compile(IsolationConfig(), PluginLimitsV2(), PluginPermissionsV2(), host.facts(), strict=False)
+        seccomp = {name: name in allowed for name in ("allow_metadata", "allow_uncounted_memory")}
+        made.seccomp.update(seccomp)
+        told = quiet(set(names.split()), made)
+        return told[1].reason if told is not None else ""
+
+    assert found("os chown path") == "seccomp refuses to change modes, owners and times of files"
+    assert found("os chown path", "allow_metadata") == "chown takes a capability, and a plugin has none"
+    assert found("os chmod path", "allow_metadata") == ""
+    assert found("m mmap") == "seccomp refuses memory without a file where there is no memory controller"
+    assert found("m mmap", "allow_uncounted_memory") == ""
+    assert found("raise PermissionError os chown") == ""
+    assert found("os open path") == ""
+    assert {*QUIET} < set(NOTHING)
 
 
 def test_every_violation_is_made_with_its_explanation() -> None:

@@ -892,6 +892,7 @@ class Answer:
 
     def __init__(self, call: Call) -> None:
         self.sandbox = call.sandbox
+        self.number = call.number
         self.source_file = call.source_file
         self.reply_kind = call.reply_kind
         self.reply = call.reply

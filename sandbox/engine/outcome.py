@@ -178,21 +178,41 @@ def locate(call: Call | Answer, violations: list[SandboxViolation]) -> None:
         error = failure.decode(call.reply)
     except channel.Malformed:
         return
-    if error.errno == errno.EPERM and not violations and call.passing is not None:
+    if error.errno != errno.EPERM:
+        return
+    names = _names(call, error)
+    if not violations and call.passing is not None:
         violations.append(describe_violation(call.passing, call.sandbox))
-    if error.errno != errno.EPERM or not violations or not error.file:
+    elif not violations:
+        violations += unrecorded(call, names)
+    if not violations or not error.file:
         return
     from dataclasses import replace
 
     from sandbox.text import escape_text
 
-    names = _names(call, error)
     for violation in reversed(violations):
         if violation.explanation is not None and names & operations(_operation(violation)):
             file = escape_text(error.file[-PLACE:], keep="")
             violation.explanation = replace(violation.explanation, file=file, line=error.line or None)
             violation.details |= {"file": file, "line": error.line or None, "position": "interpreter"}
             return
+
+
+def unrecorded(call: Call | Answer, names: set[str]) -> list[SandboxViolation]:
+    """What has ended the plugin and was refused by the kernel without a record, as the names in that line tell."""
+    from datetime import UTC, datetime
+
+    from sandbox import explanations
+    from sandbox.violations import SandboxViolation, SandboxViolationType
+
+    found = explanations.quiet(names, call.sandbox.recipe)
+    if found is None:
+        return []
+    name, explanation = found
+    details = {"syscall": name, "count": 1, "errno": "EPERM", "source": "interpreter", "call": call.number}
+    text, kind = f"{name}() was refused: {explanation.reason}", SandboxViolationType.PERMISSION_DENIED
+    return [SandboxViolation(kind, text, datetime.now(UTC), "warning", details, explanation=explanation)]
 
 
 def repeated(answer: Answer, earlier: list[SandboxViolation]) -> list[SandboxViolation]:

@@ -377,6 +377,99 @@ def test_what_no_setting_allows_is_refused_with_all_of_them(level: IsolationLeve
     assert "no setting and no level allows it" in done.explanation.text()
 
 
+def own_file() -> None:
+    import os
+
+    os.close(os.open("own", os.O_CREAT | os.O_RDWR))
+
+
+def owner() -> None:
+    import os
+
+    own_file()
+    os.chown("own", 0, 0)
+
+
+def attribute() -> None:
+    import os
+
+    own_file()
+    os.setxattr("own", "user.name", b"value")
+
+
+def priority() -> None:
+    import os
+
+    os.nice(-5)
+
+
+def memory() -> None:
+    import mmap
+
+    mmap.mmap(-1, 4096)
+
+
+def memory_file() -> None:
+    import os
+
+    os.memfd_create("memory")
+
+
+def lock() -> None:
+    import fcntl
+    import struct
+
+    with open("own", "w") as file:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
+
+
+def request() -> None:
+    import fcntl
+
+    with open("own", "w") as file:
+        fcntl.ioctl(file, 0xABCD)
+
+
+def own_opinion() -> None:
+    raise PermissionError(1, "nobody may chown here")
+
+
+# What a plugin that has ended by it was refused, of which the kernel keeps no record.
+QUIETLY: dict[Callable[[], None], str] = {
+    owner: "a capability",
+    attribute: "extended attributes",
+    priority: "a capability",
+    memory: "no memory controller",
+    memory_file: "no memory controller",
+    lock: "locks of open files",
+    request: "unusual requests",
+}
+
+
+@TWO
+@pytest.mark.parametrize("function", QUIETLY)
+def test_what_was_refused_without_a_record_is_told_too(level: IsolationLevel, function: Callable[[], None]) -> None:
+    done = attempt(level, function, **EVERYTHING)
+    if QUIETLY[function] == "no memory controller" and done.error is None:
+        assert "memory" in host.facts().controllers
+        return
+    assert isinstance(done.error, SecurityViolationError)
+    (violation,) = done.violations
+    assert QUIETLY[function] in violation.message
+    assert QUIETLY[function] in done.explanation.reason
+    assert "no setting and no level allows it" in done.explanation.text()
+    assert violation.details["source"] == "interpreter"
+    assert done.explanation.file == __file__
+    assert done.explanation.line is not None
+
+
+@TWO
+def test_what_the_plugin_has_refused_itself_is_not_told(level: IsolationLevel) -> None:
+    done = attempt(level, own_opinion)
+    assert isinstance(done.error, PluginExecutionError)
+    assert done.violations == []
+
+
 # -- where it was --------------------------------------------------------------------------------------------------------
 
 
