@@ -23,8 +23,7 @@ def folder(kind: str) -> str:
     Raises PermissionError, with the mend, if another user owns it, other OSErrors if it cannot be made.
     """
     path = {"run": "/run/psie", "cache": "/var/cache/psie", "lib": "/var/lib/psie"}[kind]
-    # Root of a user namespace may be nobody to these folders.
-    if os.getuid() != 0 or not os.access(path if os.path.lexists(path) else os.path.dirname(path), os.W_OK):
+    if not _is_for_root(path, kind):
         home = os.path.expanduser("~")
         base = {
             "run": os.environ.get("XDG_RUNTIME_DIR", ""),
@@ -46,6 +45,18 @@ def folder(kind: str) -> str:
     if found.st_mode & 0o022:
         os.chmod(path, 0o711)
     return path
+
+
+def _is_for_root(path: str, kind: str) -> bool:
+    """Whether this process is root, and may write there. (Root of a user namespace may be nobody to these folders.) Records
+    that are there count also while they cannot be written: what is quarantined stays so on a disk that is read-only now."""
+    if os.getuid() != 0:
+        return False
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return os.access(os.path.dirname(path), os.W_OK)
+    return os.access(path, os.W_OK) or (kind == "lib" and found.st_uid == 0)
 
 
 def _usable(base: str) -> bool:

@@ -18,7 +18,7 @@ import pytest
 
 from sandbox.errors import CommitError
 from sandbox.ns import syscalls
-from sandbox.recovery import commit
+from sandbox.recovery import changes, commit
 from sandbox.recovery.changes import HOLES, Comparison, Difference, is_same, leads_out, unified
 from sandbox.recovery.granted import described
 
@@ -521,3 +521,49 @@ def test_a_diff_of_text_and_of_none() -> None:
     ]  # fmt: skip
     assert unified(None, b"new\n", "/f").startswith("--- /dev/null\n+++ b/f\n")
     assert unified(b"\0", b"x", "/f") == "Binary files a/f and b/f differ\n"
+
+
+# -- what a person is shown -----------------------------------------------------------------------------------------------
+
+
+def patched(old: list[str], diff: str) -> list[str]:
+    """What a unified diff makes of these lines, each of which it has to name as it is."""
+    made, place = [], 0
+    for line in diff.splitlines(keepends=True)[2:]:
+        if line.startswith("@@"):
+            first, _, count = line.split()[1].removeprefix("-").partition(",")
+            start = int(first) - (count != "0")
+            made += old[place:start]
+            place = start
+        elif line[0] in " -":
+            assert line[1:] == old[place]
+            made += [line[1:]] if line[0] == " " else []
+            place += 1
+        else:
+            assert line[0] == "+"
+            made.append(line[1:])
+    return made + old[place:]
+
+
+@pytest.mark.parametrize("pairs", [0, changes.DIFF_PAIRS])
+def test_a_diff_leads_from_one_side_to_the_other(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "DIFF_PAIRS", pairs)
+    chance = random.Random(5)
+    for _ in range(300):
+        old = [f"{chance.randrange(chance.choice((2, 5, 100)))}\n" for _ in range(chance.randrange(30))]
+        new = list(old)
+        for _ in range(chance.randrange(6)):
+            place = chance.randrange(len(new) + 1)
+            new[place : place + chance.randrange(2)] = [f"{chance.randrange(100)}\n"] * chance.randrange(2)
+        diff = unified("".join(old).encode(), "".join(new).encode(), "/x")
+        assert (patched(old, diff) if diff else old) == new
+        assert bool(diff) == (old != new)
+
+
+@pytest.mark.timeout(20)
+def test_a_diff_is_there_soon_whatever_has_changed() -> None:
+    """difflib alone would take hours."""
+    old = [f"{number}\n" for number in range(200_000)]
+    new = [f"{number}\n\n" for number in range(200_000)]
+    diff = unified("".join(old).encode(), "".join(new).encode(), "/x")
+    assert patched(old, diff) == "".join(new).splitlines(keepends=True)

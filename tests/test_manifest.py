@@ -167,6 +167,7 @@ JSON_MISTAKES = [
     ('{"name": "a",\n"name": "b"}', 2, "name is there for a second time: remove one of them"),
     ('{"name": "a",\n"n\\u0061me": "b"}', 2, "name is there for a second time"),
     ('{"limits": {"max_memory_mb": 9,\n\n"max_memory_mb": 8}}', 3, "max_memory_mb is there for a second time"),
+    ('{"a":' * 9 + '{"b": 1, "b": 2}' + "}" * 9, 1, "this is nested too deeply for a manifest"),
     # Were each key sought among those before it, that would take minutes.
     (
         "{" + ",\n".join(f'"k{number}": 1' for number in (*range(40_000), 39_999)) + "}",

@@ -290,6 +290,21 @@ def isolated(action: Callable[[], Any], uid: int) -> Any:
     return reply
 
 
+@needs_root
+def test_records_count_also_while_the_disk_is_read_only() -> None:
+    """As after an error of it, for which ext4 has errors=remount-ro: what is quarantined stays so."""
+
+    def before_and_after() -> list[str]:
+        os.chmod("/var/lib", 0o755)
+        found = [state.folder("lib")]
+        subprocess.run(["mount", "-o", "remount,ro", "/var/lib"], check=True)
+        with pytest.raises(OSError, match="Read-only"):
+            Path(found[0], "new").touch()
+        return [*found, state.folder("lib")]
+
+    assert isolated(before_and_after, 0) == ["/var/lib/psie"] * 2
+
+
 def folders() -> dict[str, str]:
     return {kind: state.folder(kind) for kind in ("run", "cache", "lib")}
 

@@ -152,7 +152,7 @@ RULES: dict[type[Any], dict[str, Rule]] = {
         "enable_real_time_monitoring": EITHER,
         "auto_recovery_enabled": HOST,
         "violation_threshold": SMALLER,
-        "quarantine_on_violation": EITHER,
+        "quarantine_on_violation": HOST,
         "telemetry_enabled": HOST,
         "watchdog_timeout_seconds": SMALLER,
         "resource_check_interval_seconds": SMALLER,

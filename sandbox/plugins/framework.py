@@ -107,7 +107,8 @@ class Load:
     evidence: Evidence = field(default_factory=Evidence)
 
     def failed(self, outcome: str, error: BaseException) -> None:
-        self.outcome, self.error, self.result = outcome, str(error).splitlines()[0], None
+        text = str(error) or f"it was ended by {type(error).__name__}"
+        self.outcome, self.error, self.result = outcome, text.splitlines()[0], None
 
     @property
     def violations(self) -> list[dict[str, Any]]:
@@ -290,6 +291,10 @@ class EnhancedPluginFramework:
             except (PluginError, SandboxInitializationError) as error:
                 load.failed(REFUSED, error)
                 raise
+            except BaseException as error:
+                if load.error is None:  # else that is what it ended by
+                    load.failed(ERROR, error)
+                raise
             finally:
                 load.seconds = monotonic() - started
                 await self._record(load, since)
@@ -311,8 +316,14 @@ class EnhancedPluginFramework:
                 load.failed(REFUSED, error)
             except ResourceError as error:
                 load.failed(ERROR, error)
-            load.seconds = monotonic() - started
-        await self._record(load, since)
+            except Exception as error:  # a mistake of psie's own: what others have loaded is told all the same
+                load.failed(ERROR, RuntimeError(f"internal error: {type(error).__name__}: {error}"))
+            except BaseException as error:
+                load.failed(ERROR, error)
+                raise
+            finally:
+                load.seconds = monotonic() - started
+                await self._record(load, since)
         return load
 
     async def _attempt(self, load: Load, started: float) -> None:
@@ -343,9 +354,8 @@ class EnhancedPluginFramework:
         finally:
             os.close(folder)
         load.sha256 = plugin.sha256
-        # The command knows a file alone by its own digest.
         alone = [hashlib.sha256(source).hexdigest() for source in plugin.files.values()] if len(plugin.files) == 1 else []
-        found = self._records.is_quarantined(plugin.id, plugin.sha256, *alone)
+        found = self._records.is_quarantined(plugin.id, plugin.sha256, alone)
         if found is not None:
             which = "" if found.plugin_id == plugin.id else f" as {escape_text(found.plugin_id, keep='')}, which it equals"
             mend = f"psie quarantine release {shlex.quote(found.plugin_id)}"
@@ -450,7 +460,9 @@ class EnhancedPluginFramework:
         """Whether something lies in the plugin folder that a sandbox has to see."""
         facts = host.facts()
         interpreter = (facts.executable, facts.prefix, facts.base_prefix, facts.stdlib, *facts.path)
-        return any(under(path, (folder,)) for path in (*interpreter, *permissions.allowed_directories))
+        return any(
+            under(path, (folder,)) for path in (*interpreter, *permissions.allowed_directories, *permissions.readable_paths)
+        )
 
     @staticmethod
     def _reason_for_quarantine(load: Load, sandbox: EnhancedPluginSandbox) -> str:

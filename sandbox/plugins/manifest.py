@@ -41,6 +41,7 @@ ENTRY_POINTS = ("main", "run", "execute")  # of a manifest that names none: the 
 TABLES = {"limits": config.PluginLimitsV2, "permissions": config.PluginPermissionsV2, "isolation": config.IsolationConfig}
 NAME_CHARACTERS = 200
 DESCRIPTION_CHARACTERS = 10_000
+DEPTH = 8  # objects in objects of JSON
 MOST_DOTS = 32  # in a line of TOML: tomllib's time grows with the square of a dotted key's length
 
 
@@ -173,6 +174,8 @@ class _Source:
         if repeated:
             seen: set[lines.Path] = set()
             for path, line in self.keys():
+                if len(path) > DEPTH:
+                    self.refuse_line(line, "this is nested too deeply for a manifest")
                 if path in seen:
                     self.refuse_line(line, f"{config.plain_key(path[-1])} is there for a second time: remove one of them")
                 seen.add(path)

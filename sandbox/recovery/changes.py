@@ -19,11 +19,13 @@ from sandbox.ns import syscalls as sc
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
 DEPTH = 100  # folders in folders; a descriptor or two is held for each
 PATH_BYTES = 3800  # below PATH_MAX, with room for a stage
 BLOCK = 1 << 20
 DIFF_BYTES = 4 << 20  # of a file: what is larger is not shown line by line
+DIFF_PAIRS = 4_000_000  # of lines, one of each side: where there are more, all of one is put in place of all of the other
 HOLES = 1 << 30  # bytes: a plugin makes larger ones for nothing, and whoever reads them pays
 OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
 ORIGIN = ("trusted.overlay.origin", "user.overlay.origin")
@@ -335,5 +337,55 @@ def unified(old: bytes | None, new: bytes | None, path: str) -> str:
         return f"Binary files a{path} and b{path} differ\n"
     sides = [(side or b"").decode("utf-8", "surrogateescape").splitlines(keepends=True) for side in (old, new)]
     before, after = ("/dev/null" if side is None else letter + path for letter, side in (("a", old), ("b", new)))
-    lines = difflib.unified_diff(sides[0], sides[1], before, after)
+    lines = unified_lines(sides[0], sides[1], before, after)
     return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
+
+
+class Steps(difflib.SequenceMatcher[str]):
+    """From one side to the other, as difflib has it, whose time grows with the product of the numbers of lines: what is the
+    same before and behind is left to nobody, and where too much remains all of that is put in place of all that was there."""
+
+    def __init__(self, old: list[str], new: list[str]) -> None:
+        head = common(old, new)
+        tail = common(old[head:][::-1], new[head:][::-1])
+        a, b = (side[head : len(side) - tail] for side in (old, new))
+        if len(a) * len(b) > DIFF_PAIRS:
+            super().__init__(None, "", "")
+            inner = [("replace", 0, len(a), 0, len(b))]
+        else:
+            super().__init__(None, a, b)
+            inner = [tuple(step) for step in super().get_opcodes()]  # type: ignore[misc]
+        self.steps = [("equal", 0, head, 0, head)] if head else []
+        self.steps += [(tag, i + head, j + head, k + head, m + head) for tag, i, j, k, m in inner]
+        if tail:
+            self.steps.append(("equal", len(old) - tail, len(old), len(new) - tail, len(new)))
+
+    def get_opcodes(self) -> Any:
+        return self.steps
+
+
+def unified_lines(old: list[str], new: list[str], before: str, after: str) -> Iterator[str]:
+    """As difflib.unified_diff."""
+    if old == new:
+        return
+    yield from (f"--- {before}\n", f"+++ {after}\n")
+    for group in Steps(old, new).get_grouped_opcodes():
+        (_, a_first, _, b_first, _), (_, _, a_last, _, b_last) = group[0], group[-1]
+        yield f"@@ -{span(a_first, a_last - a_first)} +{span(b_first, b_last - b_first)} @@\n"
+        for tag, a_from, a_to, b_from, b_to in group:
+            if tag == "equal":
+                yield from (" " + line for line in old[a_from:a_to])
+            else:
+                yield from ("-" + line for line in old[a_from:a_to])
+                yield from ("+" + line for line in new[b_from:b_to])
+
+
+def common(one: list[str], other: list[str]) -> int:
+    """How many lines are the same at the beginning."""
+    most = min(len(one), len(other))
+    return next((number for number in range(most) if one[number] != other[number]), most)
+
+
+def span(first: int, count: int) -> str:
+    """Lines in the head of a hunk, as diff(1) writes them."""
+    return f"{first + 1}" if count == 1 else f"{first + 1 if count else first},{count}"

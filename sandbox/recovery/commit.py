@@ -18,15 +18,16 @@ import fcntl
 import json
 import os
 import stat
+import time
 from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cached_property
 
 from sandbox import state
-from sandbox.errors import CommitError
+from sandbox.errors import CommitError, ResourceError
 from sandbox.ns import syscalls as sc
 from sandbox.ns import workspace
-from sandbox.recovery import changes
+from sandbox.recovery import changes, private
 from sandbox.recovery.changes import ADDED, DELETED, METADATA, RESERVED, Comparison, Difference
 from sandbox.text import escape_text
 
@@ -78,9 +79,10 @@ def commit(folders: Sequence[Folder]) -> None:
         for difference in folder.differences:
             if difference.problem:
                 refuse(os.path.join(folder.path, difference.path), difference.problem)
-        check_unchanged(folder)
     identity = os.urandom(8).hex()
-    with locked(folders):
+    with told(folders), locked(folders):
+        for folder in folders:
+            check_unchanged(folder)
         journal = Journal(identity)
         opened = [(folder.path, folder.lower) for folder in folders]
         try:
@@ -101,11 +103,18 @@ def commit(folders: Sequence[Folder]) -> None:
             path = escape_text(os.fsdecode(error.filename or folders[0].path), keep="")
             text = f"the commit stopped half-way at {path} ({error.strerror}): mend that, then psie gc finishes or undoes it"
             raise CommitError(text, paths=[path]) from None
-        except OSError as error:
-            where = escape_text(os.fsdecode(error.filename or folders[0].path), keep="")
-            raise CommitError(f"the changes were not committed: {where}: {error.strerror}", paths=[where]) from None
         finally:
             journal.close()
+
+
+@contextmanager
+def told(folders: Sequence[Folder]) -> Iterator[None]:
+    """What the kernel says no to while nothing is committed yet, as a CommitError."""
+    try:
+        yield
+    except OSError as error:
+        where = escape_text(os.fsdecode(error.filename or folders[0].path), keep="")
+        raise CommitError(f"the changes were not committed: {where}: {error.strerror}", paths=[where]) from None
 
 
 def check_place(folder: Folder) -> None:
@@ -194,15 +203,17 @@ def newest(folder: int, path: str, found: os.stat_result, owner: int | None) -> 
 
 @contextmanager
 def locked(folders: Sequence[Folder]) -> Iterator[None]:
-    """One commit of a folder at a time."""
+    """One commit of a folder at a time: the next one waits, up to private.PATIENCE."""
     held: list[int] = []
+    since = time.monotonic()
     try:
         for folder in sorted(folders, key=lambda each: each.path):
             held.append(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder.lower))
-            try:
-                fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                refuse(folder.path, "another commit goes on there: try again")
+            while not private.try_lock(held[-1], fcntl.LOCK_EX):
+                try:
+                    private.pause(since, private.PATIENCE, folder.path)
+                except ResourceError:
+                    refuse(folder.path, "another commit goes on there: try again")
         yield
     finally:
         for fd in held:

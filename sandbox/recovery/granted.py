@@ -89,8 +89,9 @@ class GrantedChanges:
                     raise ValueError(f"commit_changes: nothing has changed at {path!r}: give paths of changes, or folders")
             chosen = [folder.narrowed(selected(folder, wanted)) for folder in self.folders]
         told = described(chosen)
-        for folder in self.folders:
-            commit.check_unchanged(folder)
+        with commit.told(self.folders):
+            for folder in self.folders:
+                commit.check_unchanged(folder)
         commit.commit([folder for folder in chosen if folder.differences])
         return told
 

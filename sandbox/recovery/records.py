@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from sandbox.errors import ResourceError
-from sandbox.recovery import evidence, private, spool
+from sandbox.recovery import evidence, in_force, private, spool
 from sandbox.recovery.audit import AuditLog
 from sandbox.recovery.granted import content
 from sandbox.recovery.store import Store
@@ -72,10 +72,12 @@ class Records:
         self.audit.append("quarantine-release", plugin_id=plugin_id, by=self.by, count=count)
         return count
 
-    def is_quarantined(self, plugin_id: str, *digests: str) -> Quarantined | None:
-        """By its name, or by a digest of it: of the whole plugin, or as `psie run` knows its file."""
-        found = (self.store.is_quarantined(plugin_id, digest) for digest in digests)
-        return next((each for each in found if each is not None), None)
+    def is_quarantined(self, plugin_id: str, sha256: str, alone: Sequence[str]) -> Quarantined | None:
+        """By its name, by its digest, or where it is one file by the digest of that, whatever its name: see in_force.find."""
+        for each in self.store.quarantined():
+            if in_force.find([{"plugin_id": each.plugin_id, "sha256": each.sha256}], plugin_id, sha256, alone) is not None:
+                return each
+        return None
 
     def quarantined(self) -> list[dict[str, Any]]:
         return [each.to_dict() for each in self.store.quarantined()]

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import linecache
 import os
 import shutil
 import signal
@@ -532,6 +533,105 @@ def test_a_file_is_quarantined_with_its_modules_or_alone(tmp_path: Path, others:
     with opened(tmp_path) as framework, Store(tmp_path / "state") as store:
         store.quarantine("/elsewhere.py", hashlib.sha256(source.encode()).hexdigest(), "bad", [], "command")
         assert load(framework, "one")["success"] is bool(others)
+
+
+@pytest.mark.parametrize("name", ["pest2.py", "pest3/main.py", "pest4/__init__.py"])
+def test_by_another_name_it_is_quarantined_still(tmp_path: Path, name: str) -> None:
+    source = f"{textwrap.dedent(AND_BREAK)}def main(): return 1"
+    write(tmp_path, {"pest.py": source, name: source})
+    with opened(tmp_path) as framework:
+        (done,) = loads(framework, "pest")
+        assert done.quarantined
+        other = load(framework, name.partition("/")[0].removesuffix(".py"))
+        assert not other["success"]
+        assert "it is quarantined as pest, which it equals" in other["error"]
+
+
+@pytest.mark.parametrize("coding", ["rot13", "hex", "punycode", "undefined"])
+def test_a_file_that_cannot_be_decoded_is_its_own_affair(tmp_path: Path, coding: str) -> None:
+    write(tmp_path, {"odd.py": f"# coding: {coding}\nqrs znva(): erghea 1", "good.py": "def main(): return 1"})
+    with opened(tmp_path) as framework:
+        odd, good = loads(framework, "odd", "good")
+        assert (odd.outcome, good.outcome) == ("error", "ok")
+        assert odd.error is not None
+        assert "internal error" not in odd.error
+        with Store(tmp_path / "state") as store:
+            assert sorted(run.outcome for run in store.runs()) == ["error", "ok"]
+
+
+def test_a_traceback_loads_nothing_into_this_process(tmp_path: Path) -> None:
+    """The plugin says itself in which line of which file it was."""
+    source = f"""
+    import linecache
+    linecache.getlines = lambda *given, **more: []
+    def main():
+        exec(compile("\\n" * 1000 + "raise ValueError('no')", __file__, "exec"))
+    TEXT = '{"x" * 100_000}'
+    """
+    write(tmp_path, {"fat.py": source})
+    before = set(linecache.cache)
+    with opened(tmp_path) as framework:
+        assert "ValueError: no" in load(framework, "fat")["error"]
+    assert not any("fat" in path for path in set(linecache.cache) - before)
+
+
+def test_a_load_that_is_cancelled_is_recorded(tmp_path: Path) -> None:
+    write(tmp_path, {"slow.py": "import time\ndef main(): time.sleep(60)"})
+
+    async def main(framework: EnhancedPluginFramework) -> None:
+        task = asyncio.create_task(framework.load("slow"))
+        await harness.wait_for(lambda: framework.get_framework_telemetry()["sandboxes_open"] != {})
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with opened(tmp_path) as framework, Store(tmp_path / "state") as store:
+        asyncio.run(main(framework))
+        (run,) = store.runs()
+        assert (run.plugin_id, run.outcome, run.reason) == ("slow", "error", "it was ended by CancelledError")
+
+
+def test_who_uses_an_open_plugin_may_fail(tmp_path: Path) -> None:
+    write(tmp_path, {"good.py": "def work(): return 1"})
+
+    async def main(framework: EnhancedPluginFramework) -> None:
+        async with framework.open_plugin("good") as plugin:
+            assert await plugin.call("work") == 1
+            raise LookupError("of the caller's own")
+
+    with opened(tmp_path) as framework, Store(tmp_path / "state") as store:
+        with pytest.raises(LookupError, match="of the caller's own"):
+            asyncio.run(main(framework))
+        (run,) = store.runs()
+        assert (run.outcome, run.reason) == ("error", "of the caller's own")
+
+
+def test_plugins_that_share_a_folder_wait_for_each_other(tmp_path: Path) -> None:
+    granted = tmp_path / "granted"
+    granted.mkdir()
+    if harness.ROOT:
+        os.chown(granted, 4321, 4321)
+    source = "def main():\n for number in range(30): open(f'{folder}/{name}-{number}', 'w').write('x')"
+    names = [f"plugin{number}" for number in range(6)]
+    write(tmp_path, {f"{name}.py": f"folder, name = {str(granted)!r}, {name!r}\n{source}" for name in names})
+    config = {"permissions": {"allowed_directories": [str(granted)]}}
+    for name in names:
+        (tmp_path / "p" / f"{name}.json").write_text(json.dumps(config))
+    with opened(tmp_path, permissions=PluginPermissionsV2(allowed_directories=[str(granted)])) as framework:
+        done = loads(framework, *names)
+    assert [(load.outcome, load.error) for load in done] == [("ok", None)] * len(names)
+    assert len(os.listdir(granted)) == 30 * len(names)
+
+
+def test_what_may_be_read_may_lie_in_the_plugin_folder(tmp_path: Path) -> None:
+    write(tmp_path, {"reads.py": f"def main(): return open({str(tmp_path / 'p' / 'shared' / 'data')!r}).read()"})
+    shared = tmp_path / "p" / "shared"
+    shared.mkdir()
+    (shared / "data").write_text("for all")
+    for above in (tmp_path, *tmp_path.parents[:2]):
+        above.chmod(0o711)
+    with opened(tmp_path, permissions=PluginPermissionsV2(readable_paths=[str(shared)])) as framework:
+        assert load(framework, "reads")["result"] == "for all"
 
 
 def test_what_cannot_be_recorded_has_not_succeeded(tmp_path: Path) -> None:
