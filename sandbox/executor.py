@@ -121,17 +121,17 @@ class SandboxExecutor(concurrent.futures.Executor):
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise ValueError(f"SandboxExecutor: {name} is {number!r}: give a whole number above 0, or None")
         self._max_workers = max_workers or os.cpu_count() or 1
-        self._config = config or IsolationConfig()
+        self._config = IsolationConfig() if config is None else config
         if level is not None:
             names = [each.value for each in IsolationLevel]
             if not isinstance(level, IsolationLevel) and level not in names:
                 raise ValueError(f"SandboxExecutor: level is {level!r}: give {', '.join(names)}, or an IsolationLevel")
             self._config = replace(self._config, level=IsolationLevel(level))
-        self._limits = limits or PluginLimitsV2()
+        self._limits = PluginLimitsV2() if limits is None else limits
         if timeout is not None:
             changed: dict[str, Any] = {"max_execution_time_seconds": timeout, "execution_warning_threshold_seconds": None}
             self._limits = replace(self._limits, **changed)
-        self._permissions = permissions or PluginPermissionsV2()
+        self._permissions = PluginPermissionsV2() if permissions is None else permissions
         self._environment = checked_environment("SandboxExecutor", environment)
         self._new_sandbox()  # mistakes in the settings are told here
         self._pid = os.getpid()
@@ -389,6 +389,9 @@ def sandboxed(function: Callable[..., Any] | None = None, /, **settings: Any) ->
     `execute_plugin_safe` does; of an `async def` function it is a coroutine, whose cancellation kills the call. Functions that
     it calls run with it, in the same sandbox, also those that are decorated themselves.
     """
+    if function is not None and not callable(function):
+        mend = "write @sandboxed, or settings by name, as in @sandboxed(level='strict')"
+        raise TypeError(f"sandboxed: {function!r} is no function: {mend}")
     if function is not None:
         return Sandboxed(function, settings)
     return lambda decorated: Sandboxed(decorated, settings)

@@ -13,7 +13,7 @@ import os
 import shlex
 from dataclasses import dataclass, replace
 
-from sandbox.engine.access import BITS, Access, parse, plain, show
+from sandbox.engine.access import BITS, CUT_OFF, Access, carried, parse, plain, show
 from sandbox.network import join, split
 from sandbox.text import escape_text
 from sandbox.violations import Explanation
@@ -126,6 +126,7 @@ RULES: dict[str, Rule] = {
             ("permissions", "allow_network_access", True),
         ),
     ),
+    "cut off": Rule("network", "{} was wanted after the sandbox was cut off from the network", note="open a new one"),
     "impossible connection": Rule("network", "{} was wanted in a way in which it is no connection"),
     "network": Rule("network", "psie refuses {}"),
     "network_requests": Rule(
@@ -264,12 +265,12 @@ def limited(name: str, allowed: float, *, refused: bool = True) -> Explanation:
     return replace(explain(name, float(allowed), {field: value}, word=_shown(value)), refused=refused)
 
 
-def tasks(threads: int, subprocesses: int) -> Explanation:
+def tasks(threads: int, subprocesses: int, note: str = "") -> Explanation:
     """Of the limit of processes and threads, which count together."""
     value = more(max(threads, subprocesses))
     if subprocesses:
-        return explain("tasks", threads + subprocesses, {"max_subprocess_count": value}, word=str(value))
-    return explain("threads", threads, {"max_thread_count": value}, word=str(value))
+        return explain("tasks", threads + subprocesses, {"max_subprocess_count": value}, word=str(value), note=note)
+    return explain("threads", threads, {"max_thread_count": value}, word=str(value), note=note)
 
 
 def processes(recipe: Recipe) -> Explanation:
@@ -297,13 +298,15 @@ def network(record: Mapping[str, Any], what: str, sandbox: Sandbox, *, is_excess
     if is_excess:
         return limited("network_requests", rules["max_requests"])
     if record["operation"] == "socket" and record["type"] == "SOCK_STREAM" and record["family"] in ("AF_INET", "AF_INET6"):
-        return explain("sockets")
+        return explain("other sockets" if rules["sockets"] else "sockets")
     if record["operation"] != "connect" or record["family"] not in ("AF_INET", "AF_INET6"):
         return explain("network", what, note=record["reason"])
     try:
         address, port = plain(parse(record["address"] or "")), record["port"] or 0
     except OSError:
         return explain("network", what, note=record["reason"])  # no address: nothing that a setting could allow
+    if record["reason"] == CUT_OFF:
+        return explain("cut off", what)
     if not port or Access(rules["access"], sandbox.resolved).decide(address, port)[0]:
         return explain("impossible connection", what)
     return connection(address, port, rules["access"], sandbox.resolved)
@@ -327,7 +330,8 @@ def connection(address: Address, port: int, access: Mapping[str, Any] | None, re
 def _is_blocked(address: Address, port: int, entry: Sequence[Any], resolved: Mapping[str, Any]) -> bool:
     """Whether this one entry of blocked_hosts is about it."""
     ((_, networks, only),) = Access({"allowed": [], "blocked": [entry], "ports": []}, resolved).blocked
-    return (networks is None or any(address in each for each in networks)) and only in (0, port)
+    forms = (address, carried(address))
+    return (networks is None or any(form in each for form in forms for each in networks)) and only in (0, port)
 
 
 def kernel(name: str) -> Explanation:
@@ -368,7 +372,8 @@ def name(host: str, port: int, recipe: Recipe, place: str, line: int | None) -> 
         known = ""
     if known and access is not None and any(known == blocked for blocked, _ in access["blocked"]):
         return explain("blocked host", host, file=place, line=line)
-    own = join(known, 0 if port in (0, 80, 443) else port) if known else ""
+    ports = access["ports"] if access is not None else (80, 443)
+    own = join(known, 0 if port in (0, *ports) else port) if known else ""
     if access is None:
         return explain("connection", host, {"allowed_hosts": [own] if known else None}, word=own, file=place, line=line)
     allowed = [*(join(*entry) for entry in access["allowed"]), own]

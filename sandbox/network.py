@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NAME_CHARACTERS = 253  # RFC 1035, 2.3.4, without the last dot
 LABEL_CHARACTERS = 63
+MOST_NAMES = 256  # in the lists of one sandbox: each is a question to the host's resolver
 MOST_CHARACTERS = 40_000  # of all that a sandbox is told: it travels in one message
 RESOLV_CONF = "/etc/resolv.conf"
 UNCLEAR = "\u00df\u03c2\u200c\u200d"  # what IDNA 2003, which Python has, takes for something else than IDNA 2008 does
@@ -144,8 +145,11 @@ def resolve(access: Mapping[str, Any] | None) -> dict[str, Any]:
     if not needs_look(access):
         return {}
     assert access is not None
+    if len(names(access)) > MOST_NAMES:
+        what = f"allowed_hosts and blocked_hosts have {len(names(access))} names, and each is looked up for every sandbox"
+        raise ValueError(f"{what}: give at most {MOST_NAMES}, or addresses")
     listed = [Network(host) for host, _ in access["allowed"] if host != "*" and not is_name(host)]
-    allowed = {host for host, _ in access["allowed"]}
+    allowed, blocked = ({host for host, _ in access[which]} for which in ("allowed", "blocked"))
     found: dict[str, list[str]] = {}
     counting: dict[str, list[str]] = {}
     refused = []
@@ -159,21 +163,23 @@ def resolve(access: Mapping[str, Any] | None) -> dict[str, Any]:
                 refused += [[name, join(text, port)] for host, port in access["allowed"] if host == name]
                 continue  # who answers for the name does not decide about these
             addresses.append(text)
-    for host, _ in access["blocked"]:
-        if host in found and not found[host] and host not in dict(refused) and allowed:
-            raise ValueError(f"{host} in blocked_hosts has no address here, so it cannot be blocked: give its addresses")
+        if name in blocked and not addresses and name not in dict(refused) and allowed:
+            raise ValueError(f"{name} in blocked_hosts has no address here, so it cannot be blocked: give its addresses")
     dns = wants_dns(access)
     known = "".join(f"{text} {name}\n" for name in sorted(allowed & found.keys()) for text in found[name])
+    nameservers = _nameservers() if dns else []
+    dns_files = {RESOLV_CONF: "".join(f"nameserver {address}\n" for address in nameservers)} if dns else {}
     told = {
         "names": found,
         "allowed": {name: addresses for name, addresses in counting.items() if name in allowed},
         "refused": refused,
         "unknown": [name for name, addresses in found.items() if not addresses and name not in dict(refused)],
-        "nameservers": _nameservers() if dns else [],
+        "nameservers": nameservers,
         "files": {
             "/etc/hosts": hosts_file(access) + known,
             "/etc/host.conf": HOST_CONF,
             "/etc/nsswitch.conf": FILES_AND_DNS if dns else FILES_ONLY,
+            **dns_files,
         },
     }
     if len(repr(told)) > MOST_CHARACTERS:

@@ -618,6 +618,7 @@ class _Compiler:
         detail = f"{self.limits.max_disk_usage_mb:g} MB together, besides the workspace"
         self.add("private /tmp, /var/tmp, /dev/shm, minimal /dev", "tmpfs per call", detail)
         lines: list[Line] = []
+        access, resolver, kept = self.network()["access"], os.path.realpath(network.RESOLV_CONF), list[str]()
         if self.level.view == "host-hidden":
             lines.append(
                 ["host_root", sorted(name.strip("/") for name in (*HIDDEN, "/dev", "/proc", "/sys", "/tmp")), "ro,nosuid,nodev"]
@@ -625,6 +626,9 @@ class _Compiler:
             lines += [["directory", path, 0o755] for path in HIDDEN]
             lines.append(["bind_optional", "/sys/devices/system/cpu", "/sys/devices/system/cpu", "ro,nosuid,nodev,noexec"])
             shown = [path for path in self.interpreter_paths() if under(path, (*HIDDEN, "/tmp"))]
+            if network.wants_dns(access) and under(resolver, HIDDEN):  # a link there, of systemd-resolved
+                lines.append(["file", resolver, ""])
+                kept.append(resolver)
         else:
             for name in ("bin", "lib", "lib32", "lib64"):
                 if os.path.islink("/" + name):
@@ -633,7 +637,8 @@ class _Compiler:
                     lines.append(["bind_optional", "/" + name, "/" + name, "ro,nosuid,nodev"])
             shown = self.libraries()
             lines += self.interpreter_links(shown)
-            files = {**ETC, "/etc/hosts": network.hosts_file(self.network()["access"])}
+            files = {**ETC, "/etc/hosts": network.hosts_file(access)}
+            files |= {network.RESOLV_CONF: ""} if network.wants_dns(access) else {}
             lines += [["file", path, text] for path, text in files.items()]
             lines += [["bind_optional", path, path, "ro,nosuid,nodev,noexec"] for path in ETC_SHARED if os.path.exists(path)]
         lines += [["bind", path, path, "ro,nosuid,nodev"] for path in shown]
@@ -644,7 +649,7 @@ class _Compiler:
         lines.append(["readonly", "/dev"])
         template: dict[str, object] = {"lines": lines, "pivot": True}
 
-        kept = [*shown, *(target for _, target, _ in self.attached()), *(folder["path"] for folder in self.granted)]
+        kept += [*shown, *(target for _, target, _ in self.attached()), *(folder["path"] for folder in self.granted)]
         pid = "pid" in self.namespaces
         minimal = self.level.view == "minimal"
         call: list[Line] = [["proc", "subset=pid" if minimal else ""] if pid else ["no_proc"]]

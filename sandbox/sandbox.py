@@ -543,7 +543,7 @@ class EnhancedPluginSandbox:
         self._check_open()
         instruction = {**self._instruction("function"), **job, "env": self._environment(), "args": [], "kwargs": {}}
         with Remembered(self, name) as remembered:
-            call = await self._execute(remembered, str(job["path"]), instruction, source)
+            call = await self._execute(remembered, "", instruction, source)
             return self._value(call, {})
 
     def _check_open(self) -> None:

@@ -141,6 +141,8 @@ class Session:
         """Start the process and have setup_fn called. Raises as `call` does."""
         self._check_loop()
         async with self._turn:
+            if self._is_open:
+                raise RuntimeError("the session is open already: open another one, by sandbox.session()")
             await self._start()
             self._is_open = True
         return self
@@ -377,14 +379,14 @@ class PluginSession(Session):
 
     def _job(self) -> tuple[str, str, dict[str, object], bytes]:
         _, _, instruction, _ = super()._job()
-        return self._plugin_id, str(self._file["path"]), {**instruction, **self._file}, self._source
+        return self._plugin_id, "", {**instruction, **self._file}, self._source
 
     def _request(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[str, dict[str, object], bytes, Mapping[str, type]]:
         plain = transport.is_plain(args, kwargs)
         instruction = {"name": function, "args": args if plain else (), "kwargs": kwargs if plain else {}}
-        return str(self._file["path"]), instruction, b"" if plain else self._pickled(args, kwargs), {}
+        return "", instruction, b"" if plain else self._pickled(args, kwargs), {}
 
 
 def name_of(function: Callable[..., Any] | str) -> str:

@@ -45,8 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: left out by --quick")
     config.addinivalue_line("markers", "alone: not beside tests of another pytest process of this user")
-    # A shell's job in the background has these ignored, and hands that down to whatever tests start and interrupt.
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    # A shell's job in the background has these ignored, and under nohup, and hands that down to what tests start and interrupt.
+    kinds = ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL))
+    for number, handler in kinds:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, handler)
 

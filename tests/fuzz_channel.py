@@ -47,7 +47,6 @@ NETWORK = {
 VIOLATION = {"call": "1", "nr": "161", "arg0": "1", "arg1": "2", "arg2": "3", "pid": "7", "count": "1", "offences": "1"}
 SUPERVISOR: list[tuple[str, dict[str, str]]] = [
     ("violation", VIOLATION),
-    ("violation", {**VIOLATION, "nr": "-1"}),
     ("violation", {**VIOLATION, "nr": "41", **NETWORK}),
     ("network", {"call": "1", "pid": "7", "time": "1.5", "count": "1", **NETWORK}),
     ("cut_off", {"call": "0", "connections": "2"}),

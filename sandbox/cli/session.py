@@ -158,6 +158,7 @@ class Session:
         self.samples: list[dict[str, Any]] = []
         self.activity: list[dict[str, str]] = []  # what it wanted of the network, as the supervisor says
         self.network_operations = 0
+        self.connections = 0
         self.hosts: dict[str, list[str]] = {}
         self.interrupts = 0
         self.ended_by: int | None = None
@@ -262,6 +263,7 @@ class Session:
     def _network_operation(self, fields: dict[str, str]) -> None:
         if fields["operation"] != "resolve":
             self.network_operations = int(fields["count"])
+            self.connections += fields["operation"] == "connect" and fields["allowed"] == "1"
         if self.result_file is not None or self.report is not None:
             self.activity.append(fields)
 

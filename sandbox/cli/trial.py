@@ -193,7 +193,7 @@ class Runner:
             "seconds": seconds,
             "memory_mb": trial.peak_memory_mb(),
             "file_operations": trial.recorder.count if trial.recorder is not None else 0,
-            "network_requests": trial.network_operations,
+            "network_requests": trial.connections,
             "digest": trial.content,
         }
 

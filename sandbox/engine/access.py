@@ -14,6 +14,7 @@ import sys
 
 AF_INET, AF_INET6 = _socket.AF_INET, _socket.AF_INET6
 BITS = {AF_INET: 32, AF_INET6: 128}
+CUT_OFF = "the sandbox is cut off from the network since it ran into a protection"
 AF_NETLINK, NETLINK_ROUTE = 16, 0
 RTM_NEWROUTE, RTM_GETROUTE, NLM_F_REQUEST, RTA_DST, RTN_LOCAL = 24, 26, 1, 1, 2
 

@@ -947,7 +947,7 @@ class Call:
         self.seconds = seconds + float(sandbox.recipe.monitoring["grace_seconds"])  # that a call may take
         self.has_job = False
         self.awaits = False  # a reply: what comes else is nobody's
-        self.source_file = ""  # where the caller's own code of this call lies, for its traceback
+        self.source_file = ""  # a file of the caller's own, of which the sandbox cannot show lines in a traceback
         self.done = False
         self._memory, self._memory_size = -1, 0  # fd of the file in which the value will be, if it is large; its bytes
         self._lent: list[int] = []  # fds of a session's large jobs: see sandbox.engine.channel

@@ -6,7 +6,7 @@ Apart from the codec of values because `psie run` needs only this. Both sides us
 from __future__ import annotations
 
 import os
-from errno import EPERM
+from errno import EAGAIN, EPERM
 
 from sandbox.engine import channel
 
@@ -23,8 +23,8 @@ MAX_PLACE = 1 << 10  # characters of a file's name, and of what was done there
 class Failure:
     """An exception as text: class name, message, formatted traceback, and errno for an OSError (else 0).
 
-    Of a refused operation (EPERM) also file and line of the innermost frame that is no library's, and what was done there:
-    the line's text, or of the library's innermost frame its module, function and line.
+    Of a refused operation (EPERM), or what a limit has refused (EAGAIN), also file and line of the innermost frame that is no
+    library's, and what was done there: the line's text, or of the library's innermost frame its module, function and line.
     """
 
     def __init__(self, type: str, message: str, traceback: str, errno: int, file: str, line: int, done: str) -> None:
@@ -47,7 +47,7 @@ def encode(error: BaseException) -> bytes:
     file, line, done = "", 0, ""
     try:
         traceback, stack = _format(error)
-        if errno == EPERM and stack:
+        if errno in (EPERM, EAGAIN) and stack:
             file, line, done = _place(stack)
     except BaseException:
         traceback = "<the traceback cannot be shown>"

@@ -65,7 +65,7 @@ def describe_violation(fields: dict[str, str], sandbox: Sandbox) -> SandboxViola
     if "operation" in fields:
         return describe_network(fields, sandbox)
     number = int(fields["nr"])
-    name = syscall_name(number) if number >= 0 else "further system calls"
+    name = syscall_name(number)
     arguments = [int(fields[f"arg{i}"]) for i in range(3)]
     if name in NETWORK:
         kind, severity, hint = SandboxViolationType.NETWORK_VIOLATION, "warning", "sockets are not permitted"
@@ -226,25 +226,33 @@ def repeated(answer: Answer, earlier: list[SandboxViolation]) -> list[SandboxVio
         return []
     names = _names(answer, error)
     for violation in reversed(earlier):
-        path = str(violation.details.get("path") or "")
-        if path:
-            is_it = path in error.message and error.errno in (errno.EPERM, errno.EACCES, errno.EROFS)
-        elif _operation(violation) == "resolve":
-            is_it = error.type.endswith("gaierror")
-        else:  # where no line of the plugin's is on the way, it may be any
-            is_it = error.errno == errno.EPERM and (not error.file or bool(names & operations(_operation(violation))))
-        if is_it:
+        # Where no line of the plugin's is on the way, it may be any.
+        is_there = "path" in violation.details or not error.file or bool(names & operations(_operation(violation)))
+        if _comes_from(error, violation) and (is_there or _operation(violation) == "resolve"):
             return [violation]
     return []
 
 
+def _comes_from(error: failure.Failure, violation: SandboxViolation) -> bool:
+    """Whether an exception is of this kind of refusal: of this file, of a name, or of anything else that answers EPERM."""
+    import re
+
+    path = str(violation.details.get("path") or "")
+    if path:
+        named = [path, *(each.removeprefix("./") for each in re.findall(r"'([^']+)'", error.message))]
+        is_about = path in error.message or any(path.endswith("/" + each) for each in named[1:])
+        return is_about and error.errno in (errno.EPERM, errno.EACCES, errno.EROFS)
+    if _operation(violation) == "resolve":
+        return error.type.endswith("gaierror")
+    return error.errno == errno.EPERM
+
+
 def _names(call: Call | Answer, error: failure.Failure) -> set[str]:
     """Those in the line of code that was refused something."""
-    import linecache
     import re
 
     # The sandbox could not read the caller's own file, which is the only one that is read here.
-    done = error.done or (linecache.getline(call.source_file, error.line) if error.file == call.source_file else "")
+    done = error.done or (_source_line(call.source_file, error.line) if error.file == call.source_file else "")
     return {name.lstrip("_") for name in re.findall(r"\w+", done)}
 
 
@@ -440,8 +448,6 @@ def _killed(number: int, limits: dict[str, float], violations: list[SandboxViola
 
 def with_source(traceback_text: str, filename: str) -> str:
     """The traceback with the source lines of the caller's own `filename`, which the sandbox could not read."""
-    import linecache
-
     lines = traceback_text.splitlines()
     shown = []
     for position, line in enumerate(lines):
@@ -451,13 +457,23 @@ def with_source(traceback_text: str, filename: str) -> str:
         if line.startswith(prefix) and not following.startswith("    "):
             number = line[len(prefix) :].partition(",")[0]
             source = (
-                linecache.getline(filename, int(number)).strip()
+                _source_line(filename, int(number)).strip()
                 if number.isascii() and number.isdecimal() and len(number) < 9
                 else ""
             )
             if source:
                 shown.append("    " + source)
     return "\n".join(shown)
+
+
+def _source_line(filename: str, number: int) -> str:
+    """Of a file of the caller's own; "" where it has none."""
+    import linecache
+
+    try:
+        return linecache.getline(filename, number) if filename else ""
+    except Exception:  # whatever decodes it
+        return ""
 
 
 def plugin_error(call: Call | Answer, violations: list[SandboxViolation]) -> SandboxException:
@@ -471,11 +487,15 @@ def plugin_error(call: Call | Answer, violations: list[SandboxViolation]) -> San
         return _limit(
             "memory", limits["memory_bytes"], None, f"the plugin wanted more memory than its limit allows ({error.type})"
         )
-    if error.errno == errno.EAGAIN or (error.type, error.message) == ("RuntimeError", "can't start new thread"):
+    is_thread = (error.type, error.message) == ("RuntimeError", "can't start new thread")
+    if is_thread or (error.errno == errno.EAGAIN and _names(call, error) & PROCESS_NAMES):
         allowed = limits["threads"] + limits["subprocesses"]  # the kernel says no more than that (fork(2), pthread_create(3))
         from sandbox import explanations
 
-        explanation = explanations.tasks(int(limits["threads"]), int(limits["subprocesses"]))
+        recipe = call.sandbox.recipe
+        is_counted = "memory" in (recipe.cgroup or {}).get("controllers", ())
+        note = "" if is_counted or not is_thread else "or max_memory_mb: without a memory controller all of its stack counts"
+        explanation = explanations.tasks(int(limits["threads"]), int(limits["subprocesses"]), note)
         text = f"the plugin wanted more processes or threads than it may have: {error.message}"
         return _limit("pids", allowed, None, text, explanation)
     name, key = LIMIT_ERRNO.get(error.errno, ("", ""))
@@ -483,9 +503,8 @@ def plugin_error(call: Call | Answer, violations: list[SandboxViolation]) -> San
         return _limit(name, limits[key], None, f"the plugin passed its limit of {name}: {error.message}")
     if error.errno == errno.EPERM and violations and violations[-1].details.get("limit") == "network_requests":
         return _limit("network_requests", call.sandbox.recipe.network["max_requests"], None, violations[-1].message)
-    is_name = error.type.endswith("gaierror") and bool(violations) and violations[-1].details.get("operation") == "resolve"
-    if (is_name or error.errno in (errno.EPERM, errno.EACCES, errno.EROFS)) and violations:
-        last = violations[-1]
+    last = next((each for each in reversed(violations) if _comes_from(error, each)), None)
+    if last is not None:
         text = f"the plugin ended by a refused operation: {last.message}"
         return SecurityViolationError(text, violations=violations, explanation=last.explanation)
     return PluginExecutionError(

@@ -13,6 +13,7 @@ is told. Sources: seccomp_unotify(2), pidfd_getfd(2), ip(7), ipv6(7), unix(7), t
 
 from __future__ import annotations
 
+import _signal as signal
 import _socket
 import _thread
 import errno
@@ -20,7 +21,7 @@ import os
 import sys
 
 from sandbox.engine import access
-from sandbox.ns import processes
+from sandbox.ns import native, processes
 from sandbox.ns import syscalls as sc
 from sandbox.seccomp import notifier
 
@@ -53,6 +54,7 @@ FLAGS = _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK
 IPPROTO_TCP = 6
 
 ONLY_TCP = "only TCP can be had"
+WAKE = signal.SIGUSR1  # what our threads are interrupted by
 REASONS = {
     BIND: "a plugin cannot listen, nor choose its own address",
     LISTEN: "a plugin cannot listen",
@@ -71,8 +73,9 @@ class Wanted:
         self.port = 0
         self.allowed = False
         self.reason = REASONS.get(operation, "")
-        self.is_passing = False  # what C libraries try without anybody's will: no violation
-        self.is_excess = False  # one more than max_network_requests
+        self.is_passing = False  # no violation: what C libraries try without anybody's will, or what is no matter of permission
+        self.is_counted = False  # one of max_network_requests
+        self.is_excess = False  # one more than those
 
     def fields(self) -> dict[str, object]:
         return {
@@ -91,17 +94,23 @@ class Wanted:
 class Connect:
     """One connect(2) that is under way. Compared by identity: it is held in sets."""
 
-    def __init__(self, sock: _socket.socket, notification: notifier.Notification, listener: int) -> None:
-        """`listener` is the call's, for the main thread alone, which closes it."""
+    def __init__(self, sock: _socket.socket, notification: notifier.Notification) -> None:
         self.sock = sock
         self.notification = notification
-        self.listener = listener
+        self.thread = 0  # in which it waits
+        self.lock = _thread.allocate_lock()
         self.is_over = False
 
     def interrupt(self) -> None:
-        """Answer it where a signal waits to be handled; the connection itself goes on, as connect(2) says."""
-        if not self.is_over and has_signal(self.notification.pid):
-            notifier.refuse(self.listener, self.notification, errno.EINTR)
+        """Let it end by EINTR where a signal waits to be handled; the connection itself goes on, as connect(2) says."""
+        if has_signal(self.notification.pid):
+            with self.lock:
+                if self.thread and not self.is_over:  # which is set before the thread ends
+                    signal.pthread_kill(self.thread, WAKE)
+
+    def ends(self) -> None:
+        with self.lock:
+            self.is_over = True
 
 
 class Sockets:
@@ -109,11 +118,13 @@ class Sockets:
 
     def __init__(self, network: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
         self.access = access.Access(network["access"], resolved)
+        self.cut: access.Access | None = None  # what could be reached, until the sandbox was cut off
         self.most = int(network["max_requests"])
         self.can_make = bool(network["sockets"])
         self.operations = {sc.number(name): name for name in (OPERATIONS if self.can_make else (SOCKET,))}
         self.option = sc.number(OPTION)
         self.requests: dict[int, int] = {}  # connections per call
+        self.counting = _thread.allocate_lock()
         self.is_apart = False  # whether we have left the host's network, or never need to
         self.waiting: dict[int, set[Connect]] = {}  # those under way, by call
         self.late: set[Connect] = set()  # those under way whose call has ended
@@ -138,10 +149,10 @@ class Sockets:
                 wanted.is_passing = operation == BIND and not wanted.port
                 if operation == CONNECT:
                     sock = self._connectable(wanted, notification, call)
-        except OSError as error:
+        except OSError as error:  # as the kernel answers it to everybody
             refusal = error.errno or errno.EPERM
-            wanted.allowed = False
-            wanted.reason = wanted.reason or (error.strerror or "it cannot be had")
+            wanted.allowed, wanted.is_passing = False, True
+            wanted.reason = error.strerror or "it cannot be had"
         if not notifier.is_valid(listener, notification):
             return True  # its caller has died, and what was read was perhaps another's
         is_answered = tell(wanted)
@@ -164,6 +175,7 @@ class Sockets:
     def cut_off(self, pids: list[int]) -> int:
         """Nothing may be connected any more, and what the processes `pids` and those below them have connected is shut down,
         wherever they keep it; returns how many connections. They should stand still meanwhile."""
+        self.cut = self.cut or self.access
         self.access = access.Access(None, {})
         self.is_apart = False
         seen: set[int] = set()
@@ -264,17 +276,19 @@ class Sockets:
         if wanted.family not in ("AF_INET", "AF_INET6"):
             wanted.reason = ONLY_TCP
             return None
-        allowed, wanted.reason = self.access.decide(access.parse(wanted.address), wanted.port)
+        address = access.parse(wanted.address)
+        allowed, wanted.reason = self.access.decide(address, wanted.port)
         if not allowed:
+            if self.cut is not None and self.cut.decide(address, wanted.port)[0]:
+                wanted.is_passing, wanted.reason = True, access.CUT_OFF
             return None
         sock = socket_of(notification.pid, notification.args[0])
-        if not is_under_way(sock):  # else it asks what became of the last request
-            self.requests[call] = self.requests.get(call, 0) + 1
-        refusal = 0
-        if self.requests.get(call, 0) > self.most:
+        is_new = not is_under_way(sock)  # else it asks what became of the last request
+        if is_new and not self._count(call):
             sock.close()
             wanted.is_excess, wanted.reason = True, f"max_network_requests is {self.most}"
             return None
+        refusal = 0
         if sock.family not in access.BITS or sock.type & TYPE_MASK != _socket.SOCK_STREAM:
             refusal = errno.EISCONN  # one of a pair: there are no others
         elif FAMILIES[sock.family] != wanted.family:
@@ -284,8 +298,14 @@ class Sockets:
         if refusal:
             sock.close()
             raise OSError(refusal, os.strerror(refusal))
-        wanted.allowed = True
+        wanted.allowed, wanted.is_counted = True, is_new
         return sock
+
+    def _count(self, call: int) -> bool:
+        """One connection more; False if there are too many."""
+        with self.counting:
+            self.requests[call] = min(self.requests.get(call, 0), self.most) + 1
+            return self.requests[call] <= self.most
 
     def _connect(
         self, listener: int, notification: notifier.Notification, sock: _socket.socket, wanted: Wanted, call: int
@@ -296,34 +316,51 @@ class Sockets:
         def connect() -> None:
             code = errno.EPERM
             try:
-                code = sock.connect_ex((wanted.address, wanted.port))
-                if not self.access.is_open:  # cut off meanwhile, and perhaps before there was something to shut down
+                before = sock.getsockname()
+                code = connect_to(sock, wanted.address, wanted.port)
+                # What was under way may have been ended just then, and begun anew: from another port.
+                is_further = not wanted.is_counted and sock.getsockname() != before
+                # Or cut off meanwhile, and perhaps before there was something to shut down.
+                if not self.access.is_open or (is_further and not self._count(call)):
                     code = errno.EPERM
                     sock.shutdown(_socket.SHUT_RDWR)
             except OSError:
                 pass  # it is not connected, or cannot be
             finally:
+                this.ends()
                 sock.close()
                 under_way.discard(this)
                 self.late.discard(this)
-                this.is_over = True
                 if code:
                     notifier.refuse(own, notification, code)
                 else:
                     notifier.answer(own, notification)
                 os.close(own)
 
-        this, own = Connect(sock, notification, listener), -1
+        this, own = Connect(sock, notification), -1
         under_way.add(this)
         try:
             own = os.dup(listener)  # it stays ours also when the call has ended meanwhile
-            _thread.start_new_thread(connect, ())
+            with this.lock:
+                this.thread = _thread.start_new_thread(connect, ())
         except (OSError, RuntimeError):  # no further descriptor, no further thread
             under_way.discard(this)
             sock.close()
             if own >= 0:
                 os.close(own)
             notifier.refuse(listener, notification, errno.ENOBUFS)
+
+
+def connect_to(sock: _socket.socket, address: str, port: int) -> int:
+    """connect(2); returns its errno, or 0. A signal interrupts it, and what becomes of the connection then can be asked of the
+    socket, once: connect_ex() would wait on, and ask."""
+    host, wide = _socket.inet_pton(sock.family, address), sock.family == _socket.AF_INET6
+    start = sock.family.to_bytes(2, sys.byteorder) + port.to_bytes(2, "big")
+    name = start + (bytes(4) + host + bytes(4) if wide else host + bytes(8))  # struct sockaddr_in6, sockaddr_in
+    return native.get_errno() if _connect(sock.fileno(), name, len(name)) else 0
+
+
+_connect = native.Program().waiting("connect")
 
 
 def linger(listener: int, notification: notifier.Notification) -> None:

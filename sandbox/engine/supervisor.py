@@ -10,6 +10,7 @@ kills the sandbox. Must not import anything heavy.
 
 from __future__ import annotations
 
+import _signal as signal
 import errno
 import os
 import select
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import _socket
     from typing import Any, NoReturn
 
-DISTINCT = 256  # different refused calls that are reported per call; the rest is counted under the last of them
+DISTINCT = 256  # different refusals per call that are none of the plugin's making, and are told; offences end it before
 HURRY_MS = 100  # between looks at connects whose call has ended, or whose thread has a signal to handle
 LOGGED = 1000  # new sockets, and other operations, that are told one by one per call; of further ones every power of two is
 
@@ -47,6 +48,7 @@ class Supervisor:
         self.listeners: dict[int, int] = {}  # listener fd -> number of the call
         self.records: dict[tuple[int, int, object], Record] = {}  # (call, nr, what tells one refusal from another)
         self.offences: dict[int, int] = {}  # different ones per call that are the plugin's making
+        self.passing: dict[int, int] = {}  # those that are not
         self.operations: dict[int, int] = {}  # network operations per call
         self.told: dict[tuple[int, bool], int] = {}  # by call, and whether it was no more than a new socket
         self.poll = select.poll()
@@ -56,17 +58,17 @@ class Supervisor:
     ) -> None:
         """Report the 1st, 2nd, 4th, 8th ... of equal refusals: a flood costs the caller nothing."""
         key = call, notification.nr, what
-        if key not in self.records and sum(known[0] == call for known in self.records) >= DISTINCT:
-            key, more = (call, -1, 0), None
         if key not in self.records:
+            counts = self.passing if more is not None and more["passing"] else self.offences
+            if counts is self.passing and counts.get(call, 0) >= DISTINCT:
+                return
+            counts[call] = counts.get(call, 0) + 1
             self.records[key] = Record()
-            is_offence = more is None or not more["passing"]
-            self.offences[call] = self.offences.get(call, 0) + is_offence
         record = self.records[key]
         record.count += 1
         if record.count & (record.count - 1) == 0:
-            fields: dict[str, object] = {"call": call, "nr": key[1], "pid": notification.pid, "count": record.count}
-            fields["offences"] = self.offences[call]
+            fields: dict[str, object] = {"call": call, "nr": notification.nr, "pid": notification.pid, "count": record.count}
+            fields["offences"] = self.offences.get(call, 0)
             fields.update({f"arg{i}": notification.args[i] for i in range(3)})
             self.send("violation", {**fields, **(more or {})})
 
@@ -75,8 +77,7 @@ class Supervisor:
         count = self.operations[call] = self.operations.get(call, 0) + 1
         kind = call, wanted.operation == sockets.SOCKET
         number = self.told[kind] = self.told.get(kind, 0) + 1
-        is_connected = wanted.allowed and wanted.operation == sockets.CONNECT  # of which there are max_network_requests
-        if number <= LOGGED or number & (number - 1) == 0 or is_connected:
+        if number <= LOGGED or number & (number - 1) == 0 or wanted.is_counted:  # of those there are max_network_requests
             pid = sockets.process_of(notification.pid)
             self.send("network", {"call": call, "pid": pid, "time": time(), "count": count, **wanted.fields()})
         if not wanted.allowed:
@@ -140,22 +141,27 @@ class Supervisor:
         self.poll.unregister(listener)
         os.close(listener)
         self.sockets.ended(call)
-        self.operations.pop(call, None)
-        self.offences.pop(call, None)
+        for counts in (self.operations, self.offences, self.passing):
+            counts.pop(call, None)
         for is_socket in (True, False):
             self.told.pop((call, is_socket), None)
         for key in [key for key in self.records if key[0] == call]:
             del self.records[key]
 
 
-def run(warden: _socket.socket, violations: int, parent: int, recipe: dict[str, Any], resolved: dict[str, Any]) -> NoReturn:
+def run(
+    warden: _socket.socket, violations: int, parent: int, recipe: dict[str, Any], resolved: dict[str, Any], *, is_cut_off: bool
+) -> NoReturn:
     """The life of a supervisor, in a fork of the warden. `resolved`: what the names in the recipe's network stand for."""
     try:
         privileges.die_with_parent()
         if os.getppid() != parent:
             os._exit(1)
         channel.keep_only([warden.fileno(), violations])
+        signal.signal(sockets.WAKE, lambda number, frame: None)
         own = sockets.Sockets(recipe["network"], resolved)
+        if is_cut_off:
+            own.cut_off([])
         Supervisor(warden, violations, recipe["violation_threshold"], own).serve()
     except BaseException:
         sys.excepthook(*sys.exc_info())

@@ -289,11 +289,8 @@ class Warden:
         """The supervisor's life, in our child."""
         try:
             self.learn_to_supervise()
-            recipe = self.recipe
-            if self.is_cut_off:
-                recipe = {**recipe, "network": {**recipe["network"], "access": None}}
-            supervisor = sys.modules[SUPERVISOR]
-            supervisor.run(there, self.fds["violations"], own_pid, recipe, self.instruction["resolved"])
+            supervisor, resolved = sys.modules[SUPERVISOR], self.instruction["resolved"]
+            supervisor.run(there, self.fds["violations"], own_pid, self.recipe, resolved, is_cut_off=self.is_cut_off)
         except BaseException:
             sys.excepthook(*sys.exc_info())
         os._exit(1)  # which the warden sees, and ends the sandbox

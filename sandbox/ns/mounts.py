@@ -199,13 +199,18 @@ def cover(root: str, files: dict[str, str]) -> None:
     """Put read-only files of these contents over those at `files`, in this mount namespace only; absent ones stay absent."""
     place = root + "/run"
     sc.mount("tmpfs", place, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC, "mode=755,size=1m,nr_inodes=16")
+    trees = {}
     try:
         for number, (path, text) in enumerate(files.items()):
-            if os.path.isfile(root + path):
-                file(place, f"/{number}", text)
-                put(take(f"{place}/{number}", "ro,nosuid,nodev,noexec", recursive=False), root, path)
+            file(place, f"/{number}", text)
+            trees[path] = take(f"{place}/{number}", "ro,nosuid,nodev,noexec", recursive=False)
     finally:
-        sc.umount(place)  # what covers a file keeps it
+        sc.umount(place)  # what is taken of it stays
+    for path, tree in trees.items():
+        if os.path.isfile(root + path):
+            put(tree, root, os.path.realpath(root + path).removeprefix(root))  # which may be a link into /run
+        else:
+            os.close(tree)
 
 
 def proc(root: str, options: str) -> str | None:

@@ -73,6 +73,12 @@ class Function(CFuncPtr):
     _restype_ = c_int
 
 
+class WaitingFunction(Function):
+    """Called without the GIL, for what other threads need not wait for."""
+
+    _flags_ = FUNCFLAG_CDECL | FUNCFLAG_USE_ERRNO
+
+
 class Program:
     """The functions of all that this process has loaded at its start: of the C library, and of the interpreter."""
 
@@ -84,3 +90,6 @@ class Program:
         function = Function((name, self))  # type: ignore[arg-type]  # all that it needs is the handle
         setattr(self, name, function)
         return function
+
+    def waiting(self, name: str) -> WaitingFunction:
+        return WaitingFunction((name, self))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import pytest
 
 from escape import kit
 from sandbox.config import IsolationLevel
-from sandbox.errors import PluginExecutionError
+from sandbox.errors import PluginExecutionError, SecurityViolationError
 from sandbox.selftest import trial
 from sandbox.selftest.attacks import (
     LEVELS,
@@ -119,6 +119,41 @@ def test_the_supervisor_goes_on(function: Callable[[int], str], level: Isolation
         )
     assert outcome.error is None
     assert outcome.value == "connected"
+
+
+def many_that_are_no_offence() -> list[int]:
+    """Different ones; returns the errors."""
+    found = []
+    for number in range(300):
+        with socket.socket() as sock:
+            try:
+                sock.bind((f"10.0.{number >> 8}.{number & 255}", 0))
+            except OSError as error:
+                found.append(error.errno or 0)
+    return found
+
+
+def then_offences(first: Callable[[], object]) -> str:
+    first()
+    for number in range(50):
+        with socket.socket() as sock:
+            try:
+                sock.connect(("192.0.2.1", 1000 + number))
+            except OSError:
+                continue
+    return "went on"
+
+
+@pytest.mark.parametrize("level", [MINIMAL, STRICT])
+def test_what_is_no_offence_hides_none(level: IsolationLevel) -> None:
+    """Neither from the threshold nor from the record."""
+    given = {"allow_network_access": True, "allowed_hosts": ["192.0.2.2"]}
+    outcome = trial.run_inside(many_that_are_no_offence, level=level, permissions=given)
+    assert outcome.error is None
+    assert set(outcome.value) == {1}  # EPERM
+    outcome = trial.run_inside(then_offences, many_that_are_no_offence, level=level, permissions=given)
+    assert isinstance(outcome.error, SecurityViolationError)
+    assert [each.details["port"] for each in outcome.violations] == list(range(1000, 1001 + trial.THRESHOLD))
 
 
 @pytest.mark.parametrize("level", LEVELS)

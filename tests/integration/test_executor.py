@@ -274,6 +274,8 @@ def test_mistakes() -> None:
             SandboxExecutor(**wrong)
     with pytest.raises((ValueError, TypeError)):
         sandboxed(level="strct")(add)
+    with pytest.raises(TypeError, match=r"'strict' is no function: .*@sandboxed\(level='strict'\)"):
+        sandboxed("strict")  # type: ignore[call-overload]
 
 
 # -- with event loops, threads, forks, and the end of the interpreter ------------------------------------------------------

@@ -434,6 +434,28 @@ def own_opinion() -> None:
     raise PermissionError(1, "nobody may chown here")
 
 
+def busy_lock() -> None:
+    import fcntl
+
+    with open("own", "w") as one, open("own") as other:
+        fcntl.flock(one, fcntl.LOCK_EX)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def own_mode() -> None:
+    """Something is refused, and caught; what ends it is another matter."""
+    import os
+    import socket
+
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_RAW)
+    except OSError:
+        pass
+    own_file()
+    os.chmod("own", 0)
+    os.open("own", os.O_RDONLY)
+
+
 # What a plugin that has ended by it was refused, of which the kernel keeps no record.
 QUIETLY: dict[Callable[[], None], str] = {
     owner: "a capability",
@@ -461,6 +483,14 @@ def test_what_was_refused_without_a_record_is_told_too(level: IsolationLevel, fu
     assert violation.details["source"] == "interpreter"
     assert done.explanation.file == __file__
     assert done.explanation.line is not None
+
+
+@TWO
+@pytest.mark.parametrize("function", [busy_lock, own_mode])
+def test_what_psie_has_not_refused_is_an_error_of_the_plugin(level: IsolationLevel, function: Callable[[], None]) -> None:
+    done = attempt(level, function)
+    assert type(done.error) is PluginExecutionError
+    assert done.error.exception_type in ("BlockingIOError", "PermissionError")
 
 
 @TWO

@@ -467,6 +467,77 @@ def test_a_signal_interrupts_a_connect(level: IsolationLevel, silent: int) -> No
     assert seconds < 5 * harness.PATIENCE
 
 
+def ask_after_a_signal(port: int) -> str:
+    """What a connect comes to that goes on behind a signal's back."""
+    import signal
+    import socket
+
+    signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    with socket.socket() as sock:
+        try:
+            sock.connect(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            return "refused"
+        return "connected"
+
+
+@contextlib.contextmanager
+def closing() -> Iterator[int]:
+    """A port whose server takes nobody, and is closed after a while."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        with socket.create_connection(server.getsockname()), socket.socket() as second:
+            second.setblocking(False)
+            second.connect_ex(server.getsockname())
+            timer = threading.Timer(0.7, server.close)
+            timer.start()
+            yield server.getsockname()[1]
+            timer.join()
+
+
+@TWO
+def test_a_connect_that_was_interrupted_tells_its_end(level: IsolationLevel) -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    with closing() as port:
+        assert ask_after_a_signal(port) == "refused"
+    signal.signal(signal.SIGALRM, before)
+    with closing() as port:
+        assert local(level, ask_after_a_signal, port) == "refused"
+
+
+@TWO
+def test_a_connection_is_told_behind_any_number_of_questions(level: IsolationLevel, echo: int, web: int) -> None:
+    """To connect what is connected is no request, and is told no more often than other operations."""
+
+    def hide(first: int, second: int) -> list[int]:
+        import socket
+
+        with socket.create_connection(("127.0.0.1", first)) as sock:
+            errors = {sock.connect_ex(("127.0.0.1", first)) for _ in range(1500)}
+            socket.create_connection(("127.0.0.1", second)).close()
+        return sorted(errors)
+
+    async def main() -> list[dict[str, Any]]:
+        limits = {"max_network_requests": 2}
+        async with reaching(level, f"127.0.0.1:{echo}", f"127.0.0.1:{web}", limits=limits) as sandbox:
+            assert await sandbox.execute_plugin_safe(hide, echo, web) == [errno.EISCONN]
+            return sandbox.get_network_activity()
+
+    told = [record["port"] for record in asyncio.run(main()) if record["operation"] == "connect"]
+    assert told.count(web) == 1
+    assert told.count(echo) < 1100
+
+
+def test_whoever_may_ask_for_every_name_knows_whom_to_ask(level: IsolationLevel) -> None:
+    def nameservers() -> list[str]:
+        with open("/etc/resolv.conf") as file:
+            return [line.split()[1] for line in file if line.startswith("nameserver")]
+
+    assert local(level, nameservers, hosts=("*",)) == network._nameservers()
+
+
 @rootless
 @TWO
 def test_nobody_waits_for_a_socket_that_lingers(level: IsolationLevel, echo: int) -> None:

@@ -343,8 +343,10 @@ def test_network_is_cut_off(level: IsolationLevel) -> None:
             assert said[0] == b"ONE\n"
             assert b"TWO\n" not in said
             assert said[3] == 1  # EPERM
-            with pytest.raises(SecurityViolationError, match="the network is not permitted"):
+            with pytest.raises(SecurityViolationError, match="cut off from the network") as caught:
                 await sandbox.execute_plugin_safe(talk, port, 0)  # for the rest of its life
+            assert caught.value.explanation is not None
+            assert "open a new one" in caught.value.explanation.text()
 
     with running(Server(("127.0.0.1", 0), Echo)) as port:
         asyncio.run(main(port))
@@ -781,7 +783,7 @@ def test_at_the_threshold_it_is_contained(level: IsolationLevel, recovers: bool)
             else:
                 assert sandbox.get_recovery_history() == []
             if recovers:
-                with pytest.raises(SecurityViolationError, match="the network is not permitted"):
+                with pytest.raises(SecurityViolationError, match="cut off from the network"):
                     await sandbox.execute_plugin_safe(talk, port, 0)
             else:
                 assert await sandbox.execute_plugin_safe(connect_to, [port]) == ["connected"]

@@ -181,6 +181,18 @@ def test_values_and_arguments(level: IsolationLevel) -> None:
     run(level, work)
 
 
+@rootless
+def test_it_is_entered_once(level: IsolationLevel) -> None:
+    async def work(session: Any, _: EnhancedPluginSandbox) -> None:
+        before = session._process
+        with pytest.raises(RuntimeError, match="the session is open already"):
+            await session.__aenter__()
+        assert session._process is before
+        assert await session.call(use_state) == 1
+
+    run(level, work)
+
+
 def test_an_exception_ends_nothing(level: IsolationLevel) -> None:
     async def work(session: Any, _: EnhancedPluginSandbox) -> None:
         assert await session.call(use_state) == 1
