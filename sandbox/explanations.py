@@ -384,10 +384,10 @@ def file(path: str, recipe: Recipe, place: str, line: int | None) -> Explanation
     """Of a file that the plugin was refused, at a line of its own file `place`; proposes a folder where granting it helps."""
     if not any(access.startswith("write") and each == recipe.workspace["path"] for each, access in landlock_rules(recipe)):
         return explain("file creation", path, file=place, line=line)
-    from sandbox.recipe import ungrantable
+    from sandbox.recipe import SYSTEM, under, ungrantable
 
     folder = os.path.dirname(path)
-    is_plain = len(folder) <= PLACE and folder.isprintable() and not ungrantable(folder)
+    is_plain = len(folder) <= PLACE and folder.isprintable() and not ungrantable(folder) and not under(folder, SYSTEM)
     proposed = folder if is_plain and os.access(folder, os.W_OK) else None
     values = {"allowed_directories": [proposed] if proposed else None}
     return explain("file", path, values, word=shlex.quote(proposed) if proposed else "", file=place, line=line)

@@ -17,7 +17,7 @@ from sandbox import network
 from sandbox.config import PluginPermissionsV2
 from sandbox.engine.access import is_public, parse
 from sandbox.plugins.effective import HOSTS
-from sandbox.recipe import SCRATCH, WORKSPACE, under, ungrantable, unshowable
+from sandbox.recipe import SCRATCH, SYSTEM, WORKSPACE, under, ungrantable, unshowable
 from sandbox.text import escape_text
 
 TYPE_CHECKING = False
@@ -63,7 +63,6 @@ OPTIONS = {"max_memory_mb": "--memory", "max_execution_time_seconds": "--timeout
 PUBLIC = ("/usr/share", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/share", "/usr/include", "/usr/libexec")
 SEARCHED = ("/usr/local/bin", "/usr/bin", "/bin")  # PATH of a plugin
 PROGRAMS = ("/bin", "/sbin", "/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin")
-SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys", "/usr")
 OWN_PLACES = (WORKSPACE, *SCRATCH)  # a sandbox has its own
 # Below a home: what must not be read by anybody who does not have to.
 SECRETS = (

@@ -956,6 +956,10 @@ def unshowable(path: str) -> str:
     return ""
 
 
+# What nobody should let a plugin write to.
+SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys", "/usr")
+
+
 def ungrantable(path: str) -> str:
     """Why a folder cannot be granted, with the mend; "" if it can."""
     if not os.path.lexists(path):

@@ -252,7 +252,7 @@ class EnhancedPluginFramework:
 
         What its module keeps is there at the next call. A process that crashed, or that a limit ended, is replaced at the next
         call, and so is one that has served max_calls. It holds one of the framework's places all the time; when it is closed
-        changes in allowed directories are committed, unless a violation ended it, and its row is recorded.
+        changes in allowed directories are committed, unless a violation ended it or its user raised, and its row is recorded.
 
         Raises:
             TypeError: an argument is of another type.
