@@ -99,7 +99,8 @@ def _key(given: dict[str, Any], read_only: Sequence[str]) -> list[object]:
     variables = [(name, os.environ.get(name)) for name in sorted(chosen)]
     files = [os.path.join(own, source) for source in SOURCES]
     files += [os.path.join(own, "seccomp", profile + ".toml") for profile in ("denylist", "allowlist", "tight")]
-    return [state.host_key(), options, variables, stamps(files), list(read_only)]
+    resolver = os.path.realpath("/etc/resolv.conf") if given.get("allow_host") else ""  # there is one in the sandbox, too
+    return [state.host_key(), options, variables, stamps(files), list(read_only), resolver]
 
 
 def stamps(paths: Sequence[str]) -> list[tuple[object, ...]]:
