@@ -248,6 +248,22 @@ def test_what_cannot_be_committed(level: IsolationLevel, folder: Path) -> None:
     assert os.path.exists(os.fsencode(folder) + b"/line\nfeed \xff\x1b[31m")
 
 
+@pytest.mark.parametrize("level", [IsolationLevel.STRICT])
+def test_a_folder_that_cannot_be_looked_into_is_a_reason(level: IsolationLevel, folder: Path) -> None:
+    if harness.ROOT:
+        pytest.skip("root looks into every folder; tests/integration/test_rootless.py runs it as a user")
+    (folder / "closed").mkdir(mode=0)
+
+    async def main() -> None:
+        async with granted(level, folder) as sandbox:
+            await sandbox.execute_plugin_safe(os.rmdir, str(folder / "closed"))
+            with pytest.raises(CommitError, match=r"the changes were not committed: .*closed: Permission denied"):
+                await sandbox.commit_changes()
+        assert (folder / "closed").exists()
+
+    asyncio.run(main())
+
+
 @namespaced
 def test_a_file_that_the_caller_changes_meanwhile_is_a_conflict(level: IsolationLevel, folder: Path) -> None:
     async def main() -> None:
