@@ -123,7 +123,7 @@ def syntax_error(plugin: PluginFiles) -> str:
             try:
                 compile(source, path, "exec", dont_inherit=True)
             except SyntaxError as error:
-                return f"{path}, line {error.lineno}: {error.msg}"
+                return f"{path}, line {error.lineno}: {error.msg}" if error.lineno else f"{path}: {error.msg}"
             except ValueError as error:  # a NUL byte
                 return f"{path}: {error}"
             except (RecursionError, MemoryError, OverflowError):

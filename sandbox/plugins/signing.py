@@ -161,6 +161,8 @@ def make_key(path: str | os.PathLike[str]) -> str:
 
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    if not os.fspath(path):
+        refuse("the key's path", "is empty: give a name for the file")
     above, name = os.path.split(os.path.abspath(path))
     try:
         folder = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
