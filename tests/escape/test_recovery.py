@@ -6,6 +6,7 @@ Each attack is tried without the measure first, where it has to work, and then a
 from __future__ import annotations
 
 import _socket
+import _thread
 import asyncio
 import errno
 import os
@@ -381,7 +382,8 @@ def test_a_connection_that_comes_late_is_none(monkeypatch: pytest.MonkeyPatch) -
     """It was allowed, but its thread gets to run only when all has been cut off."""
     begun: list[Callable[[], None]] = []
     answers: list[int] = []
-    monkeypatch.setattr(sockets, "_thread", SimpleNamespace(start_new_thread=lambda function, _: begun.append(function)))
+    threads = SimpleNamespace(start_new_thread=lambda run, _: begun.append(run), allocate_lock=_thread.allocate_lock)
+    monkeypatch.setattr(sockets, "_thread", threads)
     monkeypatch.setattr(notifier, "refuse", lambda listener, notification, code: answers.append(code))
     monkeypatch.setattr(notifier, "answer", lambda listener, notification: answers.append(0))
     network = {"access": {"allowed": [], "blocked": [], "ports": []}, "max_requests": 1, "sockets": True}
