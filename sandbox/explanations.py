@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 from dataclasses import dataclass, replace
 
@@ -340,16 +341,19 @@ def kernel(name: str) -> Explanation:
     return explain(key, name)
 
 
-def quiet(names: set[str], recipe: Recipe) -> tuple[str, Explanation] | None:
-    """Of an EPERM that has no record: what of `names` (those in the line that it came from) was refused, and why. None where
-    that cannot be told, and where the line has raised it itself."""
+def quiet(line: str, recipe: Recipe) -> tuple[str, Explanation] | None:
+    """Of an EPERM that has no record: what was refused of that which is called in the line that it came from, and why. None
+    where that cannot be told, and where the line has raised it itself."""
+    called = re.findall(r"(\w+)\s*\(", line)
     allowed = {"metadata": "allow_metadata", "uncounted memory": "allow_uncounted_memory"}
-    if "raise" not in names:
-        for key, known in QUIET.items():
-            if not recipe.seccomp.get(allowed.get(key, "")):
-                for name in known:
-                    if name in names:
-                        return name, explain(key, name)
+    if re.search(r"\braise\b", line):
+        return None
+    for key, known in QUIET.items():
+        if recipe.seccomp.get(allowed.get(key, "")) or (key == "locks" and "F_OFD_" not in line):
+            continue
+        for name in known:
+            if name in called:
+                return name, explain(key, name)
     return None
 
 

@@ -626,8 +626,9 @@ class _Compiler:
             lines += [["directory", path, 0o755] for path in HIDDEN]
             lines.append(["bind_optional", "/sys/devices/system/cpu", "/sys/devices/system/cpu", "ro,nosuid,nodev,noexec"])
             shown = [path for path in self.interpreter_paths() if under(path, (*HIDDEN, "/tmp"))]
-            if network.wants_dns(access) and under(resolver, HIDDEN):  # a link there, of systemd-resolved
+            if network.wants_dns(access) and under(resolver, (*HIDDEN, "/tmp")):  # a link there, as of systemd-resolved
                 lines.append(["file", resolver, ""])
+                lines += [["symlink", "/run", "/var/run"]] if os.path.islink("/var/run") else []  # by which some lead
                 kept.append(resolver)
         else:
             for name in ("bin", "lib", "lib32", "lib64"):

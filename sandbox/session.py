@@ -281,7 +281,7 @@ class Session:
         violations = self._conversation.violations[before:]
         if violations or answer.reply_kind != channel.REPLY_VALUE:
             told = len(violations)
-            outcome.locate(answer, violations)
+            outcome.locate(answer, violations, self._conversation.violations[:before])
             self._conversation.violations.extend(violations[told:])
             violations = violations or outcome.repeated(answer, self._conversation.violations)
             if self._conversation.run is not None:

@@ -545,9 +545,9 @@ def patched(old: list[str], diff: str) -> list[str]:
     return made + old[place:]
 
 
-@pytest.mark.parametrize("pairs", [0, changes.DIFF_PAIRS])
-def test_a_diff_leads_from_one_side_to_the_other(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changes, "DIFF_PAIRS", pairs)
+@pytest.mark.parametrize("work", [0, 100, changes.DIFF_WORK])
+def test_a_diff_leads_from_one_side_to_the_other(work: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "DIFF_WORK", work)
     chance = random.Random(5)
     for _ in range(300):
         old = [f"{chance.randrange(chance.choice((2, 5, 100)))}\n" for _ in range(chance.randrange(30))]

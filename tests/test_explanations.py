@@ -153,20 +153,21 @@ def test_every_call_that_is_told_has_a_reason() -> None:
 
 
 def test_what_has_no_record_is_found_by_its_names() -> None:
-    def found(names: str, *allowed: str) -> str:
+    def found(line: str, *allowed: str) -> str:
         made = recipe.compile(IsolationConfig(), PluginLimitsV2(), PluginPermissionsV2(), host.facts(), strict=False)
-        seccomp = {name: name in allowed for name in ("allow_metadata", "allow_uncounted_memory")}
-        made.seccomp.update(seccomp)
-        told = quiet(set(names.split()), made)
+        made.seccomp.update({name: name in allowed for name in ("allow_metadata", "allow_uncounted_memory")})
+        told = quiet(line, made)
         return told[1].reason if told is not None else ""
 
-    assert found("os chown path") == "seccomp refuses to change modes, owners and times of files"
-    assert found("os chown path", "allow_metadata") == "chown takes a capability, and a plugin has none"
-    assert found("os chmod path", "allow_metadata") == ""
-    assert found("m mmap") == "seccomp refuses memory without a file where there is no memory controller"
-    assert found("m mmap", "allow_uncounted_memory") == ""
-    assert found("raise PermissionError os chown") == ""
-    assert found("os open path") == ""
+    assert found("os.chown(path, 0, 0)") == "seccomp refuses to change modes, owners and times of files"
+    assert found("os.chown(path, 0, 0)", "allow_metadata") == "chown takes a capability, and a plugin has none"
+    assert found("os.chmod(path, 0)", "allow_metadata") == ""
+    assert found("m = mmap.mmap(-1, 5)") == "seccomp refuses memory without a file where there is no memory controller"
+    assert found("m = mmap.mmap(-1, 5)", "allow_uncounted_memory") == ""
+    assert found("fcntl.fcntl(f, fcntl.F_OFD_SETLK, data)") == "seccomp refuses locks of open files"
+    assert found("fcntl.fcntl(f, fcntl.F_SETPIPE_SZ, 1 << 24)") == ""
+    assert found("raise PermissionError(os.chown(path))") == ""
+    assert found("os.sched_setaffinity(1, {nice})") == ""
     assert {*QUIET} < set(NOTHING)
 
 
@@ -344,7 +345,10 @@ def test_a_forged_module_is_not_proposed(module: str) -> None:
 def call_that_raised(done: str, *, file: str = "plugin.py", line: int = 7, errno: int = 1) -> Any:
     fields = {"type": "PermissionError", "message": "m", "traceback": "t", "errno": errno, "file": file, "line": line}
     reply = channel.pack("failure", {**fields, "done": done})
-    return types.SimpleNamespace(reply_kind=channel.REPLY_ERROR, reply_complete=True, reply=reply, source_file=__file__)
+    made = recipe.compile(IsolationConfig(), PluginLimitsV2(), PluginPermissionsV2(), host.facts(), strict=False)
+    made.seccomp.update(allow_metadata=True)
+    said = {"reply_kind": channel.REPLY_ERROR, "reply_complete": True, "reply": reply, "source_file": __file__}
+    return types.SimpleNamespace(**said, sandbox=types.SimpleNamespace(recipe=made), passing=None, number=1)
 
 
 def refused(syscall: str) -> SandboxViolation:

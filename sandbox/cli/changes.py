@@ -94,7 +94,13 @@ def show(granted: GrantedChanges, found: list[FileChange]) -> None:
         if of_folder:
             console.print(tree(folder.path, of_folder))
     left = LINES
-    for path in dict.fromkeys(change.path for change in found):
+    paths = list(dict.fromkeys(change.path for change in found))
+    for number, path in enumerate(paths):
+        if left <= 0:
+            console.print(
+                Text(f"... {len(paths) - number} more files, the first of them {escape_text(path, keep='')}", style="bold")
+            )
+            break
         lines = granted.diff(path).splitlines()
         shown = lines[: min(LINES_OF_ONE, left)]
         for line in shown:

@@ -263,7 +263,7 @@ class Session:
     def _network_operation(self, fields: dict[str, str]) -> None:
         if fields["operation"] != "resolve":
             self.network_operations = int(fields["count"])
-            self.connections += fields["operation"] == "connect" and fields["allowed"] == "1"
+            self.connections += fields.get("counted") == "1"
         if self.result_file is not None or self.report is not None:
             self.activity.append(fields)
 

@@ -21,6 +21,7 @@ from sandbox.errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from sandbox.engine.client import Answer, Call, Sandbox
@@ -45,7 +46,8 @@ PERMISSION = {"fork", "vfork", "clone", "execve", "execveat"}
 CLONE_NEW = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 # What a line of Python that makes a socket, or a process, calls; elsewhere it is the name of the system call itself.
 SOCKET_NAMES = {"socket", "socketpair"}
-PROCESS_NAMES = {"fork", "vfork", "forkpty", "fork_exec", "posix_spawn", "posix_spawnp", "execv", "execve", "exec_func"}
+PROCESS_NAMES = {"fork", "vfork", "forkpty", "fork_exec", "spawnvef"}
+PROCESS_NAMES |= {"posix_spawn", "posix_spawnp", "execv", "execve", "exec_func"}
 
 
 def describe_violation(fields: dict[str, str], sandbox: Sandbox) -> SandboxViolation:
@@ -166,11 +168,12 @@ def describe_import(fields: dict[str, str], recipe: Recipe) -> SandboxViolation:
     return SandboxViolation(kind, text, datetime.now(UTC), "warning", details, explanation=explanation)
 
 
-def locate(call: Call | Answer, violations: list[SandboxViolation]) -> None:
+def locate(call: Call | Answer, violations: list[SandboxViolation], earlier: Sequence[SandboxViolation] = ()) -> None:
     """Tell the violation that ended the plugin where that was, if its exception was of a refused operation of that kind.
 
     The kernel does not know it: file and line are the interpreter's word, so the plugin's, and marked as such. What is no
-    violation where a library goes on without it (a socket for datagrams) is one where the plugin has ended by it.
+    violation where a library goes on without it (a socket for datagrams) is one where the plugin has ended by it, and so is
+    what the kernel refuses without a record, unless it is one of the `earlier` ones of a session, which are told once.
     """
     if call.reply_kind != channel.REPLY_ERROR or not call.reply_complete:
         return
@@ -181,10 +184,8 @@ def locate(call: Call | Answer, violations: list[SandboxViolation]) -> None:
     if error.errno != errno.EPERM:
         return
     names = _names(call, error)
-    if not violations and call.passing is not None:
-        violations.append(describe_violation(call.passing, call.sandbox))
-    elif not violations:
-        violations += unrecorded(call, names)
+    if not any(names & operations(_operation(each)) for each in (*violations, *earlier)):
+        violations += unrecorded(call, _line(call, error)) or passing(call, names if not violations else {"nothing"})
     if not violations or not error.file:
         return
     from dataclasses import replace
@@ -199,14 +200,22 @@ def locate(call: Call | Answer, violations: list[SandboxViolation]) -> None:
             return
 
 
-def unrecorded(call: Call | Answer, names: set[str]) -> list[SandboxViolation]:
-    """What has ended the plugin and was refused by the kernel without a record, as the names in that line tell."""
+def passing(call: Call | Answer, names: set[str]) -> list[SandboxViolation]:
+    """What has ended the plugin and is no violation else, if the line has these names, or nothing is known of it."""
+    if call.passing is None:
+        return []
+    found = describe_violation(call.passing, call.sandbox)
+    return [found] if not names or names & operations(_operation(found)) else []
+
+
+def unrecorded(call: Call | Answer, line: str) -> list[SandboxViolation]:
+    """What has ended the plugin and was refused by the kernel without a record, as the line tells."""
     from datetime import UTC, datetime
 
     from sandbox import explanations
     from sandbox.violations import SandboxViolation, SandboxViolationType
 
-    found = explanations.quiet(names, call.sandbox.recipe)
+    found = explanations.quiet(line, call.sandbox.recipe)
     if found is None:
         return []
     name, explanation = found
@@ -233,14 +242,27 @@ def repeated(answer: Answer, earlier: list[SandboxViolation]) -> list[SandboxVio
     return []
 
 
-def _comes_from(error: failure.Failure, violation: SandboxViolation) -> bool:
-    """Whether an exception is of this kind of refusal: of this file, of a name, or of anything else that answers EPERM."""
+def _quoted(message: str) -> list[str]:
+    """The names of files in an OSError's message, which are there as repr() gives them, escaped as those of a violation are."""
+    import ast
     import re
 
+    from sandbox.text import escape_text
+
+    found = []
+    for each in re.findall(r"""b?'(?:[^'\\]|\\.)*'|b?"(?:[^"\\]|\\.)*\"""", message):
+        try:
+            found.append(escape_text(os.fsdecode(ast.literal_eval(each)), keep=""))
+        except (ValueError, SyntaxError):
+            continue  # no repr()
+    return found
+
+
+def _comes_from(error: failure.Failure, violation: SandboxViolation) -> bool:
+    """Whether an exception is of this kind of refusal: of this file, of a name, or of anything else that answers EPERM."""
     path = str(violation.details.get("path") or "")
     if path:
-        named = [path, *(each.removeprefix("./") for each in re.findall(r"'([^']+)'", error.message))]
-        is_about = path in error.message or any(path.endswith("/" + each) for each in named[1:])
+        is_about = any(each == path or path.endswith("/" + each.removeprefix("./")) for each in _quoted(error.message))
         return is_about and error.errno in (errno.EPERM, errno.EACCES, errno.EROFS)
     if _operation(violation) == "resolve":
         return error.type.endswith("gaierror")
@@ -251,9 +273,12 @@ def _names(call: Call | Answer, error: failure.Failure) -> set[str]:
     """Those in the line of code that was refused something."""
     import re
 
-    # The sandbox could not read the caller's own file, which is the only one that is read here.
-    done = error.done or (_source_line(call.source_file, error.line) if error.file == call.source_file else "")
-    return {name.lstrip("_") for name in re.findall(r"\w+", done)}
+    return {name.lstrip("_") for name in re.findall(r"\w+", _line(call, error))}
+
+
+def _line(call: Call | Answer, error: failure.Failure) -> str:
+    """The line of code that was refused something. The sandbox could not read the caller's own file: only that is read here."""
+    return error.done or (_source_line(call.source_file, error.line) if error.file == call.source_file else "")
 
 
 def _operation(violation: SandboxViolation) -> str:
@@ -503,8 +528,9 @@ def plugin_error(call: Call | Answer, violations: list[SandboxViolation]) -> San
         return _limit(name, limits[key], None, f"the plugin passed its limit of {name}: {error.message}")
     if error.errno == errno.EPERM and violations and violations[-1].details.get("limit") == "network_requests":
         return _limit("network_requests", call.sandbox.recipe.network["max_requests"], None, violations[-1].message)
-    last = next((each for each in reversed(violations) if _comes_from(error, each)), None)
-    if last is not None:
+    fitting, names = [each for each in reversed(violations) if _comes_from(error, each)], _names(call, error)
+    if fitting:
+        last = next((each for each in fitting if "path" in each.details or names & operations(_operation(each))), fitting[0])
         text = f"the plugin ended by a refused operation: {last.message}"
         return SecurityViolationError(text, violations=violations, explanation=last.explanation)
     return PluginExecutionError(

@@ -73,7 +73,8 @@ class Wanted:
         self.port = 0
         self.allowed = False
         self.reason = REASONS.get(operation, "")
-        self.is_passing = False  # no violation: what C libraries try without anybody's will, or what is no matter of permission
+        self.is_passing = False  # what C libraries try without anybody's will: no violation
+        self.is_error = False  # what the kernel answers to everybody: none either
         self.is_counted = False  # one of max_network_requests
         self.is_excess = False  # one more than those
 
@@ -87,6 +88,7 @@ class Wanted:
             "allowed": int(self.allowed),
             "reason": self.reason,
             "passing": int(self.is_passing),
+            "counted": int(self.is_counted),
             "excess": int(self.is_excess),
         }
 
@@ -151,7 +153,7 @@ class Sockets:
                     sock = self._connectable(wanted, notification, call)
         except OSError as error:  # as the kernel answers it to everybody
             refusal = error.errno or errno.EPERM
-            wanted.allowed, wanted.is_passing = False, True
+            wanted.allowed, wanted.is_error = False, True
             wanted.reason = error.strerror or "it cannot be had"
         if not notifier.is_valid(listener, notification):
             return True  # its caller has died, and what was read was perhaps another's
@@ -277,10 +279,10 @@ class Sockets:
             wanted.reason = ONLY_TCP
             return None
         address = access.parse(wanted.address)
-        allowed, wanted.reason = self.access.decide(address, wanted.port)
-        if not allowed:
-            if self.cut is not None and self.cut.decide(address, wanted.port)[0]:
-                wanted.is_passing, wanted.reason = True, access.CUT_OFF
+        allowed, wanted.reason = (self.cut or self.access).decide(address, wanted.port)
+        if allowed and self.cut is not None:
+            wanted.is_passing, wanted.reason = True, access.CUT_OFF
+        if not allowed or self.cut is not None:
             return None
         sock = socket_of(notification.pid, notification.args[0])
         is_new = not is_under_way(sock)  # else it asks what became of the last request

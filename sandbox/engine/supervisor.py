@@ -31,13 +31,6 @@ HURRY_MS = 100  # between looks at connects whose call has ended, or whose threa
 LOGGED = 1000  # new sockets, and other operations, that are told one by one per call; of further ones every power of two is
 
 
-class Record:
-    """How often one system call with the same first argument was refused in one call."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-
 class Supervisor:
     def __init__(self, warden: _socket.socket, violations: int, threshold: int, own: sockets.Sockets) -> None:
         self.warden = warden
@@ -46,7 +39,8 @@ class Supervisor:
         self.violations = channel.from_fd(violations)
         self.violations.setblocking(False)
         self.listeners: dict[int, int] = {}  # listener fd -> number of the call
-        self.records: dict[tuple[int, int, object], Record] = {}  # (call, nr, what tells one refusal from another)
+        # How often, by (call, nr, what tells one refusal from another).
+        self.records: dict[tuple[int, int, object], int] = {}
         self.offences: dict[int, int] = {}  # different ones per call that are the plugin's making
         self.passing: dict[int, int] = {}  # those that are not
         self.operations: dict[int, int] = {}  # network operations per call
@@ -63,11 +57,9 @@ class Supervisor:
             if counts is self.passing and counts.get(call, 0) >= DISTINCT:
                 return
             counts[call] = counts.get(call, 0) + 1
-            self.records[key] = Record()
-        record = self.records[key]
-        record.count += 1
-        if record.count & (record.count - 1) == 0:
-            fields: dict[str, object] = {"call": call, "nr": notification.nr, "pid": notification.pid, "count": record.count}
+        count = self.records[key] = self.records.get(key, 0) + 1
+        if count & (count - 1) == 0:
+            fields: dict[str, object] = {"call": call, "nr": notification.nr, "pid": notification.pid, "count": count}
             fields["offences"] = self.offences.get(call, 0)
             fields.update({f"arg{i}": notification.args[i] for i in range(3)})
             self.send("violation", {**fields, **(more or {})})
@@ -80,7 +72,7 @@ class Supervisor:
         if number <= LOGGED or number & (number - 1) == 0 or wanted.is_counted:  # of those there are max_network_requests
             pid = sockets.process_of(notification.pid)
             self.send("network", {"call": call, "pid": pid, "time": time(), "count": count, **wanted.fields()})
-        if not wanted.allowed:
+        if not wanted.allowed and not wanted.is_error:
             what = wanted.family, wanted.kind, wanted.address, wanted.port, wanted.is_passing
             self.record(call, notification, what, wanted.fields())
         return not self.is_beyond(call)

@@ -11,7 +11,9 @@ import difflib
 import errno
 import hashlib
 import os
+import re
 import stat
+from collections import Counter
 from dataclasses import dataclass
 
 from sandbox.ns import syscalls as sc
@@ -25,7 +27,7 @@ DEPTH = 100  # folders in folders; a descriptor or two is held for each
 PATH_BYTES = 3800  # below PATH_MAX, with room for a stage
 BLOCK = 1 << 20
 DIFF_BYTES = 4 << 20  # of a file: what is larger is not shown line by line
-DIFF_PAIRS = 4_000_000  # of lines, one of each side: where there are more, all of one is put in place of all of the other
+DIFF_WORK = 4_000_000  # lines that are looked at for a diff, many of them many times
 HOLES = 1 << 30  # bytes: a plugin makes larger ones for nothing, and whoever reads them pays
 OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
 ORIGIN = ("trusted.overlay.origin", "user.overlay.origin")
@@ -335,30 +337,41 @@ def unified(old: bytes | None, new: bytes | None, path: str) -> str:
     """A unified diff of two contents (None: no file); one line where they are no text."""
     if any(side is not None and (b"\0" in side or len(side) > DIFF_BYTES) for side in (old, new)):
         return f"Binary files a{path} and b{path} differ\n"
-    sides = [(side or b"").decode("utf-8", "surrogateescape").splitlines(keepends=True) for side in (old, new)]
+    sides = [re.findall(r"[^\n]*\n|[^\n]+", (side or b"").decode("utf-8", "surrogateescape")) for side in (old, new)]
     before, after = ("/dev/null" if side is None else letter + path for letter, side in (("a", old), ("b", new)))
     lines = unified_lines(sides[0], sides[1], before, after)
     return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
 
 
 class Steps(difflib.SequenceMatcher[str]):
-    """From one side to the other, as difflib has it, whose time grows with the product of the numbers of lines: what is the
-    same before and behind is left to nobody, and where too much remains all of that is put in place of all that was there."""
+    """From one side to the other, as difflib has it, whose time is without a bound: it is not asked about what is the same
+    before and behind, and where the rest takes too long all of it is put in place of all that was there."""
 
     def __init__(self, old: list[str], new: list[str]) -> None:
         head = common(old, new)
         tail = common(old[head:][::-1], new[head:][::-1])
         a, b = (side[head : len(side) - tail] for side in (old, new))
-        if len(a) * len(b) > DIFF_PAIRS:
-            super().__init__(None, "", "")
+        super().__init__(None, a, b)
+        self.old, self.size = a, len(b)
+        self.times = Counter(b)
+        self.left = DIFF_WORK
+        try:
+            inner = [(str(tag), i, j, k, m) for tag, i, j, k, m in super().get_opcodes()]
+        except OverflowError:
             inner = [("replace", 0, len(a), 0, len(b))]
-        else:
-            super().__init__(None, a, b)
-            inner = [tuple(step) for step in super().get_opcodes()]  # type: ignore[misc]
         self.steps = [("equal", 0, head, 0, head)] if head else []
         self.steps += [(tag, i + head, j + head, k + head, m + head) for tag, i, j, k, m in inner]
         if tail:
             self.steps.append(("equal", len(old) - tail, len(old), len(new) - tail, len(new)))
+
+    def find_longest_match(self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None) -> Any:
+        """Looks at each line of one side, and for each of them at all equal ones of the other, unless there are too many."""
+        end, many = len(self.old) if ahi is None else ahi, self.size // 100 + 1 if self.size >= 200 else self.size
+        counts = (self.times[line] for line in self.old[alo:end])
+        self.left -= sum(1 + count for count in counts if count <= many)
+        if self.left < 0:
+            raise OverflowError
+        return super().find_longest_match(alo, end, blo, bhi)
 
     def get_opcodes(self) -> Any:
         return self.steps

@@ -75,13 +75,13 @@ class Folder:
 def commit(folders: Sequence[Folder]) -> None:
     """Make the differences of all `folders` real. Raises CommitError, and then nothing has changed."""
     for folder in folders:
-        check_place(folder)
         for difference in folder.differences:
             if difference.problem:
                 refuse(os.path.join(folder.path, difference.path), difference.problem)
     identity = os.urandom(8).hex()
     with told(folders), locked(folders):
         for folder in folders:
+            check_place(folder)
             check_unchanged(folder)
         journal = Journal(identity)
         opened = [(folder.path, folder.lower) for folder in folders]
@@ -109,7 +109,7 @@ def commit(folders: Sequence[Folder]) -> None:
 
 @contextmanager
 def told(folders: Sequence[Folder]) -> Iterator[None]:
-    """What the kernel says no to while nothing is committed yet, as a CommitError."""
+    """What the kernel says no to, as a CommitError."""
     try:
         yield
     except OSError as error:
@@ -217,6 +217,7 @@ def locked(folders: Sequence[Folder]) -> Iterator[None]:
         yield
     finally:
         for fd in held:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # a fork of another thread may have it open
             os.close(fd)
 
 

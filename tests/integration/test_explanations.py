@@ -456,6 +456,45 @@ def own_mode() -> None:
     os.open("own", os.O_RDONLY)
 
 
+def large_pipe() -> None:
+    import fcntl
+    import os
+
+    fcntl.fcntl(os.pipe()[1], fcntl.F_SETPIPE_SZ, 1 << 28)  # beyond /proc/sys/fs/pipe-max-size it takes a capability
+
+
+def after_a_file() -> None:
+    import os
+
+    try:
+        os.open("/etc/hosts", os.O_WRONLY)
+    except OSError:
+        pass
+    os.nice(-5)
+
+
+def after_a_fork() -> None:
+    import os
+
+    try:
+        os.fork()
+    except OSError:
+        pass
+    os.nice(-5)
+
+
+def odd_name() -> None:
+    import os
+
+    os.open("/etc/a\\'b", os.O_WRONLY | os.O_CREAT)
+
+
+def name_of_bytes() -> None:
+    import os
+
+    os.open(b"/etc/\xff", os.O_WRONLY | os.O_CREAT)
+
+
 # What a plugin that has ended by it was refused, of which the kernel keeps no record.
 QUIETLY: dict[Callable[[], None], str] = {
     owner: "a capability",
@@ -486,11 +525,29 @@ def test_what_was_refused_without_a_record_is_told_too(level: IsolationLevel, fu
 
 
 @TWO
-@pytest.mark.parametrize("function", [busy_lock, own_mode])
+@pytest.mark.parametrize("function", [busy_lock, own_mode, large_pipe])
 def test_what_psie_has_not_refused_is_an_error_of_the_plugin(level: IsolationLevel, function: Callable[[], None]) -> None:
     done = attempt(level, function)
     assert type(done.error) is PluginExecutionError
     assert done.error.exception_type in ("BlockingIOError", "PermissionError")
+
+
+@TWO
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (after_a_file, "nice()"),
+        (after_a_fork, "nice()"),
+        (odd_name, "of /etc/a\\'b"),
+        (name_of_bytes, "of /etc/"),
+    ],
+)
+def test_of_several_refusals_that_is_told_which_ended_it(
+    level: IsolationLevel, function: Callable[[], None], what: str
+) -> None:
+    done = attempt(level, function)
+    assert isinstance(done.error, SecurityViolationError)
+    assert what in str(done.error).splitlines()[0]
 
 
 @TWO
