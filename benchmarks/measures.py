@@ -459,11 +459,11 @@ async def memory(bench: Bench) -> Figures:
 async def standing(bench: Bench) -> Figures:
     """Of so many that stand at once: how long each took to make, and how long all take to go.
 
-    Memory that a virtual machine has never used is given to it by its host page by page, which takes 3 to 10 us each, whoever
-    writes there first: more than all that the making of a sandbox costs. So it is used before, by a process of its own.
+    Memory that a virtual machine has not used for a while is given to it by its host page by page, which takes 3 to 10 us each,
+    whoever writes there first: more than all that the making of a sandbox costs. So another process has it, and gives back as
+    much as one takes just before that is made.
     """
     count = bench.rounds(1000, 100)
-    await asyncio.to_thread(use_memory, count * MEGABYTES_EACH)
     tenth = count // 10
     first, last = f"psie, strict: each of the first {tenth}", f"psie, strict: each of the last {tenth}"
     figures = Figures("standing", f"The making of {count:,} that stand at once", "ms", last)
@@ -492,20 +492,40 @@ async def standing(bench: Bench) -> Figures:
     return figures
 
 
-MEGABYTES_EACH = 8  # more than a sandbox takes, with what the kernel has for it
+MEGABYTES_EACH = 6  # more than a sandbox takes, with what the kernel has for it
 USE_MEMORY = """
 import mmap, sys
-memory = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-for page in range(0, len(memory), mmap.PAGESIZE):
-    memory[page] = 1
+pieces = [mmap.mmap(-1, int(sys.argv[2]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(int(sys.argv[1]))]
+for piece in pieces:
+    for page in range(0, len(piece), mmap.PAGESIZE):
+        piece[page] = 1
+print(end=".", flush=True)
+while sys.stdin.read(1):
+    pieces[-1:] = []
+    print(end=".", flush=True)
 """
 
 
-def use_memory(megabytes: int) -> None:
-    """Write to each page of so much memory, or of most that is free, and give it back."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    wanted = min(megabytes << 20, free * 4 // 5)
-    subprocess.run([sys.executable, "-I", "-S", "-c", USE_MEMORY, str(wanted)], check=True)
+@contextlib.contextmanager
+def used_memory(count: int) -> Iterator[Callable[[], None]]:
+    """A process that has written to each page of `count` pieces of memory, of MEGABYTES_EACH, or of as many as there are. What
+    is yielded has it give one back."""
+    free, size = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), MEGABYTES_EACH << 20
+    command = [sys.executable, "-I", "-S", "-c", USE_MEMORY, str(min(count, free * 4 // 5 // size)), str(size)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        source, sink = process.stdout, process.stdin
+        source.read(1)
+
+        def give_back() -> None:
+            sink.write(b".")
+            source.read(1)
+
+        try:
+            yield give_back
+        finally:
+            sink.close()
 
 
 async def stand(count: int) -> tuple[list[float], float]:
@@ -515,10 +535,12 @@ async def stand(count: int) -> tuple[list[float], float]:
     took = []
     sandboxes = [new_sandbox(STRICT, 16) for _ in range(count)]
     try:
-        for sandbox in sandboxes:
-            begin = perf_counter()
-            await sandbox.__aenter__()
-            took.append((perf_counter() - begin) * 1000)
+        with used_memory(count) as give_back:
+            for sandbox in sandboxes:
+                give_back()
+                begin = perf_counter()
+                await sandbox.__aenter__()
+                took.append((perf_counter() - begin) * 1000)
         for number, sandbox in enumerate(sandboxes[:: max(1, count // 50)]):
             same(await sandbox.execute_plugin_safe(echo, number), number)
     finally:
