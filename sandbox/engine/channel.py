@@ -24,9 +24,10 @@ Two forms, one per direction of trust:
   up           warden -> zygote   (its descriptors are its own now)
   free         warden -> zygote
   closed       zygote -> host     sandbox, left (what could not be removed, or nothing)
-  violation    supervisor -> host call, nr, arg0 .. arg2, pid, count; for sockets also the next line's from operation on
+  violation    supervisor -> host call, nr, arg0 .. arg2, pid, count, offences (different ones so far that may end the call);
+                                  for sockets also the next line's from operation on
   network      supervisor -> host call, pid, time, count, operation, family, kind, address, port, allowed, reason, passing,
-                                  excess: see sandbox.engine.sockets.Wanted
+                                  counted, excess: see sandbox.engine.sockets.Wanted
   failure      worker -> host     see sandbox.engine.failure; as a reply
   unfit        worker -> host     text, allowed, used: what cannot travel and why; as a reply
   refused      worker -> host     module, list, file, line: what the interpreter has refused; in a frame of its own. Or

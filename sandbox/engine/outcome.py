@@ -185,7 +185,7 @@ def locate(call: Call | Answer, violations: list[SandboxViolation], earlier: Seq
         return
     names = _names(call, error)
     if not any(names & operations(_operation(each)) for each in (*violations, *earlier)):
-        violations += unrecorded(call, _line(call, error)) or passing(call, names if not violations else {"nothing"})
+        violations += unrecorded(call, _line(call, error)) or (passing(call, names) if names or not violations else [])
     if not violations or not error.file:
         return
     from dataclasses import replace
