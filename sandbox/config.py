@@ -50,6 +50,14 @@ def _refuse(where: str, value: object, mend: str, kind: type[Exception] = ValueE
     raise kind(f"{where} is {named}: {mend}")
 
 
+def level_of(where: str, value: object) -> IsolationLevel:
+    """The level that is meant by one, or by its name. Raises ValueError."""
+    names = [each.value for each in IsolationLevel]
+    if not isinstance(value, IsolationLevel) and value not in names:
+        _refuse(where, value, f"give {', '.join(names)}, or an IsolationLevel")
+    return IsolationLevel(value)
+
+
 def show(value: object) -> str:
     try:
         text = repr(value)

@@ -22,7 +22,7 @@ from concurrent.futures._base import CANCELLED_AND_NOTIFIED, RUNNING
 from dataclasses import replace
 from typing import overload
 
-from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
+from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, level_of
 from sandbox.sandbox import EnhancedPluginSandbox, checked_environment
 
 TYPE_CHECKING = False
@@ -123,10 +123,7 @@ class SandboxExecutor(concurrent.futures.Executor):
         self._max_workers = max_workers or os.cpu_count() or 1
         self._config = IsolationConfig() if config is None else config
         if level is not None:
-            names = [each.value for each in IsolationLevel]
-            if not isinstance(level, IsolationLevel) and level not in names:
-                raise ValueError(f"SandboxExecutor: level is {level!r}: give {', '.join(names)}, or an IsolationLevel")
-            self._config = replace(self._config, level=IsolationLevel(level))
+            self._config = replace(self._config, level=level_of("SandboxExecutor: level", level))
         self._limits = PluginLimitsV2() if limits is None else limits
         if timeout is not None:
             changed: dict[str, Any] = {"max_execution_time_seconds": timeout, "execution_warning_threshold_seconds": None}
@@ -389,6 +386,9 @@ def sandboxed(function: Callable[..., Any] | None = None, /, **settings: Any) ->
     `execute_plugin_safe` does; of an `async def` function it is a coroutine, whose cancellation kills the call. Functions that
     it calls run with it, in the same sandbox, also those that are decorated themselves.
     """
+    if isinstance(function, (classmethod, property)):
+        kind = type(function).__name__
+        raise TypeError(f"sandboxed: a {kind} is no function: put @sandboxed below @{kind}")
     if function is not None and not callable(function):
         mend = "write @sandboxed, or settings by name, as in @sandboxed(level='strict')"
         raise TypeError(f"sandboxed: {function!r} is no function: {mend}")

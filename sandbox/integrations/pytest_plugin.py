@@ -114,7 +114,7 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of EnhancedPluginSandbox, and `violations`. Mistakes fail the test, with one sentence."""
     from dataclasses import replace
 
-    from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
+    from sandbox.config import IsolationConfig, PluginLimitsV2, PluginPermissionsV2, level_of
 
     unknown = sorted(set(given) - set(SETTINGS))
     if unknown:
@@ -126,7 +126,7 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
         # The runs of tests are nobody's records, unless a config says so.
         config = given.get("config") or IsolationConfig(telemetry_enabled=False)
         if given.get("level") is not None:
-            config = replace(config, level=IsolationLevel(given["level"]))
+            config = replace(config, level=level_of("level", given["level"]))
         if "pytest" not in config.preload:
             config = replace(config, preload=(*config.preload, "pytest"))
         return {

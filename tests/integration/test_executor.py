@@ -276,6 +276,8 @@ def test_mistakes() -> None:
         sandboxed(level="strct")(add)
     with pytest.raises(TypeError, match=r"'strict' is no function: .*@sandboxed\(level='strict'\)"):
         sandboxed("strict")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="a classmethod is no function: put @sandboxed below @classmethod"):
+        sandboxed(classmethod(lambda cls: cls))  # type: ignore[call-overload]
 
 
 # -- with event loops, threads, forks, and the end of the interpreter ------------------------------------------------------

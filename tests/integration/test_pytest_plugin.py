@@ -166,7 +166,7 @@ WHY = {
     "test_captures": "the fixture 'capsys' acts on pytest's own process",
     "test_takes_a_file": "the value of the fixture 'file' (TextIOWrapper) cannot travel into the sandbox: an open file",
     "test_typo": "there is no setting 'lvel': give level, limits",
-    "test_no_level": "'none' is not a valid IsolationLevel",
+    "test_no_level": "level is 'none': give minimal, standard, strict, maximum, or an IsolationLevel",
     "test_by_position": "give settings by name (level, limits",
     "TestOld.test_old": "a TestCaseFunction cannot run in a sandbox, and has run outside",
 }
