@@ -16,6 +16,7 @@ import threading
 import types
 from collections import ChainMap
 from collections.abc import Mapping
+from operator import methodcaller
 
 from sandbox.engine import channel
 from sandbox.errors import PluginExecutionError
@@ -47,6 +48,18 @@ os.register_at_fork(after_in_child=_forget_parent)
 
 def _refuse_file(file: io.IOBase) -> NoReturn:
     raise pickle.PicklingError(f"an open file ({getattr(file, 'name', '?')!r}) cannot travel: pass its content or its path")
+
+
+def _reduce_view(view: memoryview) -> tuple[Any, ...]:
+    """With what it shows, of a buffer of its own, which may be written to if this may."""
+    data = view.tobytes() if view.readonly else bytearray(view.tobytes())
+    if view.format == "B" and view.ndim == 1:
+        return memoryview, (data,)
+    try:
+        memoryview(data).cast(view.format, view.shape)  # type: ignore[call-overload]
+    except (ValueError, TypeError):
+        raise pickle.PicklingError(f"a memoryview of format {view.format!r} cannot travel: pass an array, or bytes") from None
+    return methodcaller("cast", view.format, view.shape), (memoryview(data),)
 
 
 def _refuse_generator(generator: object) -> NoReturn:
@@ -93,10 +106,17 @@ def register_own_modules(library_path: Sequence[str]) -> None:
         ):
             continue
         file = getattr(module, "__file__", None)
-        if isinstance(file, str) and not file.startswith(folders):
+        places = [file] if isinstance(file, str) else namespace_folders(module)
+        if places and not any(place.startswith(folders) for place in places):
             cloudpickle.register_pickle_by_value(module)
             _by_value.add(name)
     _seen_modules, _registered = seen, frozenset(cloudpickle.list_registry_pickle_by_value())
+
+
+def namespace_folders(module: types.ModuleType) -> list[str]:
+    """Those of a package without an __init__.py, which has no file of its own."""
+    path: Any = getattr(module, "__path__", None)
+    return [os.path.join(each, "") for each in path if isinstance(each, str)] if type(path).__name__ == "_NamespacePath" else []
 
 
 _pickler: type | None = None
@@ -128,6 +148,7 @@ def _pickler_class() -> type:
                 io.BufferedRandom: _refuse_file,
                 io.FileIO: _refuse_file,
                 types.GeneratorType: _refuse_generator,
+                memoryview: _reduce_view,
                 types.CodeType: reduce_code,
                 type(functools.cache(len)): _reduce_cached,
             },

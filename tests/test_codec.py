@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 import random
 import socket
@@ -555,6 +556,47 @@ class Unset:
     x: int = dataclasses.field(init=False)
 
 
+@dataclasses.dataclass
+class Computed:
+    x: int
+
+    def __post_init__(self) -> None:
+        self.double = 2 * self.x
+
+
+@dataclasses.dataclass
+class Cached:
+    x: int
+
+    @functools.cached_property
+    def double(self) -> int:
+        return 2 * self.x
+
+
+NAMES = {f"NAME_{number}": 1 << number for number in range(300)}
+ManyFlags: Any = enum.Flag("ManyFlags", NAMES)  # type: ignore[misc]
+
+
+class OddValues(enum.Enum):
+    NAN = math.nan
+    POINT = Point(1, 2)
+
+
+def test_what_is_cached_is_no_part_of_a_value() -> None:
+    value = Cached(3)
+    assert value.double == 6
+    back = round_trip(value, types={codec.type_name(Cached): Cached})
+    assert back == value
+    assert vars(back) == {"x": 3}
+
+
+@pytest.mark.parametrize("member", list(OddValues), ids=str)
+def test_a_member_that_cannot_be_told_from_a_forged_one_stays_a_record(member: OddValues) -> None:
+    back = round_trip(member, types={codec.type_name(OddValues): OddValues})
+    assert type(back) is EnumRecord
+    assert back.name == member.name
+
+
 def test_the_error_names_the_way_to_the_value() -> None:
     with socket.socket() as plug, pytest.raises(CodecError) as caught:
         codec.encode({"a": [1, 2, 3, plug]})
@@ -584,6 +626,9 @@ def test_the_error_names_the_way_to_the_value() -> None:
         (Point, "result: type"),
         (Fraction(1, 1 << 20_000), "result: Fraction of more than"),
         (PurePosixPath("a" * 40_000), "result: path of more than"),
+        (Computed(2), "result: Computed has an attribute double, which is no field"),
+        (np.array([], dtype="U2000"), "result: numpy array of no items, each of more than 4096 bytes"),
+        (ManyFlags((1 << 300) - 1), "result: ManyFlags with a name of more than 1024 characters"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )

@@ -47,6 +47,8 @@ MAX_NODES = 1_000_000
 MAX_NAME = 1 << 10  # characters of a class's name, "module:qualname"
 MAX_PATH = 32 << 10  # characters of a path: PATH_MAX is 4096, but pure paths are not bound by it
 MAX_FRACTION_BITS = 16 << 10
+MAX_EMPTY = 4096  # bytes of an item of an array that has none
+MAX_DIMENSIONS = 32  # of an array, as numpy 1 has it
 
 LARGE = 1 << 16  # bytes of a message from which on an array may stay in it
 
@@ -947,6 +949,8 @@ def _write_enum(w: _Writer, value: Any, depth: int) -> None:
     w.spend(SLOW)
     w.ops.append(ENUM)
     w.string(_sent_name(type(value)))
+    if len(value._name_ or "") > MAX_NAME:
+        raise _Refused(f"{type(value).__name__} with a name of more than {MAX_NAME} characters")
     w.string(value._name_ or "")
     w.step(value._value_, inner, ".value")
 
@@ -968,9 +972,13 @@ def _read_enum(r: _Reader, depth: int) -> Any:
     member: Any = listed._member_map_.get(name)
     if member is None and issubclass(listed, Flag):
         return EnumRecord(name_of_type, name, value)
-    if member is None or type(member._value_) is not type(value) or member._value_ != value:
+    if member is None:
         raise CodecError(f"malformed reply: not a member of {name_of_type!a}")
-    return member
+    if type(member._value_) is type(value) and member._value_ == value:
+        return member
+    if type(member._value_) in (int, str, bytes, bool):
+        raise CodecError(f"malformed reply: not a member of {name_of_type!a}")
+    return EnumRecord(name_of_type, name, value)  # NaN, or what holds a record here: it cannot be told
 
 
 def _write_dataclass(w: _Writer, value: Any, depth: int) -> None:
@@ -981,6 +989,10 @@ def _write_dataclass(w: _Writer, value: Any, depth: int) -> None:
     w.ops.append(DATACLASS)
     w.string(_sent_name(type(value)))
     names = [field.name for field in fields(value)]
+    for name in getattr(value, "__dict__", {}).keys() - names:
+        # It would be missed; but for what is cached, which is made again.
+        if isinstance(name, str) and name[:2] != "__" and not hasattr(getattr(type(value), name, None), "__get__"):
+            raise _Refused(f"{type(value).__name__} has an attribute {ascii(name[:40])[1:-1]}, which is no field")
     try:
         values = [getattr(value, name) for name in names]
     except AttributeError as error:
@@ -1063,6 +1075,10 @@ def _write_buffer(w: _Writer, value: Any) -> None:
     dtype = value.dtype
     if not _is_sendable_dtype(dtype) or max(value.shape, default=0) > _U32_MAX:
         raise _Refused(f"numpy data of dtype {str(dtype)[:80]} cannot leave the sandbox")
+    if value.ndim > MAX_DIMENSIONS:
+        raise _Refused(f"numpy array of more than {MAX_DIMENSIONS} dimensions")
+    if dtype.itemsize > max(value.nbytes, MAX_EMPTY):
+        raise _Refused(f"numpy array of no items, each of more than {MAX_EMPTY} bytes")
     w.spend(SLOW)
     w.string(dtype.str)
     w.counts.append(value.ndim)
@@ -1097,7 +1113,7 @@ def _read_buffer(r: _Reader) -> Any:
     size = 1
     for extent in shape:
         size *= extent
-    if len(shape) > 32 or size * dtype.itemsize != len(raw) or dtype.itemsize > max(len(raw), 4096):
+    if len(shape) > MAX_DIMENSIONS or size * dtype.itemsize != len(raw) or dtype.itemsize > max(len(raw), MAX_EMPTY):
         raise CodecError("malformed reply: an array does not have the size of its shape")
     if not size:
         return numpy.empty(shape, dtype)

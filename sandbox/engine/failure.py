@@ -6,7 +6,7 @@ Apart from the codec of values because `psie run` needs only this. Both sides us
 from __future__ import annotations
 
 import os
-from errno import EAGAIN, EPERM
+from errno import EAGAIN, ENOMEM, EPERM
 
 from sandbox.engine import channel
 
@@ -21,7 +21,8 @@ MAX_PLACE = 1 << 10  # characters of a file's name, and of what was done there
 
 
 class Failure:
-    """An exception as text: class name, message, formatted traceback, and errno for an OSError (else 0).
+    """An exception as text: class name, message, formatted traceback, and errno: of an OSError its own, of a MemoryError
+    ENOMEM, else 0.
 
     Of a refused operation (EPERM), or what a limit has refused (EAGAIN), also file and line of the innermost frame that is no
     library's, and what was done there: the line's text, or of the library's innermost frame its module, function and line.
@@ -43,18 +44,22 @@ def encode(error: BaseException) -> bytes:
         message = str(error)
     except BaseException:  # its __str__ is the plugin's
         message = "<unprintable>"
-    errno = getattr(error, "errno", None) if isinstance(error, OSError) else None
+    cls, name, errno = type(error), "<a class without a name>", None
     file, line, done = "", 0, ""
+    try:
+        name = cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
+        name = _cut(name, MAX_NAME)
+        errno = error.errno if isinstance(error, OSError) else ENOMEM if isinstance(error, MemoryError) else None
+    except BaseException:  # so are its attributes
+        pass
     try:
         traceback, stack = _format(error)
         if errno in (EPERM, EAGAIN) and stack:
             file, line, done = _place(stack)
     except BaseException:
         traceback = "<the traceback cannot be shown>"
-    cls = type(error)
-    name = cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
     fields = {
-        "type": _cut(name, MAX_NAME),
+        "type": name,
         "message": _cut(message, MAX_MESSAGE),
         "traceback": _cut(traceback, MAX_TRACEBACK),
         "errno": errno if type(errno) is int and 0 < errno < 4096 else 0,

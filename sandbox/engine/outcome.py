@@ -263,10 +263,10 @@ def _comes_from(error: failure.Failure, violation: SandboxViolation) -> bool:
     path = str(violation.details.get("path") or "")
     if path:
         is_about = any(each == path or path.endswith("/" + each.removeprefix("./")) for each in _quoted(error.message))
-        return is_about and error.errno in (errno.EPERM, errno.EACCES, errno.EROFS)
+        return is_about and errno.errorcode.get(error.errno) == violation.details.get("errno")
     if _operation(violation) == "resolve":
         return error.type.endswith("gaierror")
-    return error.errno == errno.EPERM
+    return error.errno == errno.EPERM and "module" not in violation.details  # a refused import has no errno
 
 
 def _names(call: Call | Answer, error: failure.Failure) -> set[str]:
@@ -508,7 +508,7 @@ def plugin_error(call: Call | Answer, violations: list[SandboxViolation]) -> San
         error = failure.decode(call.reply)
     except channel.Malformed:
         return PluginExecutionError("the plugin raised an exception that it does not describe", exception_type="?")
-    if error.type.endswith("MemoryError"):
+    if error.errno == errno.ENOMEM and error.type.endswith("MemoryError"):
         return _limit(
             "memory", limits["memory_bytes"], None, f"the plugin wanted more memory than its limit allows ({error.type})"
         )

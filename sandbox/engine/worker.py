@@ -298,22 +298,27 @@ def guarded(job: _socket.socket, action: Callable[[], None]) -> int:
     except SystemExit as stop:
         return exit_status(stop.code)
     except KeyboardInterrupt as error:
-        traceback = own_frames_off(error.__traceback__)
-        sys.excepthook(type(error), error.with_traceback(traceback), traceback)
+        traceback = own_frames_off(traceback_of(error))
+        set_traceback(error, traceback)
+        sys.excepthook(type(error), error, traceback)
         finalize()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
         return 130
     except BaseException as error:
-        if error.__traceback__ is not None:
-            error.__traceback__ = own_frames_off(error.__traceback__)
+        set_traceback(error, own_frames_off(traceback_of(error)))
         send_error(job, error)
         try:
-            sys.excepthook(type(error), error, error.__traceback__)
+            sys.excepthook(type(error), error, traceback_of(error))
         except SystemExit as stop:
             return exit_status(stop.code)
         return 1
     return 0
+
+
+# As the interpreter itself does it: a plugin's class may have attributes of its own there, or allow none to be set.
+traceback_of = vars(BaseException)["__traceback__"].__get__
+set_traceback = BaseException.with_traceback
 
 
 def own_frames_off(traceback: Any) -> Any:
@@ -328,8 +333,11 @@ def exit_status(code: object) -> int:
     if code is None:
         return 0
     if isinstance(code, int):
-        return code & 0xFF
-    print(code, file=sys.stderr)
+        return code & 0xFF if code.bit_length() < 64 else 0xFF  # as CPython has it, which asks for a C long
+    try:
+        print(code, file=sys.stderr)
+    except BaseException:  # its __str__ is the plugin's
+        pass
     return 1
 
 
@@ -554,11 +562,11 @@ def send_outcome(job: _socket.socket, action: Callable[[], object], max_bytes: i
     except SystemExit:
         raise
     except BaseException as error:
-        error.__traceback__ = own_frames_off(error.__traceback__)
+        set_traceback(error, own_frames_off(traceback_of(error)))
         flush()
         send_error(job, error)
         if show:
-            sys.excepthook(type(error), error, error.__traceback__)
+            sys.excepthook(type(error), error, traceback_of(error))
             flush()
         return 1 if show else 0
     flush()
@@ -640,7 +648,10 @@ def send_unfit(job: _socket.socket, fields: dict[str, object]) -> None:
 def send_error(job: _socket.socket, error: BaseException) -> None:
     """Of the plugin; a refusal that it came from is told first."""
     if refusals is not None:
-        refusals.uncaught(error)
+        try:
+            refusals.uncaught(error)
+        except BaseException:  # an attribute of its error is the plugin's own code
+            pass
     send_frames(job, channel.REPLY_ERROR, failure.encode(error))
 
 

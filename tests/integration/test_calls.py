@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import decimal
 import fractions
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 import uuid
+from array import array as Array
 from typing import Any
 
 import pytest
@@ -256,6 +258,31 @@ def test_own_modules_travel_by_value(
     assert harness.call(level, importlib.import_module(top).run, 4) == 15
 
 
+def test_packages_without_an_init_file_travel_too(
+    level: IsolationLevel, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    package, top = f"namespace_{level.value}", f"uses_namespace_{level.value}"
+    (tmp_path / package / "inner").mkdir(parents=True)
+    (tmp_path / package / "inner" / "module.py").write_text("def seven():\n    return 7\n")
+    lines = f"import {package}.inner.module\ndef run():\n    return {package}.inner.module.seven()\n"
+    (tmp_path / f"{top}.py").write_text(lines)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = (package, f"{package}.inner", f"{package}.inner.module", top)
+    request.addfinalizer(lambda: [sys.modules.pop(name, None) for name in made])
+    assert harness.call(level, importlib.import_module(top).run) == 7
+
+
+def shape_of(view: memoryview) -> tuple[str, str, Any, Any, bool]:
+    return type(view).__name__, view.format, view.shape, view.tolist(), view.readonly
+
+
+def test_a_memoryview_shows_inside_what_it_shows_outside(level: IsolationLevel) -> None:
+    table = memoryview(bytearray(range(6))).cast("B", (2, 3))
+    views = [memoryview(b"ab"), memoryview(Array("i", [1, 2, 3])), table, memoryview(b"abcdef")[::2]]
+    for view in views:
+        assert harness.call(level, shape_of, view) == shape_of(view)
+
+
 @functools.lru_cache(maxsize=10)
 def fibonacci(number: int) -> int:
     return number if number < 2 else fibonacci(number - 1) + fibonacci(number - 2)
@@ -346,6 +373,76 @@ def test_an_exception_of_the_plugin(level: IsolationLevel) -> None:
     assert "raise ValueError(text)" in caught.value.traceback_text
     assert caught.value.traceback_text.rstrip() in str(caught.value)
     assert "sandbox/engine" not in caught.value.traceback_text
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    code: int
+
+
+class OddErrno(OSError):
+    @property
+    def errno(self) -> int:  # type: ignore[override]
+        raise ValueError("no number")
+
+
+class Closed(Exception):
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError("nobody looks at me")
+
+
+class SharedMemoryError(Exception):
+    """Of another kind of memory than that which is limited."""
+
+
+ODD_ERRORS = [
+    (FrozenError, (404,), "FrozenError: 404"),
+    (OddErrno, ("x",), "OddErrno: x"),
+    (Closed, ("y",), "Closed: y"),
+    (SharedMemoryError, ("segment not found",), "SharedMemoryError: segment not found"),
+]
+
+
+def raise_odd(number: int) -> None:
+    kind, args, _ = ODD_ERRORS[number]
+    raise kind(*args)
+
+
+@pytest.mark.parametrize("number", range(len(ODD_ERRORS)), ids=[kind.__name__ for kind, *_ in ODD_ERRORS])
+def test_an_exception_that_does_not_let_itself_be_handled_arrives_as_any(level: IsolationLevel, number: int) -> None:
+    async def main() -> None:
+        async with EnhancedPluginSandbox(PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig(level=level)) as sandbox:
+            with pytest.raises(PluginExecutionError) as caught:
+                await sandbox.execute_plugin_safe(raise_odd, number)
+            assert ODD_ERRORS[number][2] in str(caught.value).splitlines()[0]
+            shown = "<the traceback cannot be shown>" if ODD_ERRORS[number][0] is Closed else "in raise_odd"
+            assert shown in caught.value.traceback_text
+            async with sandbox.session() as session:
+                pid = await session.call(os.getpid)
+                with pytest.raises(PluginExecutionError, match=ODD_ERRORS[number][2]):
+                    await session.call(raise_odd, number)
+                assert await session.call(os.getpid) == pid
+
+    asyncio.run(main())
+
+
+def exit_with(code: object) -> None:
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+class NoWords:
+    def __str__(self) -> str:
+        raise ValueError("none")
+
+
+EXITS = {"huge": (2**70, 255), "negative": (-1, 255), "256": (256, 0), "no words": (NoWords(), 1)}
+
+
+@pytest.mark.parametrize(("code", "status"), EXITS.values(), ids=EXITS)
+def test_odd_exit_codes_are_the_interpreters(level: IsolationLevel, code: object, status: int) -> None:
+    with pytest.raises(PluginExecutionError, match=f"exited with status {status}") as caught:
+        harness.call(level, exit_with, code)
+    assert "sandbox/engine" not in str(caught.value)
 
 
 def test_cancelling_kills_the_call(level: IsolationLevel) -> None:

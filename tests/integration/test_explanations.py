@@ -572,6 +572,33 @@ def test_an_uncaught_refusal_tells_its_line(level: IsolationLevel) -> None:
     assert outward.explanation.line == connect.__code__.co_firstlineno + 3
 
 
+def caught_import() -> None:
+    try:
+        import socket  # noqa: F401
+    except ImportError:
+        pass
+    raise PermissionError(1, "the licence server says no")
+
+
+def file_of_that_name() -> None:
+    import os
+
+    try:
+        os.open("/etc/hosts", os.O_WRONLY | os.O_CREAT)
+    except OSError:
+        pass
+    os.close(os.open("hosts", os.O_WRONLY | os.O_CREAT, 0))
+    os.open("hosts", os.O_RDONLY)
+
+
+@TWO
+@pytest.mark.parametrize("function", [caught_import, file_of_that_name])
+def test_what_was_caught_is_not_to_blame_for_something_else(level: IsolationLevel, function: Callable[[], None]) -> None:
+    done = attempt(level, function, permissions={"blocked_modules": ["socket"]})
+    assert type(done.error) is PluginExecutionError
+    assert done.error.exception_type == "PermissionError"
+
+
 @TWO
 def test_an_exception_of_something_else_tells_no_line(level: IsolationLevel) -> None:
     def die_otherwise() -> None:
