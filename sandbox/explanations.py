@@ -95,6 +95,11 @@ RULES: dict[str, Rule] = {
         "seccomp refuses memory without a file where there is no memory controller",
         note="nothing would count it; psie doctor says how to have a controller, and files in /dev/shm can be mapped",
     ),
+    "buffers": Rule(
+        "seccomp",
+        "seccomp refuses larger buffers of sockets where there is no memory controller",
+        note="nothing would count them; psie doctor says how to have a controller",
+    ),
     "attributes": Rule("seccomp", "seccomp refuses extended attributes", note="Landlock does not cover them"),
     "metadata": Rule(
         "seccomp",
@@ -220,6 +225,7 @@ QUIET = {
         "setresgid", "setgroups", "initgroups",
     ),
     "uncounted memory": ("memfd_create", "mmap"),
+    "buffers": ("setsockopt",),
     "attributes": ("setxattr", "removexattr"),
     "requests": ("ioctl",),
     "locks": ("fcntl",),
@@ -345,11 +351,16 @@ def quiet(line: str, recipe: Recipe) -> tuple[str, Explanation] | None:
     """Of an EPERM that has no record: what was refused of that which is called in the line that it came from, and why. None
     where that cannot be told, and where the line has raised it itself."""
     called = re.findall(r"(\w+)\s*\(", line)
-    allowed = {"metadata": "allow_metadata", "uncounted memory": "allow_uncounted_memory"}
+    allowed = {
+        "metadata": "allow_metadata",
+        "uncounted memory": "allow_uncounted_memory",
+        "buffers": "allow_uncounted_memory",
+    }
+    argument = {"locks": "F_OFD_", "buffers": "SO_SNDBUF"}
     if re.search(r"\braise\b", line):
         return None
     for key, known in QUIET.items():
-        if recipe.seccomp.get(allowed.get(key, "")) or (key == "locks" and "F_OFD_" not in line):
+        if recipe.seccomp.get(allowed.get(key, "")) or argument.get(key, "") not in line:
             continue
         for name in known:
             if name in called:

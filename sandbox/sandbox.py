@@ -1204,7 +1204,8 @@ class _Run:
     def _may_take(self) -> bool:
         """Whether nothing has to be told before a value: see `_on_reply`."""
         recorder = self.owner._recorder
-        return self.owner._returns_early and not self.violations and (recorder is None or recorder.is_quiet())
+        is_quiet = recorder is None or recorder.is_quiet()
+        return self.owner._returns_early and not self.violations and is_quiet and not self.call.is_overdue()
 
     def _take(self) -> None:
         """A value has come here, with one wake in place of two."""
@@ -1314,8 +1315,8 @@ class _Run:
         self.worker.streams.catch_up()
         if call.reply_kind != channel.REPLY_VALUE or self.violations or call.cause or call.done:
             return
-        if not self.owner._returns_early:
-            return
+        if not self.owner._returns_early or call.is_overdue():
+            return  # whether it came in time its end says
         self.owner._recording_catches_up()
         if not call.cause:
             self._returns()

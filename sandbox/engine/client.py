@@ -13,7 +13,7 @@ import marshal
 import os
 import select
 import sys
-from time import clock_gettime_ns, time
+from time import clock_gettime_ns, monotonic, time
 
 from sandbox import state
 from sandbox.cgroups import leaf, place
@@ -898,6 +898,7 @@ class Answer:
         self.reply = call.reply
         self.reply_complete = call.reply_complete
         self.passing = call.passing
+        self.is_late = call.is_overdue()
 
 
 class Call:
@@ -945,6 +946,7 @@ class Call:
         seconds = float(sandbox.recipe.limits["seconds"])
         self.clock = Clock(seconds)
         self.seconds = seconds + float(sandbox.recipe.monitoring["grace_seconds"])  # that a call may take
+        self.due = float("inf")  # when what it does now is to have ended, monotonic
         self.has_job = False
         self.awaits = False  # a reply: what comes else is nobody's
         self.source_file = ""  # a file of the caller's own, of which the sandbox cannot show lines in a traceback
@@ -980,7 +982,7 @@ class Call:
         """Let the worker begin, if it is there; now its time counts. Its reply is read here, unless the socket is lent."""
         if self.done:
             return
-        self.clock.begin()
+        self._begin_time()
         self._hand_over(instruction, payload)
         if not self.cause:
             self.expect("a call was to end", self.seconds)
@@ -988,6 +990,10 @@ class Call:
             self.sandbox.line.tell(board.RUNNING)
         if not self.is_lent:
             self._listen()
+
+    def _begin_time(self) -> None:
+        self.clock.begin()
+        self.due = monotonic() + float(self.sandbox.recipe.limits["seconds"])
 
     def lend(self) -> None:
         """Let the caller's loop look into the job's socket for the first frame of the reply, so that a value which is no more
@@ -1041,7 +1047,7 @@ class Call:
         if self.awaits and not self.done:
             self.kill("cancelled")  # its answer would be taken for that of this request
         elif not self.done:
-            self.clock.begin()
+            self._begin_time()
             self.expect("a call was to end", self.seconds)
             self.awaits = True
             self.sandbox.line.tell(board.RUNNING)
@@ -1049,10 +1055,10 @@ class Call:
 
     def next_reply(self) -> Answer:
         """The reply that is complete; the next one may come."""
+        answer = Answer(self)
         self.clock.rest()
         if self._waiting is not None:
             self._waiting.cancel()
-        answer = Answer(self)
         self.awaits = False
         self.sandbox.line.tell(board.IDLE)
         self.reply_kind, self.reply, self.reply_complete, self.reply_size = b"", bytearray(), False, 0
@@ -1299,6 +1305,10 @@ class Call:
     def is_running(self) -> bool:
         """Whether it has been given a job, and has not ended."""
         return self.has_job and not self.done
+
+    def is_overdue(self) -> bool:
+        """Whether its time is over: then the warden has told it to end, or is about to."""
+        return monotonic() >= self.due
 
     def kill(self, cause: str) -> None:
         """End everything of the call now; `on_done` tells when it has gone."""

@@ -383,6 +383,12 @@ def no_reply(call: Call | None, who: str, instead_of: str) -> PluginExecutionErr
     return PluginExecutionError(f"{who} exited with status {code} instead of {instead_of}", exit_code=code)
 
 
+def too_late(call: Call | Answer) -> ResourceLimitExceededError:
+    """What it has taken longer than its time is."""
+    seconds = call.sandbox.recipe.limits["seconds"]
+    return _limit("time", seconds, seconds, f"the plugin ran longer than {seconds:g} s")
+
+
 def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | None:
     """The exception that this end is, or None if the plugin ended by itself with a value or an exit status."""
     limits = call.sandbox.recipe.limits
@@ -391,8 +397,7 @@ def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | 
     assert call.outcome is not None
     cause = call.outcome.get("cause", "exit")
     if cause == "timeout":
-        seconds = limits["seconds"]
-        return _limit("time", seconds, seconds, f"the plugin ran longer than {seconds:g} s")
+        return too_late(call)
     if cause == "memory":
         allowed, used = limits["memory_bytes"], int(call.outcome.get("used", "0"))
         text = f"the plugin was killed: used {used / MB:.1f} of {allowed / MB:g} MB"

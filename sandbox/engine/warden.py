@@ -61,6 +61,7 @@ class Call:
         self.clock = clock
         self.seconds = 0.0  # that it, or of a session each of its calls, may take
         self.grace = 0.0  # seconds from SIGTERM at the deadline to SIGKILL; 0: SIGKILL at once
+        self.warned = 0.0  # when SIGTERM was sent
         self.cause = "exit"
         self.used = 0  # bytes of memory, where that is the cause
         self.counted: dict[str, int] = {}  # events of the cgroup before it began
@@ -343,6 +344,7 @@ class Warden:
 
     def kill(self, call: Call, cause: str) -> None:
         call.cause = cause
+        call.result.setdefault("maxrss_kb", str(peak_of(processes.tree(call.pid)[1:])))  # its init will not tell it any more
         sc.pidfd_send_signal(call.pidfd, signal.SIGKILL)
         if call.worker is not None:
             sc.pidfd_send_signal(call.worker, signal.SIGKILL)
@@ -531,17 +533,20 @@ class Warden:
 
     def overdue(self, call: Call, now: float) -> None:
         """Its time is over: whoever handles SIGTERM may tidy up for a moment. A session's call may have begun later."""
-        if call.cause != "timeout":
-            began = call.clock.began() if call.clock is not None else None
+        began = call.clock.began() if call.clock is not None else None
+        is_warned = call.cause == "timeout"
+        if not is_warned or began is None or began > call.warned:  # else it is still what was told to end
+            call.cause = "exit" if is_warned else call.cause
             due = (now if began is None else began) + call.seconds
             if due > now:
                 call.deadline = due
                 return
-        grace, call.grace, call.deadline = call.grace, 0.0, None
-        if grace and call.worker is not None:
-            call.cause, call.deadline = "timeout", now + grace
+            is_warned = False
+        if call.grace and not is_warned and call.worker is not None:
+            call.cause, call.deadline, call.warned = "timeout", now + call.grace, now
             sc.pidfd_send_signal(call.worker, signal.SIGTERM)
         else:
+            call.deadline = None
             self.kill(call, "timeout")
 
     def wait_ms(self) -> int | None:
@@ -634,6 +639,12 @@ def memory_lines(pid: int) -> list[str]:
         if any(line.startswith("RssAnon:") for line in lines):
             return lines
     return []
+
+
+def peak_of(pids: list[int]) -> int:
+    """The most memory that one of these has had (proc_pid_status(5)), in kB, as ru_maxrss."""
+    lines = [line for pid in pids for line in memory_lines(pid) if line.startswith("VmHWM:")]
+    return max([int(line.split()[1]) for line in lines], default=0)
 
 
 def has_ended(pidfd: int) -> bool:

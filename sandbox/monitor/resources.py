@@ -65,6 +65,8 @@ class EnhancedResourceMonitor:
             if self._thread is not None:
                 raise RuntimeError("this monitor is running: stop_monitoring() first, or use another one")
             pid = os.getpid() if process_id is None else process_id
+            if isinstance(pid, bool) or not isinstance(pid, int):
+                raise TypeError(f"EnhancedResourceMonitor: process_id is a {type(pid).__name__}: give the pid of a process")
             try:
                 process = os.pidfd_open(pid)
             except (OSError, OverflowError):

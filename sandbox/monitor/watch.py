@@ -143,6 +143,7 @@ class Watch:
 
     def end(self, run: Watched) -> None:
         """`run` has ended. After the last one: a last look, and quiet."""
+        self._tell_late(monotonic())  # no process need be left that could be looked at
         if len(self.running) > 1:
             self.running.remove(run)
             return
@@ -238,10 +239,13 @@ class Watch:
             self.on_sample(sample)
         for violation in self.warnings(sample, passed):
             self._tell(violation)
-        for violation in self.late(reading.when):
+        self._tell_late(reading.when)
+        return sample
+
+    def _tell_late(self, now: float) -> None:
+        for violation in self.late(now):
             if self.on_violation is not None:
                 self.on_violation(violation)
-        return sample
 
     def describe(self, reading: Reading) -> dict[str, Any]:
         cpu = None

@@ -201,6 +201,24 @@ def large_pipes() -> str:
     return attempt(lambda: fcntl.fcntl(writer, 1031, 1 << 20))  # F_SETPIPE_SZ
 
 
+@attack(MEMORY, () if "memory" in facts().controllers else ALL)  # the controller counts them
+def large_buffers_of_sockets() -> str:
+    """What is sent and not received yet is no process's memory, and each end holds as much as its buffer. Outside it takes one."""
+    import socket
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        before = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+        def take() -> int:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+            return ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+        told = attempt(take)
+        after = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        return told if after <= before or told.startswith("escaped") else f"escaped: {after} bytes"
+
+
 @attack(MEMORY)
 def huge_pages() -> str:
     """Set aside for the whole machine (vm.nr_hugepages), where they are; shared ones are in no limit's sum."""

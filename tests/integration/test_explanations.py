@@ -415,6 +415,13 @@ def memory_file() -> None:
     os.memfd_create("memory")
 
 
+def buffers() -> None:
+    import socket
+
+    ours, _theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+
+
 def lock() -> None:
     import fcntl
     import struct
@@ -502,6 +509,7 @@ QUIETLY: dict[Callable[[], None], str] = {
     priority: "a capability",
     memory: "no memory controller",
     memory_file: "no memory controller",
+    buffers: "no memory controller",
     lock: "locks of open files",
     request: "unusual requests",
 }

@@ -19,6 +19,7 @@ from sandbox import (
     IsolationLevel,
     PluginLimitsV2,
     ResourceError,
+    ResourceLimitExceededError,
     SandboxTelemetry,
     SandboxViolation,
     SandboxViolationType,
@@ -107,6 +108,33 @@ def test_without_monitoring_there_are_no_samples(level: IsolationLevel) -> None:
     assert telemetry.peak_memory_mb > 60
 
 
+def test_a_call_that_ends_before_it_is_looked_at_again_is_warned_about(level: IsolationLevel) -> None:
+    handler, _ = watched(level, 0.6, resource_check_interval_seconds=60.0)
+    late = [violation for violation in handler.violations if violation.details["limit"] == "time"]
+    assert [violation.type for violation in late] == [SandboxViolationType.EXECUTION_TIMEOUT]
+
+
+def hold_and_make_files(megabytes: int) -> None:
+    held = bytearray(megabytes << 20)
+    for place in range(0, len(held), 4096):
+        held[place] = 1
+    time.sleep(0.2)
+    for number in range(1000):
+        with open(f"file-{number}", "w"):
+            time.sleep(0.005)
+
+
+def test_of_a_call_that_psie_ends_the_memory_is_told(level: IsolationLevel) -> None:
+    async def main() -> float:
+        limits = {"max_file_operations": 20}
+        async with harness.open_sandbox(level, limits=limits, config={"resource_check_interval_seconds": 60.0}) as sandbox:
+            with pytest.raises(ResourceLimitExceededError, match="file operations"):
+                await sandbox.execute_plugin_safe(hold_and_make_files, 60)
+            return sandbox.get_telemetry().peak_memory_mb
+
+    assert 60 < asyncio.run(main()) < 120
+
+
 def test_without_telemetry_nothing_is_stored(level: IsolationLevel) -> None:
     handler, telemetry = watched(level, 0.5, telemetry_enabled=False)
     assert handler.samples
@@ -181,6 +209,9 @@ def test_a_monitor_says_what_is_wrong() -> None:
         EnhancedResourceMonitor(None, IsolationConfig())  # type: ignore[arg-type]
     with pytest.raises(ResourceError, match="there is no process"):
         monitor().start_monitoring(1 << 22)
+    for wrong in (True, "1", 1.5):
+        with pytest.raises(TypeError, match=r"process_id is a .*: give the pid of a process"):
+            monitor().start_monitoring(wrong)  # type: ignore[arg-type]
 
 
 def test_a_monitor_leaves_nothing() -> None:

@@ -249,6 +249,36 @@ def test_each_call_has_its_own_time_and_output(level: IsolationLevel) -> None:
     run(level, work, limits={"max_execution_time_seconds": seconds, "max_output_mb": 1.0})
 
 
+def answer_late() -> str:
+    import signal
+    import time
+
+    def told(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGTERM, told)
+    try:
+        time.sleep(60)
+    except TimeoutError:
+        pass
+    return "late"
+
+
+def test_who_answers_when_told_to_end_is_late_and_costs_the_next_one_nothing(level: IsolationLevel) -> None:
+    seconds = 1.0 * harness.PATIENCE
+
+    async def work(session: Any, sandbox: EnhancedPluginSandbox) -> None:
+        pid = await session.call(os.getpid)
+        with pytest.raises(ResourceLimitExceededError) as caught:
+            await session.call(answer_late)
+        assert caught.value.limit == "time"
+        for _ in range(2):
+            assert await session.call(sleep, seconds * 0.8) == "slept"
+        assert await session.call(os.getpid) == pid
+
+    run(level, work, limits={"max_execution_time_seconds": seconds})
+
+
 def test_its_time_is_kept_while_the_caller_is_blocked(level: IsolationLevel) -> None:
     """By the warden: nobody else is awake."""
     seconds = 0.3 * harness.PATIENCE
