@@ -509,8 +509,10 @@ class Sandbox:
                 instruction["folder_path"] = self.folder
             for folder in self.recipe.granted:
                 self.granted.append(Granted(str(folder["path"])))
-            instruction["resolved"] = self.resolved
-            instruction["granted"] = [folder.found() for folder in self.granted]
+            facts = {"resolved": self.resolved, "granted": [folder.found() for folder in self.granted]}
+            if any(facts.values()):  # which the zygote does not read: all sandboxes to come have its memory
+                fds["own"] = channel.in_memory(facts)
+                opened.append(fds["own"])
             instruction["recipe_number"] = self.zygote.teach(wire)
             instruction["fds"] = list(fds)
             self.hub.setblocking(False)

@@ -681,6 +681,8 @@ def serve_sandbox(
     unprepared: mounts.LineFailed | None,
 ) -> None:
     """One sandbox from its opening to its end. That the caller has gone meanwhile is an end as well."""
+    own: Any = channel.from_memory(fds.pop("own")) if "own" in fds else {"resolved": {}, "granted": []}
+    instruction |= own
     if "folder_path" in instruction:
         recipe = workspace.place(recipe, instruction["folder_path"])
     warden = Warden(recipe, instruction, fds, link_socket, kept)
@@ -729,7 +731,6 @@ def run(
     shared: int,
     zygote: int,
     baseline: int,
-    recipes: dict[int, dict[str, Any]],
     template: int | None,
     host_namespace: int | None,
     link_socket: _socket.socket | None,
@@ -750,17 +751,17 @@ def run(
         channel.send(tasks, "up", {})
         sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
         kept: list[int] = []
+        recipe: dict[str, Any] = {}
         while True:
             unprepared = prepare(template)
             instruction, fds = next_task(tasks, kept)
             while instruction is not None and "learn" in instruction:
-                recipes[instruction["learn"]] = channel.from_memory(fds[0])  # type: ignore[assignment]
+                recipe = channel.from_memory(fds[0])  # type: ignore[assignment]
                 instruction, fds = next_task(tasks, kept)
             if instruction is None:
                 os._exit(0)
             instruction["baseline"] = baseline
             given = dict(zip(instruction["fds"], fds, strict=True))
-            recipe = recipes[instruction["recipe_number"]]
             if unprepared is not None:
                 unprepared = prepare(template)  # what failed when nobody wanted it yet may be had now
             serve_sandbox(recipe, instruction, given, host_namespace, link_socket, kept, unprepared)

@@ -198,19 +198,19 @@ class Sandbox:
 class Warden:
     """One warden: at work for a sandbox, or idle and ready for the next."""
 
-    def __init__(self, pid: int, pidfd: int, tasks: _socket.socket, learned: set[int]) -> None:
+    def __init__(self, pid: int, pidfd: int, tasks: _socket.socket) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.tasks = tasks
         self.sandbox: Sandbox | None = None
-        self.learned = learned  # recipes, those that we knew when it was cloned, and what it was taught since
+        self.number = 0  # of the one recipe that it knows: its workers have all of its memory
 
 
 class Zygote:
     def __init__(self) -> None:
         self.control = channel.from_fd(CONTROL)
         self.baseline = 0  # bytes of anonymous memory that every child shares with us at first
-        self.recipes: dict[int, dict[str, Any]] = {}
+        self.recipes: dict[int, int] = {}  # memory files, which we do not look into: wardens and workers have our memory
         self.host_namespace: int | None = None
         self.template: int | None = None  # our mount namespace, where each sandbox has a copy of it
         self.link_socket: _socket.socket | None = None
@@ -281,8 +281,9 @@ class Zygote:
             return
         try:
             while True:
-                fresh = not self.idle
-                warden = self.clone_warden() if fresh else self.idle.popleft()
+                known = self.suitable(instruction["recipe_number"])
+                fresh = known is None
+                warden = known or self.clone_warden()
                 try:
                     self.assign(warden, sandbox, instruction, list(given.values()))
                     break
@@ -303,6 +304,16 @@ class Zygote:
             except OSError:
                 pass  # the next sandbox tries again, and is told why if that fails
 
+    def suitable(self, number: int) -> Warden | None:
+        """An idle warden that knows of no other recipe than this."""
+        known: Warden
+        for wanted in (number, 0):
+            for known in self.idle:
+                if known.number == wanted:
+                    self.idle.remove(known)
+                    return known
+        return None
+
     def kept(self) -> list[int]:
         """Descriptors that every warden has of us."""
         link = self.link_socket.fileno() if self.link_socket is not None else None
@@ -315,7 +326,8 @@ class Zygote:
         """
         sandbox.lock = os.dup(fds["lock"])  # which is given back when leaf and folder have gone
         instruction["baseline"] = self.baseline
-        recipe, kept = self.recipes[instruction["recipe_number"]], list[int]()
+        recipe: Any = channel.from_memory(self.recipes[instruction["recipe_number"]])
+        kept: list[int] = []
         try:
             warden.serve_sandbox(recipe, instruction, fds, self.host_namespace, self.link_socket, kept, None)
         finally:
@@ -333,12 +345,12 @@ class Zygote:
             pid, pidfd = sc.clone3(sc.CLONE_FILES)
             if pid == 0:
                 places = self.template, self.host_namespace, self.link_socket
-                warden.run(self.nest, self.shared, own_pid, self.baseline, self.recipes, *places)
+                warden.run(self.nest, self.shared, own_pid, self.baseline, *places)
         except OSError:
             self.empty_nest()
             ours.close()
             raise
-        self.newest = self.wardens[pidfd] = Warden(pid, pidfd, ours, set(self.recipes))
+        self.newest = self.wardens[pidfd] = Warden(pid, pidfd, ours)
         self.epoll.register(pidfd, select.EPOLLIN)
         return self.newest
 
@@ -365,13 +377,9 @@ class Zygote:
         if warden is self.newest and not self.settle():
             raise OSError(errno.ENOTRECOVERABLE, "it died as soon as it was there")
         number = instruction["recipe_number"]
-        if number not in warden.learned:
-            recipe = channel.in_memory(self.recipes[number])
-            try:
-                channel.instruct(warden.tasks, {"learn": number}, [recipe])
-            finally:
-                os.close(recipe)
-            warden.learned.add(number)
+        if warden.number != number:
+            channel.instruct(warden.tasks, {"learn": number}, [self.recipes[number]])
+            warden.number = number
         channel.instruct(warden.tasks, instruction, fds)
         warden.sandbox = sandbox
         self.at_work[warden.tasks.fileno()] = warden
@@ -403,10 +411,12 @@ class Zygote:
             return  # killed: its pidfd tells
         sandbox, warden.sandbox = warden.sandbox, None
         self.over(sandbox)
-        if len(self.idle) < IDLE_WARDENS and not self.finishing:
-            self.idle.append(warden)
-        else:
+        if self.finishing:
             warden.tasks.close()  # upon which it leaves
+            return
+        self.idle.append(warden)
+        if len(self.idle) > IDLE_WARDENS:
+            self.idle.popleft().tasks.close()  # which may know another recipe
 
     def buried(self, pidfd: int) -> None:
         """A warden has gone, and all below it: reap it and remove what was its sandbox's."""
@@ -462,7 +472,7 @@ class Zygote:
                         return
                     if "learn" in instruction:
                         number = int(instruction["learn"])  # type: ignore[call-overload]
-                        self.recipes[number] = channel.from_memory(fds[0])  # type: ignore[assignment]
+                        self.recipes[number] = fds[0]
                     elif "kill" in instruction:
                         self.kill(str(instruction["kill"]))
                     else:

@@ -280,6 +280,33 @@ def rarely_needed_calls(numbers: dict[str, int]) -> str:
     )
 
 
+@attack(SURFACE, scene=calls("prctl"))
+def settings_of_its_memory(numbers: dict[str, int]) -> str:
+    """A table of the kernel's, of a gigabyte if that is asked for, and the merging of equal pages of several processes."""
+    return first_escape(
+        {
+            "merge": lambda: syscall(numbers["prctl"], 67, 0, 0, 0, 0),  # PR_SET_MEMORY_MERGE
+            "slots": lambda: syscall(numbers["prctl"], 78, 1, 16, 0, 0),  # PR_FUTEX_HASH, PR_FUTEX_HASH_SET_SLOTS
+        }
+    )
+
+
+@attack(SURFACE)
+def watch_a_folder_of_all() -> str:
+    """dnotify tells of what others do in a folder that may only be read: fcntl(2), F_NOTIFY."""
+    import fcntl
+    import os
+
+    def watch() -> int:
+        fd = os.open(os.path.dirname(os.__file__), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return fcntl.fcntl(fd, 1026, 1 | 1 << 31)  # DN_ACCESS, DN_MULTISHOT
+        finally:
+            os.close(fd)
+
+    return attempt(watch)
+
+
 @contextmanager
 def terminal(where: Where) -> Iterator[Scene]:
     """A terminal of the caller's, in which somebody has just typed."""

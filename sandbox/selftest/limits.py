@@ -203,7 +203,7 @@ def large_pipes() -> str:
 
 @attack(MEMORY, () if "memory" in facts().controllers else ALL)  # the controller counts them
 def large_buffers_of_sockets() -> str:
-    """What is sent and not received yet is no process's memory, and each end holds as much as its buffer. Outside it takes one."""
+    """What is sent and not received yet is no process's memory: each end holds as much as its buffer. Outside it takes one."""
     import socket
 
     ours, theirs = socket.socketpair()
@@ -217,6 +217,28 @@ def large_buffers_of_sockets() -> str:
         told = attempt(take)
         after = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         return told if after <= before or told.startswith("escaped") else f"escaped: {after} bytes"
+
+
+@attack(MEMORY)
+def pages_of_files_in_sockets() -> str:
+    """A byte that is not copied keeps its page, also when the file is emptied: by a pipe into a socket, or at once."""
+    import socket
+
+    ours, theirs = socket.socketpair()
+    reader, writer = os.pipe()
+    with ours, theirs, open("pages", "wb+", buffering=0) as file:
+        os.unlink("pages")
+        file.write(bytes(1 << 16))
+        try:
+            return first_escape(
+                {
+                    "splice": lambda: os.splice(file.fileno(), writer, 1, offset_src=0),
+                    "sendfile": lambda: os.sendfile(ours.fileno(), file.fileno(), 0, 1),
+                }
+            )
+        finally:
+            os.close(reader)
+            os.close(writer)
 
 
 @attack(MEMORY)

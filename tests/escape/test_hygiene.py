@@ -9,6 +9,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -231,6 +232,37 @@ def test_memory_of_a_call_is_not_in_the_next(level: IsolationLevel) -> None:
             return [str(answer) for answer in found]
 
     assert trial.bounded(go()) == ["stopped: not there"] * 2
+
+
+PLACE = "secret-" + os.urandom(6).hex()  # by which a folder and a host that another sandbox was given are known
+
+
+@pytest.fixture
+def granted_folder() -> Iterator[Path]:
+    """To which every id finds its way."""
+    with tempfile.TemporaryDirectory(prefix=PLACE, dir="/var/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_what_one_sandbox_was_given_is_in_no_other_ones_memory(level: IsolationLevel, granted_folder: Path) -> None:
+    """The settings of a sandbox, as far as they are its own, are not the next one's to read, while it stands and afterwards."""
+    permissions: dict[str, Any] = {"allowed_directories": [str(granted_folder)], "allow_file_creation": True}
+    if ROOT:
+        permissions |= {"allow_network_access": True, "allowed_hosts": [f"{PLACE}.localhost", "127.0.0.1"]}
+
+    async def go() -> list[str]:
+        async with trial.open_sandbox(level, permissions=permissions) as one:
+            found = [await one.execute_plugin_safe(memory_of_the_caller, scrambled(PLACE))]
+            async with trial.open_sandbox(level) as other:
+                found.append(await other.execute_plugin_safe(memory_of_the_caller, scrambled(PLACE)))
+        async with trial.open_sandbox(level) as later:
+            found.append(await later.execute_plugin_safe(memory_of_the_caller, scrambled(PLACE)))
+        return [str(answer) for answer in found]
+
+    own, *others = trial.bounded(go())
+    assert own.startswith("escaped")  # its own it knows, so that what is looked for would be found
+    assert others == ["stopped: not there"] * 2
 
 
 # -- the zygote --------------------------------------------------------------------------------------------------------------
