@@ -15,15 +15,17 @@ import copy
 import functools
 import inspect
 import os
+import sys
 import threading
 import weakref
 from collections import deque
-from concurrent.futures._base import CANCELLED_AND_NOTIFIED, RUNNING
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, LOGGER, RUNNING
 from dataclasses import replace
 from typing import overload
 
+from sandbox import transport
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, level_of
-from sandbox.sandbox import EnhancedPluginSandbox, checked_environment
+from sandbox.sandbox import Condition, EnhancedPluginSandbox, checked_environment, prewarmed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class SandboxFuture(concurrent.futures.Future["T"]):
 
     def __init__(self, kill: Callable[[SandboxFuture[T]], None]) -> None:
         super().__init__()
+        self._condition = Condition()  # type: ignore[assignment]
         self._kill = kill
         self._is_killed = self._is_over = False
 
@@ -150,10 +153,9 @@ class SandboxExecutor(concurrent.futures.Executor):
         """Have sandboxes stand ready for so many calls, max_workers if None; see EnhancedPluginSandbox.prewarm."""
         self._check()
         wanted = self._max_workers if count is None else count
-        with self._lock:
-            loop = self._started()
-        warming = EnhancedPluginSandbox.prewarm(wanted, self._limits, self._permissions, self._config)
-        return asyncio.run_coroutine_threadsafe(warming, loop).result()
+        if self._is_shut:
+            raise RuntimeError("the executor was shut down: make a new one")
+        return prewarmed(wanted, self._limits, self._permissions, self._config).result()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> SandboxFuture[T]:
         """Have `fn(*args, **kwargs)` called in a sandbox. Raises RuntimeError after `shutdown`, and in a fork."""
@@ -184,10 +186,7 @@ class SandboxExecutor(concurrent.futures.Executor):
         items = list(zip(*iterables, strict=False))
         chunks = [items[start : start + chunksize] for start in range(0, len(items), chunksize)]
 
-        def each(chunk: list[tuple[Any, ...]]) -> list[T]:  # in here, so that it travels by value
-            return [fn(*item) for item in chunk]
-
-        results = super().map(each, chunks, timeout=timeout)
+        results = super().map(_of_chunks(fn), chunks, timeout=timeout)
         return (result for chunk in results for result in chunk)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -276,10 +275,35 @@ class SandboxExecutor(concurrent.futures.Executor):
         except BaseException as raised:
             error = raised
         finally:
-            if not work.future.done():
-                work.future._end(None, error)
+            try:
+                if not work.future.done():
+                    work.future._end(None, error)
+            except BaseException:  # a callback's, as of sys.exit(): the other calls go on
+                LOGGER.exception("exception calling callback for %r", work.future)
             del self._running[work.future]
             self._more()
+
+
+def _of_chunks(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a list of arguments; those in here travel by value. Called and answered as `fn` itself would be."""
+    is_async, wants_env = inspect.iscoroutinefunction(fn), transport.first_wish(fn) == "env"
+
+    def each(chunk: list[tuple[Any, ...]]) -> list[Any]:
+        return [fn(*item) for item in chunk]
+
+    async def each_async(chunk: list[tuple[Any, ...]]) -> list[Any]:
+        return [await fn(*item) for item in chunk]
+
+    def each_env(env: dict[str, Any], chunk: list[tuple[Any, ...]]) -> list[Any]:
+        return [fn(dict(env), *item) for item in chunk]
+
+    async def each_async_env(env: dict[str, Any], chunk: list[tuple[Any, ...]]) -> list[Any]:
+        return [await fn(dict(env), *item) for item in chunk]
+
+    chosen: Any = (each_async_env if wants_env else each_async) if is_async else (each_env if wants_env else each)
+    chosen.__module__ = getattr(fn, "__module__", None) or __name__  # where classes are looked for that come back
+    made: Callable[..., Any] = chosen
+    return made
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
@@ -359,8 +383,22 @@ class Sandboxed:
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return copy.copy, (self._function,)  # which for a function is itself
+    def __copy__(self) -> Sandboxed:
+        return self  # as a function's
+
+    def __deepcopy__(self, memo: object) -> Sandboxed:
+        return self
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """For whoever else pickles it: wherever it goes, its calls are in a sandbox."""
+        found: Any = sys.modules.get(self.__module__) if self.__module__ != "__main__" else None
+        path: str = getattr(self, "__qualname__", "")
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        return path if found is self else (Sandboxed, (self._function, self._settings))
+
+
+transport.travels_as[Sandboxed] = lambda decorated: (copy.copy, (decorated._function,))  # which for a function is itself
 
 
 @overload

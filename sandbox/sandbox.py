@@ -12,8 +12,10 @@ import concurrent.futures
 import errno
 import os
 import sys
+import threading
 import uuid
 import weakref
+from _thread import RLock
 from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -176,13 +178,7 @@ class EnhancedPluginSandbox:
         sandboxes or their memory is reached, none where settings name what is the caller's (allowed_directories, host names),
         or with PSIE_STANDING=0. Raises as `__aenter__`, and ValueError.
         """
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"prewarm: count is {count!r}: give a whole number above 0")
-        made, wire, _ = compiled(config, limits, permissions)
-        standing: concurrent.futures.Future[int] = concurrent.futures.Future()
-        standing.set_running_or_notify_cancel()
-        service().post(service().prewarm, made, wire, count, standing.set_result)
-        return await asyncio.wrap_future(standing)
+        return await asyncio.wrap_future(prewarmed(count, limits, permissions, config))
 
     async def __aenter__(self) -> EnhancedPluginSandbox:
         """Open the sandbox; its first worker then stands sealed and read back.
@@ -592,13 +588,16 @@ class EnhancedPluginSandbox:
     ) -> client.Call:
         if self._ending:
             await self._ends()  # limits of a worker are reckoned by the calls that there are when it starts
-        run, self._standby = self._standby or self._new_run(), None
+        run, self._standby = self._standby or _Run(self), None
         self._telemetry.plugin_id = remembered.name
         try:
+            if run.worker is None and not run.has_stood:
+                self._post(run.start)
             if not run.has_stood:
                 await run.stands()
-        except asyncio.CancelledError:
-            self._post(run.give_up)
+        except BaseException:  # also a signal's, at any place
+            with suppress(ResourceError):  # a fork
+                self._post(run.give_up)
             raise
         remembered.call = run.call
         self._plugins[run.call.number] = remembered.name
@@ -679,12 +678,6 @@ class EnhancedPluginSandbox:
             "limits": _plain(asdict(self.limits)),
             "permissions": _plain(asdict(self.permissions)),
         }
-
-    def _new_run(self) -> _Run:
-        assert self._service is not None
-        run = _Run(self)
-        self._service.post(run.start)
-        return run
 
     def _value(self, call: client.Call, types: Mapping[str, type]) -> Any:
         if call.reply_kind != channel.REPLY_VALUE or not call.reply_complete:
@@ -1118,6 +1111,18 @@ class EnhancedPluginSandbox:
         return Path(f"/proc/{os.getpid()}/fd/{self._sandbox.workspace}")
 
 
+def prewarmed(
+    count: int, limits: PluginLimitsV2, permissions: PluginPermissionsV2, config: IsolationConfig
+) -> concurrent.futures.Future[int]:
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"prewarm: count is {count!r}: give a whole number above 0")
+    made, wire, _ = compiled(config, limits, permissions)
+    standing: concurrent.futures.Future[int] = concurrent.futures.Future()
+    standing.set_running_or_notify_cancel()
+    service().post(service().prewarm, made, wire, count, standing.set_result)
+    return standing
+
+
 def carry_out(granted: GrantedChanges, paths: list[str] | None) -> list[FileChange]:
     with granted:
         return granted.commit(paths)
@@ -1391,8 +1396,24 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 def promise() -> concurrent.futures.Future[None]:
     """A Future that its waiter cannot cancel: the engine's thread always may set it."""
     future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future._condition = Condition()  # type: ignore[assignment]
     future.set_running_or_notify_cancel()
     return future
+
+
+class Condition(RLock):  # type: ignore[misc]  # a class as any, whatever typeshed says
+    """As threading.Condition, whose `with` is one step: a signal's exception cannot come between and leave it locked,
+    upon which the engine's thread, and so every sandbox of this process, would wait for ever."""
+
+    _waited: threading.Condition | None = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._waited = self._waited or threading.Condition(self)
+        return self._waited.wait(timeout)
+
+    def notify_all(self) -> None:
+        if self._waited is not None:
+            self._waited.notify_all()
 
 
 def no_start(error: Exception) -> SandboxException:

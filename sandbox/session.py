@@ -178,13 +178,19 @@ class Session:
             if self._process is None:
                 await self._start()
             assert self._conversation is not None
-            file, instruction, payload, types_ = make(*what)
             try:
+                file, instruction, payload, types_ = make(*what)
                 if not observers.want_calls():
                     return await self._answered_value(file, instruction, payload, types_)
                 run = self._conversation.run
                 with Asked(self._sandbox, name_of(what[0]), run.call if run is not None else None):
                     return await self._answered_value(file, instruction, payload, types_)
+            except Exception:
+                raise
+            except BaseException:  # a signal's, at any place: what the process knows is not known
+                if self._conversation is not None:
+                    self._abandon()
+                raise
             finally:
                 if self._max_calls is not None and self._calls >= self._max_calls:
                     await self._end()

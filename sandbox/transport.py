@@ -76,6 +76,11 @@ def _reduce_cached(cached: Any) -> str | tuple[Any, ...]:
     return make, (cached.__wrapped__, known["maxsize"], known["typed"], info), about
 
 
+def _reduce_cached_property(known: functools.cached_property[Any]) -> tuple[Any, ...]:
+    """Without its lock, which it has before Python 3.12."""
+    return functools.cached_property, (known.func,), {"attrname": known.attrname, "__doc__": known.__doc__}
+
+
 def _newest_module() -> tuple[int, str]:
     """How many there are, and which came last."""
     while True:
@@ -119,6 +124,9 @@ def namespace_folders(module: types.ModuleType) -> list[str]:
     return [os.path.join(each, "") for each in path if isinstance(each, str)] if type(path).__name__ == "_NamespacePath" else []
 
 
+# How else objects travel, by their class: entries of a pickler's dispatch table.
+travels_as: dict[type, Callable[[Any], str | tuple[Any, ...]]] = {}
+
 _pickler: type | None = None
 
 
@@ -151,7 +159,9 @@ def _pickler_class() -> type:
                 memoryview: _reduce_view,
                 types.CodeType: reduce_code,
                 type(functools.cache(len)): _reduce_cached,
+                functools.cached_property: _reduce_cached_property,
             },
+            travels_as,
             cloudpickle.Pickler.dispatch_table,
         )
 

@@ -72,6 +72,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 WATCH_AFTER = 0.05  # seconds that a call must have run to be watched: of shorter ones the counters are read at their end
 
+SHORT = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # what the caller is short of tells nothing of what the host has
+
 MENDS = {
     errno.ENOSPC: "close other sandboxes, or raise what is used up of user.max_*_namespaces: psie doctor says what, and how",
     errno.EAGAIN: "raise the process limit (ulimit -u), or close other sandboxes",
@@ -571,6 +573,8 @@ class Sandbox:
             return parent, leaf.make(*self.leaf, settings)
         except OSError as error:
             self.zygote.forget_leaves()
+            if error.errno in SHORT:
+                raise ResourceError(f"the sandbox's cgroup cannot be made ({error.strerror}): {mend_of(error.errno)}") from None
             state.distrust()
             raise SandboxInitializationError(
                 f"the sandbox's cgroup cannot be made: {error.strerror}",

@@ -13,11 +13,12 @@ import sys
 import threading
 from collections import deque
 from concurrent.futures import Future
+from contextlib import ExitStack
 from time import monotonic
 
 from sandbox.engine import board
 from sandbox.engine import loop as loops
-from sandbox.engine.client import GRACE, VALUE_MODULES, Call, Sandbox, Zygote
+from sandbox.engine.client import GRACE, VALUE_MODULES, Call, Sandbox, Zygote, close_fds, mend_of
 from sandbox.engine.loop import PollLoop, PollTimer
 from sandbox.engine.spawn import spawn_zygote
 from sandbox.engine.streams import Streams
@@ -51,22 +52,24 @@ class ThreadLoop(PollLoop):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.turn = threading.Lock()
         self.posted: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self.wake_reader, self.wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self.add_reader(self.wake_reader, self._woken)
-        self.alarm = sc.timerfd_create()  # for timers of those who have the turn while the thread waits
-        self.add_reader(self.alarm, self._alarmed)
         self.wakes_at = float("-inf")  # when the thread does so at the latest, while it waits
         self.thread = threading.Thread(target=self._serve, name="psie engine", daemon=True)
         try:
-            self.thread.start()
-        except RuntimeError as error:  # "can't start new thread"
-            self.close()
-            for fd in (self.wake_reader, self.wake_writer, self.alarm):
-                os.close(fd)
-            mend = "raise the limit of processes (ulimit -u)"
+            with ExitStack() as undo:
+                super().__init__()
+                undo.callback(self.close)
+                self.wake_reader, self.wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+                undo.callback(close_fds, (self.wake_reader, self.wake_writer))
+                self.alarm = sc.timerfd_create()  # for timers of those who have the turn while the thread waits
+                undo.callback(os.close, self.alarm)
+                self.add_reader(self.wake_reader, self._woken)
+                self.add_reader(self.alarm, self._alarmed)
+                self.thread.start()
+                undo.pop_all()
+        except (OSError, RuntimeError) as error:  # "can't start new thread"
+            mend = mend_of(error.errno or 0) if isinstance(error, OSError) else "raise the limit of processes (ulimit -u)"
             raise ResourceError(f"psie's own thread could not be started ({error}): {mend}") from None
 
     def post(self, callback: Callable[..., Any], *args: Any) -> None:
@@ -268,6 +271,8 @@ class Service:
         board.use_memory()
         self.loop = ThreadLoop()
         self.zygotes: dict[str, Zygote] = {}
+        self.giving_way = 0  # sandboxes that stood ready and go, so that there is room
+        self.waiting_for_room: list[Callable[[], None]] = []
         self.stocks: dict[int, Stock] = {}  # of the recipes in use, by the identity of their wire form
 
     def post(self, callback: Callable[..., Any], *args: Any) -> None:
@@ -390,18 +395,22 @@ class Service:
         waiting = [worker for stock in self.stocks.values() for worker in stock.take_all()]
         for stock in self.stocks.values():
             stock.tell()
-        left = len(waiting)
+        self.giving_way += len(waiting)
+        if not self.giving_way:
+            return False
+        self.waiting_for_room.append(then)
 
         def gone() -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                then()
+            self.giving_way -= 1
+            if self.giving_way == 0:
+                told, self.waiting_for_room = self.waiting_for_room, []
+                for each in told:
+                    each()
 
         for worker in waiting:
             worker.sandbox.on_gone = gone
             worker.sandbox.close()
-        return bool(waiting)
+        return True
 
     def _let_go(self, stock: Stock) -> None:
         del self.stocks[id(stock.wire)]

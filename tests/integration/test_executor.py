@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
+import dataclasses
+import functools
 import inspect
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -268,6 +272,60 @@ def test_who_waits_for_room_is_told_of_a_shutdown(level: IsolationLevel) -> None
     assert [future.result(30) for future in futures] == [0.5, 0.5]
 
 
+@dataclasses.dataclass
+class Box:
+    number: int
+
+
+def boxed(number: int) -> Box:
+    return Box(number)
+
+
+async def doubled(number: int) -> int:
+    return 2 * number
+
+
+def with_environment(env: dict[str, Any], number: int) -> tuple[int, bool]:
+    is_own = "mark" not in env
+    env["mark"] = True
+    return number, is_own
+
+
+@pytest.mark.parametrize("function", [boxed, doubled, with_environment])
+def test_chunks_are_as_single_calls(executor: SandboxExecutor, function: Callable[..., Any]) -> None:
+    one, two = (list(executor.map(function, [1, 2, 3], chunksize=size)) for size in (1, 2))
+    assert one == two
+    assert [type(each) for each in one] == [type(each) for each in two]
+
+
+def test_a_callback_that_exits_ends_nothing(executor: SandboxExecutor, caplog: pytest.LogCaptureFixture) -> None:
+    future = executor.submit(plugins.fail, "mine")
+    future.add_done_callback(lambda _: sys.exit(1))
+    assert isinstance(future.exception(20), PluginExecutionError)
+    assert executor.submit(add, 1).result(20) == 1
+
+
+def test_prewarm_after_a_shutdown(level: IsolationLevel) -> None:
+    made = SandboxExecutor(1, level=level)
+    made.shutdown()
+    with pytest.raises(RuntimeError, match="was shut down: make a new one"):
+        made.prewarm()
+
+
+class Cached:
+    @functools.cached_property
+    def number(self) -> int:
+        return 4
+
+
+def number_of(cached: Cached) -> int:
+    return cached.number
+
+
+def test_objects_with_cached_properties_travel(executor: SandboxExecutor) -> None:
+    assert executor.submit(number_of, Cached()).result(20) == 4
+
+
 def test_mistakes() -> None:
     for wrong in ({"max_workers": 0}, {"max_workers": "2"}, {"max_waiting": 0}, {"level": "strct"}, {"timeout": -1.0}):
         with pytest.raises((ValueError, TypeError)):
@@ -425,6 +483,28 @@ def test_an_async_function_that_is_always_in_a_sandbox() -> None:
     assert harness.wait_until(lambda: not harness.roles(os.getpid())["worker"])
 
 
+@sandboxed(level="strict")
+def who() -> tuple[int, int]:
+    return os.getpid(), os.getuid()
+
+
+def test_whatever_is_made_of_it_is_in_a_sandbox_too() -> None:
+    """copy, deepcopy and pickle give no plain function, whose call would be here."""
+    import cloudpickle
+
+    copies = [copy.copy(who), copy.deepcopy({"a": who})["a"], pickle.loads(pickle.dumps(who))]
+    copies.append(cloudpickle.loads(cloudpickle.dumps(who)))
+    made: dict[str, Any] = {"sandboxed": sandboxed, "__name__": "__main__"}
+    exec("@sandboxed(level='strict')\ndef local():\n    import os\n    return os.getpid(), os.getuid()", made)
+    copies.append(cloudpickle.loads(cloudpickle.dumps(made["local"])))
+    assert who.__wrapped__() == (os.getpid(), os.getuid())  # type: ignore[attr-defined]
+    for each in copies:
+        pid, uid = each()
+        each.executor.shutdown()
+        assert pid != os.getpid()
+        assert uid != os.getuid() or os.getuid()
+
+
 def test_methods() -> None:
     source = textwrap.dedent(
         """
@@ -535,6 +615,124 @@ try:
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
+
+
+# A signal's exception at the one place where threading.Condition would leave the lock taken that the engine's thread waits for.
+BETWEEN = """
+import asyncio, signal, sys, threading
+from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
+
+def new():
+    return EnhancedPluginSandbox(PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig(level=IsolationLevel.STRICT))
+
+async def opened():
+    sandbox = new()
+    await sandbox.__aenter__()
+    await sandbox.execute_plugin_safe(abs, -1)
+    return sandbox
+
+async def call():
+    return await sandbox.execute_plugin_safe(abs, -1)
+
+loop = asyncio.new_event_loop()
+sandbox = loop.run_until_complete(opened())
+enter = threading.Condition.__enter__
+
+def interrupted(self):
+    got = enter(self)
+    if sys._getframe(2).f_code.co_name == "stands":
+        threading.Condition.__enter__ = enter
+        signal.raise_signal(signal.SIGINT)
+    return got
+
+threading.Condition.__enter__ = interrupted
+try:
+    print(loop.run_until_complete(call()))
+except KeyboardInterrupt:
+    print("interrupted")
+threading.Condition.__enter__ = enter
+
+async def other():
+    async with new() as another:
+        return await another.execute_plugin_safe(abs, -2)
+
+print(asyncio.run(other()))
+loop.run_until_complete(sandbox.cleanup_sandbox())
+"""
+
+
+def test_an_interrupted_caller_holds_nothing_that_the_engine_waits_for() -> None:
+    done = subprocess.run([sys.executable, "-c", BETWEEN], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split()[-1] == "2", done.stderr
+
+
+# Ctrl-C at the worst places, again and again.
+STORM = """
+import asyncio, os, signal, sys, time
+import psutil
+from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
+from sandbox.sandbox import _Run
+from sandbox.session import Session
+
+def add(number):
+    return number + 1
+
+def count():
+    return len(psutil.Process().children(recursive=True)), len(os.listdir("/proc/self/fd"))
+
+def interrupting(function):
+    def act(self, *given):
+        signal.raise_signal(signal.SIGINT)
+        return function(self, *given)
+    return act
+
+def interrupted(work):
+    try:
+        loop.run_until_complete(work)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("it was to be interrupted")
+
+async def opened():
+    config = IsolationConfig(level=IsolationLevel.STRICT)
+    sandbox = EnhancedPluginSandbox(PluginLimitsV2(), PluginPermissionsV2(), config)
+    await sandbox.__aenter__()
+    await sandbox.execute_plugin_safe(abs, -1)
+    session = sandbox.session()
+    await session.__aenter__()
+    return sandbox, session
+
+async def call():
+    return await sandbox.execute_plugin_safe(abs, -1)
+
+async def ask(number):
+    return await session.call(add, number)
+
+loop = asyncio.new_event_loop()
+sandbox, session = loop.run_until_complete(opened())
+time.sleep(0.5)
+before, stands, answered = count(), _Run.stands, Session._answered_value
+_Run.stands = interrupting(stands)
+for _ in range(10):
+    interrupted(call())
+_Run.stands = stands
+for _ in range(100):
+    if count() <= before:
+        break
+    time.sleep(0.1)
+print(count() <= before)
+Session._answered_value = interrupting(answered)
+interrupted(ask(1))
+Session._answered_value = answered
+print(*(loop.run_until_complete(ask(number)) for number in range(3)))
+loop.run_until_complete(session.__aexit__(None, None, None))
+loop.run_until_complete(sandbox.cleanup_sandbox())
+"""
+
+
+def test_who_is_interrupted_leaves_no_worker_and_spoils_no_session() -> None:
+    done = subprocess.run([sys.executable, "-c", STORM], capture_output=True, text=True, timeout=90, check=False)
+    assert done.stdout.split() == ["True", "1", "2", "3"], done.stderr
 
 
 def test_an_interrupted_caller_has_its_call_killed() -> None:

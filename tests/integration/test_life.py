@@ -450,6 +450,70 @@ def test_the_ledger_counts_the_living(ledger: list[userids.Slot], monkeypatch: p
     assert ledger[-1].number == 2
 
 
+MAKING_ROOM = """
+import asyncio
+from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
+
+def settings(level):
+    return PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig(level=level)
+
+async def use():
+    async with EnhancedPluginSandbox(*settings(IsolationLevel.MAXIMUM)) as sandbox:
+        return await sandbox.execute_plugin_safe(abs, -1)
+
+async def main():
+    standing = await EnhancedPluginSandbox.prewarm(2, *settings(IsolationLevel.STRICT))
+    print(standing, *await asyncio.gather(use(), use(), return_exceptions=True))
+
+asyncio.run(main())
+"""
+
+
+def test_several_wait_for_the_room_that_is_being_made(tmp_path: Path) -> None:
+    """What stands ready for others goes for the first of them; the second waits for that as well."""
+    environment = {**os.environ, "PSIE_MAX_SANDBOXES": "2", "PSIE_STANDING": "1", "XDG_RUNTIME_DIR": str(tmp_path)}
+    line = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh"] if os.getuid() == 0 else []
+    command = [*line, sys.executable, "-c", MAKING_ROOM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["2", "1", "1"], done.stdout + done.stderr
+
+
+FEW = """
+import asyncio, mmap, resource, sys
+from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, ResourceError
+from sandbox.sandbox import compiled
+
+settings = PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig(level=IsolationLevel.STRICT)
+
+async def one():
+    async with EnhancedPluginSandbox(*settings) as sandbox:
+        return await sandbox.execute_plugin_safe(abs, -1)
+
+compiled(settings[2], settings[0], settings[1], ())
+limit, hard = int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+try:
+    print(asyncio.run(one()))
+except ResourceError as error:
+    print(type(error).__name__, "ulimit -n" in str(error), error)
+except OSError as error:
+    place = error.__traceback__.tb_next.tb_frame.f_code.co_filename
+    print("asyncio's own" if error.errno == 24 and "asyncio" in place else repr(error))
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+"""
+
+
+def test_without_descriptors_one_sentence_says_what_is_short() -> None:
+    """At whichever step they run out: nothing else is thrown, and nothing believed of the host that is not so."""
+    told = []
+    for limit in range(6, 40):
+        done = subprocess.run([sys.executable, "-c", FEW, str(limit)], capture_output=True, text=True, timeout=60, check=False)
+        told.append((limit, done.stdout.strip(), done.stderr.strip()))
+    odd = [each for each in told if each[1] not in ("1", "asyncio's own") and not each[1].startswith("ResourceError True")]
+    assert not odd
+    assert any(each[1].startswith("ResourceError") for each in told)
+
+
 def test_the_ledger_adds_up_memory(ledger: list[userids.Slot]) -> None:
     ledger += [userids.claim(40 * MB, 100 * MB) for _ in range(2)]
     with pytest.raises(ResourceError, match="claim 80 MB and this one wants 21 MB of 100 MB"):
