@@ -136,7 +136,15 @@ class Recipe(Frozen):
 def differences(protections: tuple[Protection, ...], seen: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Where a running worker is not what its recipe says: {name: (expected, seen)}. What was not seen differs."""
     expected = {name: value for protection in protections for name, value in protection.expected.items()}
-    return {name: (value, seen.get(name, "nothing")) for name, value in expected.items() if seen.get(name) != value}
+    return {name: (value, seen.get(name, "nothing")) for name, value in expected.items() if not _holds(name, value, seen)}
+
+
+def _holds(name: str, value: str, seen: Mapping[str, str]) -> bool:
+    """Of an rlimit less is as good: the caller's own may be lower, and none can be raised again."""
+    found = seen.get(name, "")
+    if name.startswith("limit/") and found.isdecimal() and value.isdecimal():
+        return int(found) <= int(value)
+    return found == value and name in seen
 
 
 def confirm(protections: tuple[Protection, ...], seen: Mapping[str, str]) -> tuple[Protection, ...]:

@@ -30,7 +30,9 @@ def folder(kind: str) -> str:
             "cache": os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"),
             "lib": os.environ.get("XDG_STATE_HOME") or os.path.join(home, ".local", "state"),
         }[kind]
-        path = os.path.join(base, "psie") if base and _usable(base) else f"/tmp/psie-{os.getuid()}-{kind}"
+        own = os.path.join(base, "psie")
+        is_used = bool(base) and (_usable(base) or (kind == "lib" and _is_kept(own)))
+        path = own if is_used else f"/tmp/psie-{os.getuid()}-{kind}"
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -57,6 +59,15 @@ def _is_for_root(path: str, kind: str) -> bool:
     except OSError:
         return os.access(os.path.dirname(path), os.W_OK)
     return os.access(path, os.W_OK) or (kind == "lib" and found.st_uid == 0)
+
+
+def _is_kept(path: str) -> bool:
+    """Whether there are records of ours already: they count also while they cannot be written, as root's do."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return os.path.isabs(path) and stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def _usable(base: str) -> bool:

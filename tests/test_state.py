@@ -305,6 +305,18 @@ def test_records_count_also_while_the_disk_is_read_only() -> None:
     assert isolated(before_and_after, 0) == ["/var/lib/psie"] * 2
 
 
+@needs_root
+def test_records_of_a_user_count_too_while_their_disk_is_read_only() -> None:
+    def before_and_after() -> list[str]:
+        found = [state.folder("lib")]
+        os.chmod("/tmp/home/.local/state", 0o500)
+        found += [state.folder("lib"), state.folder("cache")]
+        os.chmod("/tmp/home/.local/state", 0o700)
+        return found
+
+    assert isolated(before_and_after, NOBODY) == ["/tmp/home/.local/state/psie"] * 2 + ["/tmp/home/.cache/psie"]
+
+
 def folders() -> dict[str, str]:
     return {kind: state.folder(kind) for kind in ("run", "cache", "lib")}
 

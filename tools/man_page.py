@@ -38,6 +38,7 @@ STATUSES = (
     ("125", "psie itself failed, the command line is wrong, or the file is quarantined."),
     ("126", "A security violation ended it."),
     ("137", "Out of memory, or killed by SIGKILL."),
+    ("143", "A person has ended it with psie kill."),
     ("128 + n", "Killed by signal n (153: too much output, 152: too much CPU time)."),
 )
 VARIABLES = (

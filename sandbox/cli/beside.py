@@ -83,7 +83,7 @@ def find(given: Mapping[str, Any]) -> list[Found]:
     Raises ConfigError for one that cannot be read, ResourceError for damaged records of what was accepted.
     """
     file = given.get("file") or str(given.get("target") or "").rpartition(":")[0]
-    if given.get("config") or not file:
+    if given.get("config") is not None or not file:
         return []
     folder = os.path.dirname(os.path.abspath(file))
     found = []

@@ -53,7 +53,7 @@ def recipe_for(
     """(recipe, wire form, limits by name, numbers of system calls, notes) for these options; see `settings.Gathered` for notes.
     Raises what compiling it raises."""
     found = beside.find(given)
-    files = bool(given.get("config")) or bool(found)
+    files = given.get("config") is not None or bool(found)
     key = repr(_key(given, read_only)).encode()
     cache = state.Cache("recipes")
     name = f"{zlib.crc32(key):08x}"

@@ -84,16 +84,25 @@ def print_reply(session: Session) -> int:
     return 0
 
 
+def name_of(key: object) -> str:
+    """A key as JSON has it."""
+    return json.dumps(key) if key is None or isinstance(key, (bool, int)) else str(key)
+
+
 def jsonable(value: object) -> object:
-    """What JSON does not have: sets become lists, bytes base64, arrays nested lists, nan and infinity null, the rest text."""
+    """What JSON does not have: sets become lists, bytes base64, arrays nested lists, nan and infinity null, the rest text.
+
+    Raises ValueError for a dict of which two keys become the same name.
+    """
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {
-            key if key is None or isinstance(key, (str, bool, int)) else str(key): jsonable(item) for key, item in value.items()
-        }
+        named = {name_of(key): jsonable(item) for key, item in value.items()}
+        if len(named) < len(value):
+            raise ValueError("two keys of a dict become the same name")
+        return named
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
     if isinstance(value, (set, frozenset)):

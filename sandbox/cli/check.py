@@ -71,6 +71,8 @@ def _check(given: dict[str, Any]) -> int:
     source = run_command.source_of(path)
     if given["args"] and not given["run"]:
         raise UsageError("arguments are for a run: give --run before them, or leave them out")
+    if given["run"] and given["config"] is not None and os.path.exists(given["config"]) and not os.path.isfile(given["config"]):
+        raise UsageError(f"--config {given['config']}: it is read for each run: give a regular file")
     config, limits, permissions = settings.settings({"level": given["level"], "config": given["config"], "file": path})
     own = Settings(config, limits, permissions, host.facts())
     level = config.level.value
@@ -202,7 +204,7 @@ def by_running(given: dict[str, Any], path: str, source: bytes, own: Settings) -
     Remembered(plain, path, path, source, files[1:], say).refuse_quarantined()
     runner = trial.Runner(given["file"], given["args"], given["env"], trial.standard_input())
     toml = None
-    if given["config"]:
+    if given["config"] is not None:
         with open(given["config"], encoding="utf-8") as file:
             toml = file.read()
     rows: dict[tuple[str, str], Row] = {}

@@ -30,6 +30,13 @@ def environment(entries: tuple[str, ...]) -> dict[str, str]:
     return variables
 
 
+def absolute(option: str, path: str) -> str:
+    """An empty path would be the working directory, which nobody has named: a variable that is not set, say."""
+    if not path:
+        raise UsageError(f"{option} is empty: give a path, or leave it out")
+    return os.path.realpath(path)
+
+
 def refuse_own(option: str, path: str, full: str) -> None:
     if full in OWN_PLACES or full.split("/")[1] in ("proc", "sys", "dev"):
         raise UsageError(f"{option} {path}: a sandbox has its own {full}: give a folder of files")
@@ -39,7 +46,7 @@ def writable(paths: tuple[str, ...]) -> tuple[str, ...]:
     """--rw folders, absolute; each must be there, and the caller must be able to change it."""
     found = []
     for path in paths:
-        full = os.path.realpath(path)
+        full = absolute("--rw", path)
         if not os.path.exists(full):
             raise UsageError(f"--rw {path}: there is no such folder: make it first, or check the path")
         if not os.path.isdir(full):
@@ -55,7 +62,7 @@ def readable(paths: tuple[str, ...]) -> list[str]:
     """--ro paths, absolute; each must be there and readable, and something that can be shown in a sandbox."""
     found = []
     for path in paths:
-        full = os.path.realpath(path)
+        full = absolute("--ro", path)
         if not os.path.exists(full):
             raise UsageError(f"--ro {path}: there is no such file or folder")
         if not os.access(full, os.R_OK):
@@ -69,7 +76,7 @@ def start(path: str | None, shown: Sequence[str]) -> str | None:
     """--chdir DIR, absolute; `shown`: the --ro and --rw paths. What lies on the way to one of them is there too."""
     if path is None:
         return None
-    full = os.path.realpath(path)
+    full = absolute("--chdir", path)
     if not os.path.isdir(full):
         raise UsageError(f"--chdir {path}: there is no such folder")
     refuse_own("--chdir", path, full)

@@ -18,6 +18,8 @@ from sandbox.cli import run as run_command
 from sandbox.cli.inputs import UsageError
 from sandbox.cli.remembered import Remembered
 from sandbox.cli.session import guarded, say
+from sandbox.cli.target import NO_PLACES
+from sandbox.config import PluginLimitsV2
 from sandbox.learn import HOST, PROCESS, Consent, Peaks, Policy
 from sandbox.text import escape_text
 
@@ -55,6 +57,9 @@ class Learning:
             ceilings["max_memory_mb"] = settings.megabytes(given["memory"])
         if given["timeout"] is not None:
             ceilings["max_execution_time_seconds"] = settings.number("--timeout", given["timeout"])
+        settings.bounded(PluginLimitsV2(), ceilings)
+        if not 0 <= given["status"] <= 255:
+            raise UsageError(f"--status {given['status']}: give an exit status, from 0 to 255")
         self.digest = ""  # of its output and changes, if they are the same each time
         self.policy = Policy(level, path, ceilings)
         self.consent = Consent(
@@ -260,10 +265,12 @@ def output_of(given: dict[str, Any], plugin: str) -> str | None:
     """Where the settings go; None: to stdout. Refuses before any run what could not be written after it."""
     if given["dry_run"] or given["output"] == "-":
         return None
-    path = os.path.abspath(given["output"] or os.path.join(os.path.dirname(plugin), "psie.toml"))
+    path = os.path.abspath(os.path.join(os.path.dirname(plugin), "psie.toml") if given["output"] is None else given["output"])
     folder = os.path.dirname(path)
     if os.path.isdir(path):
         raise UsageError(f"--output {path}: this is a directory: give the file in it")
+    if path.startswith(NO_PLACES) or (os.path.lexists(path) and not os.path.islink(path) and not os.path.isfile(path)):
+        raise UsageError(f"--output {path}: this is no file of yours: give another, or --dry-run for standard output")
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{path} cannot be written: give --output FILE in a folder of yours, or --dry-run to see it")
     if os.path.lexists(path) and not given["force"]:

@@ -19,6 +19,8 @@ from sandbox.plugins.framework import OK, EnhancedPluginFramework
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from sandbox.plugins.framework import Load
 
 
@@ -38,10 +40,23 @@ def run(
     except (SandboxException, ValueError, TypeError) as error:
         return complain(error)
     if as_json:
-        print(json.dumps([jsonable(load.to_dict()) for load in loads], indent=2))
-    else:
-        print_loads(loads)
+        documents = [told(load) for load in loads]
+        print(json.dumps(documents, indent=2))
+        return int(not all(each["success"] for each in documents))
+    print_loads(loads)
     return int(any(load.outcome != OK for load in loads))
+
+
+def told(load: Load) -> dict[str, Any]:
+    """As JSON has it; a result that it cannot have is none, and an error of that plugin alone."""
+    fields = load.to_dict()
+    try:
+        fields["result"] = jsonable(fields["result"])
+        json.dumps(fields["result"])
+    except ValueError as error:  # Python's bound on the digits of an int
+        reason = f"the result is no JSON: {str(error).partition(';')[0]}"
+        fields |= {"success": False, "result": None, "error": reason}
+    return {name: jsonable(value) for name, value in fields.items()}
 
 
 async def load_all(framework: EnhancedPluginFramework, ids: list[str]) -> list[Load]:

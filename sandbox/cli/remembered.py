@@ -74,7 +74,9 @@ class Remembered:
         """Raises Quarantined; ResourceError where the records are there, but cannot be believed."""
         try:
             place = folder("lib")
-        except OSError:
+        except OSError as error:
+            if error.errno is None:  # something is there that is not to be believed
+                raise ResourceError(str(error)) from None
             return  # nobody has been able to keep anything there
         if not os.path.lexists(os.path.join(place, QUARANTINED)):
             return

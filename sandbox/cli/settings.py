@@ -89,7 +89,7 @@ class Gathered:
         for (table, key), (value, variable) in from_environment(os.environ).items():
             self._put(table, key, value, variable)
         name = ""
-        if given.get("config"):
+        if given.get("config") is not None:
             name, tables = read_settings(given["config"])
             self._put_all(name, tables)
         asking = []
@@ -184,7 +184,7 @@ class Gathered:
         if given.get("allow_delete"):
             self._set("permissions", "allow_file_deletion", True, "--allow-delete")
         if bounds:
-            self.limits = _bounded(self.limits, bounds)
+            self.limits = bounded(self.limits, bounds)
             for name in bounds:
                 without_number = name == "max_subprocess_count" and given.get("pids") is None
                 self.origins["limits", name] = "--allow-subprocess" if without_number else _FLAG_OF[name]
@@ -216,7 +216,7 @@ _FLAG_OF = {
 }
 
 
-def _bounded(limits: PluginLimitsV2, bounds: dict[str, Any]) -> PluginLimitsV2:
+def bounded(limits: PluginLimitsV2, bounds: dict[str, Any]) -> PluginLimitsV2:
     """`limits` with `bounds` in place; thresholds follow their new maximum."""
     from dataclasses import fields
 

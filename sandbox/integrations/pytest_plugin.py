@@ -115,6 +115,7 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     from dataclasses import replace
 
     from sandbox.config import IsolationConfig, PluginLimitsV2, PluginPermissionsV2, level_of
+    from sandbox.sandbox import checked_environment
 
     unknown = sorted(set(given) - set(SETTINGS))
     if unknown:
@@ -133,7 +134,7 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
             "config": config,
             "limits": made(PluginLimitsV2, given.get("limits")),
             "permissions": made(PluginPermissionsV2, given.get("permissions")),
-            "environment": dict(given.get("environment") or {}),
+            "environment": checked_environment(f"@pytest.mark.{MARK}", given.get("environment")),
             "read_only": tuple(given.get("read_only") or ()),
             "violations": violations,
         }
@@ -141,10 +142,18 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
         pytest.fail(f"@pytest.mark.sandbox: {error}", pytrace=False)
 
 
-def made(kind: type[Any], given: object) -> Any:
-    """Settings as they are, or of a dict of them."""
+def made(kind: type[Any], given: Any) -> Any:
+    """Settings as they are, or of a dict of them. Raises ValueError, TypeError."""
     if isinstance(given, kind):
         return given
+    import difflib
+    from dataclasses import fields
+
+    names = [field.name for field in fields(kind)]
+    unknown = next((name for name in given or () if name not in names), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(str(unknown), names, 1)
+        raise ValueError(f"{kind.__name__} has no {unknown!r}" + (f", did you mean {near[0]}?" if near else ""))
     return kind(**given) if isinstance(given, dict) else kind()
 
 

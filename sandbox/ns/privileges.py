@@ -53,12 +53,13 @@ def set_rlimits(lines: list[list[object]]) -> None:
     for name, value in lines:
         limit = int(value)  # type: ignore[call-overload]
         which = getattr(resource, str(name))
-        hard = resource.getrlimit(which)[1]
-        if hard != resource.RLIM_INFINITY:
-            limit = min(limit, hard)
         # At the soft limit of CPU time the kernel sends SIGXCPU, which says why; at the hard one SIGKILL.
+        after = 1 if name == "RLIMIT_CPU" else 0
+        hard = resource.getrlimit(which)[1]
+        if hard != resource.RLIM_INFINITY:  # the caller's own may be lower: then that holds
+            limit = min(limit, max(hard - after, 0))
         try:
-            resource.setrlimit(which, (limit, limit + 1 if name == "RLIMIT_CPU" else limit))
+            resource.setrlimit(which, (limit, limit + after))
         except ValueError:  # Python's word for EPERM
             raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(name)) from None
 

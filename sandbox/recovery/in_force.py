@@ -44,7 +44,7 @@ def read(place: str) -> list[dict[str, Any]] | None:
         return []
     except OSError as error:
         raise ResourceError(f"{path} cannot be read ({error.strerror}): see to the disk and its rights") from None
-    return _parsed(content) if content else []
+    return _parsed(content)
 
 
 def _parsed(content: bytes) -> list[dict[str, Any]] | None:

@@ -23,6 +23,7 @@ sys.path[:] = {path!r}
 import cloudpickle, subprocess  # a child that has given up its ids may not reach the interpreter
 from sandbox.ns.privileges import die_with_parent
 die_with_parent()
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on the terminal is its caller's to answer, who then closes the pipe
 own = os.getpid()
 held = sys.argv[1]  # this text lies in the memory of every child, as a caller's secrets do
 while True:
@@ -37,6 +38,7 @@ while True:
         die_with_parent()
         if os.getppid() != own:
             os._exit(1)  # it died before the line above
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, {seconds})
         folder = tempfile.mkdtemp()
         os.chmod(folder, 0o777)

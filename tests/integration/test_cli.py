@@ -683,6 +683,11 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "ro of proc": (["run", "--ro", "/proc", "plugin.py"], ("--ro /proc",)),
     "ro below proc": (["run", "--ro", "/proc/self/fd", "plugin.py"], ("--ro /proc/self/fd",)),
     "ro of all": (["run", "--ro", "/", "plugin.py"], ("--ro /",)),
+    "empty ro": (["run", "--ro", "", "plugin.py"], ("--ro is empty", "give a path")),
+    "empty rw": (["run", "--rw", "", "plugin.py"], ("--rw is empty", "give a path")),
+    "empty chdir": (["run", "--chdir", "", "plugin.py"], ("--chdir is empty", "give a path")),
+    "empty config": (["run", "--config", "", "plugin.py"], ("there is no such file",)),
+    "check of a pipe": (["check", "--run", "--config", "/dev/stdin", "plugin.py"], ("--config /dev/stdin", "a regular file")),
     "unknown option": (["run", "--levle", "strict", "plugin.py"], ("--levle", "--level")),
     "option without its value": (["run", "plugin.py", "--level"], ("--level",)),
     "flag with a value": (["run", "--raw=yes", "plugin.py"], ("--raw",)),
@@ -1291,6 +1296,23 @@ def test_a_key_that_json_does_not_have(caller: Caller) -> None:
         assert_refused(done, "key")
     else:
         assert json.loads(done.out) == {"(1, 2)": 3}
+
+
+def test_two_keys_that_become_one(caller: Caller) -> None:
+    done = caller.call("def main(): return {1: 2, '1': 3}")
+    assert (done.status, done.out) == (1, "")
+    assert "two keys of a dict become the same name" in done.err
+
+
+@pytest.mark.parametrize("limit", ["-n 256", "-f 1000", "-t 20"])
+def test_what_the_callers_own_limits_are_lower_than(caller: Caller, limit: str) -> None:
+    """Then those hold, and nothing is wrong with the sandbox."""
+    path = caller.write("plugin.py", "print('ran')")
+    caller.write("limits.toml", "[limits]\nmax_open_files = 5000\nmax_file_size_mb = 50\n")
+    line = caller.command("run", "-q", "--level", caller.level, "--config", "limits.toml", path)
+    shell = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", *line]
+    done = subprocess.run(shell, env=caller.environment, cwd=caller.folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ran\n", "")
 
 
 def test_lone_surrogates_in_a_reply(caller: Caller) -> None:

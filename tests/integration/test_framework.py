@@ -177,6 +177,15 @@ def test_what_plugins_print_does_not_touch_the_table(caller: Caller) -> None:
     assert "\x1b" not in caller.run("plugins", "run", "p", "loud").out
 
 
+def test_a_result_that_json_cannot_have_is_that_plugins_own_business(caller: Caller) -> None:
+    caller.write("p/endless.py", "def main():\n    return 10**5000\n")
+    caller.write("p/fine.py", "def main():\n    return 42\n")
+    done = caller.run("plugins", "run", "p", "--json")
+    assert done.status == 1
+    assert told(done)["fine"]["result"] == 42
+    assert "the result is no JSON" in told(done)["endless"]["error"]
+
+
 def test_mistakes_on_the_command_line(caller: Caller) -> None:
     for words in (["gone"], ["p", "--level", "high"], ["p", "--config", "gone.toml"]):
         done = caller.run("plugins", "run", *words)

@@ -143,6 +143,16 @@ def test_no_level():
     pass
 
 
+@pytest.mark.sandbox(limits={"max_memory": 1})
+def test_no_limit():
+    pass
+
+
+@pytest.mark.sandbox(environment={"A": 1})
+def test_no_environment():
+    pass
+
+
 @pytest.mark.sandbox("strict")
 def test_by_position():
     pass
@@ -167,6 +177,8 @@ WHY = {
     "test_takes_a_file": "the value of the fixture 'file' (TextIOWrapper) cannot travel into the sandbox: an open file",
     "test_typo": "there is no setting 'lvel': give level, limits",
     "test_no_level": "level is 'none': give minimal, standard, strict, maximum, or an IsolationLevel",
+    "test_no_limit": "PluginLimitsV2 has no 'max_memory', did you mean max_memory_mb?",
+    "test_no_environment": "environment has a int at 'A': give texts",
     "test_by_position": "give settings by name (level, limits",
     "TestOld.test_old": "a TestCaseFunction cannot run in a sandbox, and has run outside",
 }
@@ -176,7 +188,7 @@ def test_marked_tests(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(helper="def twice(number):\n    return 2 * number\n")
     pytester.makepyfile(test_it=TESTS.replace("import asyncio\n", "import asyncio\nimport os\n\nPID = os.getpid()\n", 1))
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-rA", "--color=no")
-    result.assert_outcomes(passed=5, failed=14, skipped=1, xfailed=2)
+    result.assert_outcomes(passed=5, failed=16, skipped=1, xfailed=2)
     text = result.stdout.str()
     sections = {name: text.partition(f"_ {name} _")[2].partition("\n____")[0] for name in WHY}
     assert {name for name, why in WHY.items() if why not in sections[name]} == set()

@@ -23,7 +23,8 @@ from typing import Any
 
 import pytest
 
-from sandbox import EnhancedPluginFramework, IsolationLevel, PluginExecutionError, SecurityViolationError
+from sandbox import EnhancedPluginFramework, IsolationLevel, PluginExecutionError, ResourceError, SecurityViolationError, state
+from sandbox.cli import remembered
 from sandbox.plugins import files
 from sandbox.recovery import audit, evidence, in_force, private, spool
 from sandbox.recovery.audit import AuditLog, verify
@@ -659,14 +660,14 @@ def test_a_file_is_quarantined_with_what_is_beside_it(caller: Caller, store: Sto
     assert_refused(caller.run("run", "-q", wrapped), f"as {start}, which it equals")
 
 
-@pytest.mark.parametrize("damaged", ["store", "file"])
+@pytest.mark.parametrize("damaged", ["store", "file", "emptied"])
 def test_damage_ends_no_quarantine(caller: Caller, store: Store, here: Path, damaged: str) -> None:
     path = caller.write("plugin.py", FINE)
     assert caller.run("run", "-q", path).out == "fine\n"
     store.quarantine(str(path), None, "bad", [], "somebody")
     store.close()
     name = NAME if damaged == "store" else in_force.NAME
-    (here / name).write_bytes(b"x" * 10_000)
+    (here / name).write_bytes(b"x" * 10_000 if damaged != "emptied" else b"")
     assert_refused(caller.run("run", "-q", path), "is quarantined")
     listed = caller.run("quarantine", "list", "--json")
     assert [each["plugin_id"] for each in json.loads(listed.out)] == [str(path)]
@@ -675,6 +676,22 @@ def test_damage_ends_no_quarantine(caller: Caller, store: Store, here: Path, dam
         assert_refused(caller.run("run", "-q", path), "is quarantined")
     assert caller.run("quarantine", "release", path).status == 0
     assert caller.run("run", "-q", path).out == "fine\n"
+
+
+def test_records_that_cannot_be_believed_stop_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link in their place, say, to another disk: what is quarantined there must not run because nobody looks."""
+    os.symlink(tmp_path, tmp_path / "psie")
+
+    def folder(kind: str) -> str:
+        with monkeypatch.context() as other:
+            other.setattr(os, "getuid", lambda: 12345)
+            other.setenv("XDG_STATE_HOME", str(tmp_path))
+            return state.folder(kind)
+
+    monkeypatch.setattr(remembered, "folder", folder)
+    run = remembered.Remembered({}, "plugin", "plugin.py", b"", [], print)
+    with pytest.raises(ResourceError, match="remove it, or set XDG_RUNTIME_DIR"):
+        run.refuse_quarantined()
 
 
 def test_a_file_of_quarantines_that_others_could_have_made_stops_every_run(caller: Caller, store: Store, here: Path) -> None:
