@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 DISTINCT = 256  # different refusals per call that are none of the plugin's making, and are told; offences end it before
 HURRY_MS = 100  # between looks at connects whose call has ended, or whose thread has a signal to handle
+ANSWERS = 20_000  # to one call, and so many more for each of its network requests: it is our time that they take, not its
+ANSWERS_TO_REQUEST = 16
 LOGGED = 1000  # new sockets, and other operations, that are told one by one per call; of further ones every power of two is
 
 
@@ -44,6 +46,7 @@ class Supervisor:
         self.offences: dict[int, int] = {}  # different ones per call that are the plugin's making
         self.passing: dict[int, int] = {}  # those that are not
         self.operations: dict[int, int] = {}  # network operations per call
+        self.answers: dict[int, int] = {}  # that a call may still have
         self.told: dict[tuple[int, bool], int] = {}  # by call, and whether it was no more than a new socket
         self.poll = select.poll()
 
@@ -67,6 +70,7 @@ class Supervisor:
     def network(self, call: int, notification: notifier.Notification, wanted: sockets.Wanted) -> bool:
         """Tell what the plugin wants of the network, and a refusal as a violation as well; whether to answer."""
         count = self.operations[call] = self.operations.get(call, 0) + 1
+        self.answers[call] += ANSWERS_TO_REQUEST if wanted.is_counted else 0
         kind = call, wanted.operation == sockets.SOCKET
         number = self.told[kind] = self.told.get(kind, 0) + 1
         if number <= LOGGED or number & (number - 1) == 0 or wanted.is_counted:  # of those there are max_network_requests
@@ -99,7 +103,10 @@ class Supervisor:
         call = self.listeners[listener]
         if self.is_beyond(call):
             return
-        if self.sockets.handle(listener, notification, call, lambda wanted: self.network(call, notification, wanted)):
+        left = self.answers[call] = self.answers.get(call, ANSWERS) - 1
+        if left >= 0 and self.sockets.handle(
+            listener, notification, call, lambda wanted: self.network(call, notification, wanted)
+        ):
             return
         self.record(call, notification, notification.args[0] & 0xFFFFFFFF)
         if not self.is_beyond(call):
@@ -133,7 +140,7 @@ class Supervisor:
         self.poll.unregister(listener)
         os.close(listener)
         self.sockets.ended(call)
-        for counts in (self.operations, self.offences, self.passing):
+        for counts in (self.operations, self.offences, self.passing, self.answers):
             counts.pop(call, None)
         for is_socket in (True, False):
             self.told.pop((call, is_socket), None)

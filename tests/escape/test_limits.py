@@ -292,6 +292,26 @@ def test_a_flood_of_different_violations_is_bounded(level: IsolationLevel) -> No
     assert _resident_mb() - memory < 50
 
 
+@pytest.mark.parametrize("level", ALL)
+def test_a_flood_of_harmless_questions_is_bounded(level: IsolationLevel) -> None:
+    """Each is answered by the supervisor, whose time is nobody's limit."""
+
+    def flood() -> int:
+        import socket
+        import struct
+
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            for _ in range(1 << 20):
+                ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+        return 1 << 20
+
+    _unless_closed(level)
+    outcome = trial.run_inside(flood, level=level, limits={"max_execution_time_seconds": 60.0 * PATIENCE})
+    assert isinstance(outcome.error, SecurityViolationError), outcome
+    assert "setsockopt" in str(outcome.error)
+
+
 def _resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
