@@ -416,7 +416,9 @@ class Zygote:
             return
         self.idle.append(warden)
         if len(self.idle) > IDLE_WARDENS:
-            self.idle.popleft().tasks.close()  # which may know another recipe
+            oldest = next(known for known in self.idle if known.number)  # one that may serve any other recipe stays
+            self.idle.remove(oldest)
+            oldest.tasks.close()
 
     def buried(self, pidfd: int) -> None:
         """A warden has gone, and all below it: reap it and remove what was its sandbox's."""
