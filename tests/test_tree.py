@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,25 @@ def test_a_folder_that_cannot_be_opened_keeps_what_is_known_of_it(
     assert looked.look() == []
     monkeypatch.undo()
     assert looked.look() == [("delete", "folder/file")]
+
+
+def test_without_a_descriptor_for_it_the_next_look_tells(looked: Looked, tmp_path: Path) -> None:
+    """listdir(3) takes one more than the folder has; what holds it is not what is looked at."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    (tmp_path / "new").touch()
+    held = [os.open("/", os.O_RDONLY)]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 2, hard))
+        while len(held) < 2:
+            held.append(os.open("/", os.O_RDONLY))
+        os.close(held.pop())  # the folder itself can be opened
+        first = looked.look()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in held:
+            os.close(fd)
+    assert first == []
+    assert looked.look() == [("create", "new")]
 
 
 def test_what_the_host_does_itself_is_not_told(looked: Looked, tmp_path: Path) -> None:

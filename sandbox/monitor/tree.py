@@ -131,7 +131,11 @@ class FileTree:
     def _look_into(self, folder: Node, fd: int, report: bool) -> list[Node]:
         """Returns the folders in it."""
         folders, present = [], set()
-        for name in sorted(os.listdir(fd)):
+        try:
+            names = sorted(os.listdir(fd))
+        except OSError:
+            return []  # this process is short of descriptors: the next look tells
+        for name in names:
             try:
                 found = os.stat(name, dir_fd=fd, follow_symlinks=False)
             except FileNotFoundError:
