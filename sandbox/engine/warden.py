@@ -1,4 +1,4 @@
-"""The warden: one process per open sandbox, between the zygote and the calls. It serves one sandbox after the other.
+"""The warden: one process per open sandbox, between the zygote and the calls. It serves sandboxes of one recipe, one by one.
 
 It holds the sandbox's mount namespace with the workspace and the caller's folders attached, clones an init for each
 call, writes its id maps, reads the protections back from outside, keeps the wall clock, and kills. It never runs foreign

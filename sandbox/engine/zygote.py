@@ -298,7 +298,7 @@ class Zygote:
             for name, fd in given.items():
                 if name != "lock":
                     os.close(fd)
-        if self.spare and not self.idle:
+        if self.spare and all(known.number for known in self.idle):
             try:
                 self.idle.append(self.clone_warden())
             except OSError:
