@@ -159,6 +159,7 @@ class SandboxExecutor(concurrent.futures.Executor):
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> SandboxFuture[T]:
         """Have `fn(*args, **kwargs)` called in a sandbox. Raises RuntimeError after `shutdown`, and in a fork."""
+        fn = fn._function if isinstance(fn, Sandboxed) else fn  # which is what it is inside, and may be a coroutine function
         self._check()
         future: SandboxFuture[T] = SandboxFuture(self._kill)
         with self._lock:

@@ -97,7 +97,7 @@ RULES: dict[str, Rule] = {
     ),
     "buffers": Rule(
         "seccomp",
-        "seccomp refuses larger buffers of sockets where there is no memory controller",
+        "seccomp refuses to size the buffers of sockets where there is no memory controller",
         note="nothing would count them; psie doctor says how to have a controller",
     ),
     "attributes": Rule("seccomp", "seccomp refuses extended attributes", note="Landlock does not cover them"),

@@ -17,6 +17,7 @@ import uuid
 import weakref
 from _thread import RLock
 from collections import deque
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -51,7 +52,7 @@ from sandbox.violations import SandboxViolation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
     from types import TracebackType
     from typing import Any, TextIO, TypeVar
 
@@ -1371,6 +1372,8 @@ class _Run:
 
 def checked_environment(who: str, environment: Mapping[str, str] | None) -> dict[str, str]:
     """A copy. Raises TypeError or ValueError for what no process can have in its environment (environ(7))."""
+    if not isinstance(environment or {}, Mapping):
+        raise TypeError(f"{who}: environment is a {type(environment).__name__}: give a dict of texts")
     for name, value in (environment or {}).items():
         if not isinstance(name, str) or not isinstance(value, str):
             kind = type(value if isinstance(name, str) else name).__name__

@@ -297,8 +297,6 @@ class Session:
                 self._sandbox._tainted = str(error).splitlines()[0]
             if error is not None:
                 raise error
-        if answer.is_late:  # it was told to end, and has answered instead
-            raise outcome.too_late(answer)
         try:
             return codec.decode(answer.reply, max_bytes=len(answer.reply), types=types_)
         except codec.CodecError as error:

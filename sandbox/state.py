@@ -17,8 +17,10 @@ CACHE_FILE_BYTES = 1 << 20
 _CHECKSUM_BYTES = 4
 
 
-def folder(kind: str) -> str:
+def folder(kind: str, *, writable: bool = False) -> str:
     """The folder for `kind` ("run", "cache", "lib"), made if it is missing, owned by us and writable by nobody else.
+
+    Records that are there count also while they cannot be written, but for a user who wants a folder that is `writable`.
 
     Raises PermissionError, with the mend, if another user owns it, other OSErrors if it cannot be made.
     """
@@ -31,7 +33,7 @@ def folder(kind: str) -> str:
             "lib": os.environ.get("XDG_STATE_HOME") or os.path.join(home, ".local", "state"),
         }[kind]
         own = os.path.join(base, "psie")
-        is_used = bool(base) and (_usable(base) or (kind == "lib" and _is_kept(own)))
+        is_used = bool(base) and (_usable(base) or (kind == "lib" and not writable and _is_kept(own)))
         path = own if is_used else f"/tmp/psie-{os.getuid()}-{kind}"
     try:
         found = os.lstat(path)
@@ -62,12 +64,8 @@ def _is_for_root(path: str, kind: str) -> bool:
 
 
 def _is_kept(path: str) -> bool:
-    """Whether there are records of ours already: they count also while they cannot be written, as root's do."""
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return False
-    return os.path.isabs(path) and stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    """Whether there are records already, or what was put in their place, which is refused then."""
+    return os.path.isabs(path) and os.path.lexists(path)
 
 
 def _usable(base: str) -> bool:

@@ -53,13 +53,14 @@ def _refuse_file(file: io.IOBase) -> NoReturn:
 def _reduce_view(view: memoryview) -> tuple[Any, ...]:
     """With what it shows, of a buffer of its own, which may be written to if this may."""
     data = view.tobytes() if view.readonly else bytearray(view.tobytes())
-    if view.format == "B" and view.ndim == 1:
+    kind = view.format.lstrip("@=" + ("<" if sys.byteorder == "little" else ">!"))  # as ctypes has it
+    if (kind == "B" and view.ndim == 1) or not data:  # cast() knows no shape with a 0
         return memoryview, (data,)
     try:
-        memoryview(data).cast(view.format, view.shape)  # type: ignore[call-overload]
+        memoryview(data).cast(kind, view.shape)  # type: ignore[call-overload]
     except (ValueError, TypeError):
         raise pickle.PicklingError(f"a memoryview of format {view.format!r} cannot travel: pass an array, or bytes") from None
-    return methodcaller("cast", view.format, view.shape), (memoryview(data),)
+    return methodcaller("cast", kind, view.shape), (memoryview(data),)
 
 
 def _refuse_generator(generator: object) -> NoReturn:
@@ -121,7 +122,12 @@ def register_own_modules(library_path: Sequence[str]) -> None:
 def namespace_folders(module: types.ModuleType) -> list[str]:
     """Those of a package without an __init__.py, which has no file of its own."""
     path: Any = getattr(module, "__path__", None)
-    return [os.path.join(each, "") for each in path if isinstance(each, str)] if type(path).__name__ == "_NamespacePath" else []
+    if type(path).__name__ != "_NamespacePath":
+        return []
+    try:
+        return [os.path.join(each, "") for each in path if isinstance(each, str)]
+    except KeyError:  # the package above it is in sys.modules no more
+        return []
 
 
 # How else objects travel, by their class: entries of a pickler's dispatch table.

@@ -203,6 +203,7 @@ class Zygote:
         self.sandboxes: dict[str, Sandbox] = {}
         self.opened = 0
         self.recipes: dict[int, dict[str, Any]] = {}  # what it has learned, by number
+        self.taught = 0  # numbers that were given
         self.error: SandboxException | None = None
         self.closed = False
         self.is_warden = False  # of its one sandbox
@@ -248,10 +249,14 @@ class Zygote:
         for number, known in self.recipes.items():
             if known is wire:
                 return number
-        number = len(self.recipes) + 1
-        self.recipes[number] = wire
-        self._hand_over({"learn": number}, wire)
-        return number
+        self.taught += 1
+        self._hand_over({"learn": self.taught}, wire)
+        self.recipes[self.taught] = wire  # not before: of a number that it does not know it would die
+        if len(self.recipes) > WIRES:  # each is a descriptor there
+            oldest = next(iter(self.recipes))
+            del self.recipes[oldest]
+            self._instruct({"forget": oldest}, [])
+        return self.taught
 
     def _hand_over(self, instruction: dict[str, object], value: dict[str, Any]) -> None:
         """An instruction with a value that may be larger than a message."""
@@ -594,7 +599,7 @@ class Sandbox:
 
     def _make_folder(self, owner: list[int]) -> int:
         """The workspace as a folder on disk; returns an fd of its parent."""
-        work = os.path.join(state.folder("lib"), "work")
+        work = os.path.join(state.folder("lib", writable=True), "work")
         os.makedirs(work, mode=0o711, exist_ok=True)
         if not self.zygote.swept:
             self.zygote.swept = True
@@ -904,7 +909,6 @@ class Answer:
         self.reply = call.reply
         self.reply_complete = call.reply_complete
         self.passing = call.passing
-        self.is_late = call.is_overdue()
 
 
 class Call:
@@ -1061,10 +1065,10 @@ class Call:
 
     def next_reply(self) -> Answer:
         """The reply that is complete; the next one may come."""
-        answer = Answer(self)
         self.clock.rest()
         if self._waiting is not None:
             self._waiting.cancel()
+        answer = Answer(self)
         self.awaits = False
         self.sandbox.line.tell(board.IDLE)
         self.reply_kind, self.reply, self.reply_complete, self.reply_size = b"", bytearray(), False, 0

@@ -974,7 +974,11 @@ def _read_enum(r: _Reader, depth: int) -> Any:
         return EnumRecord(name_of_type, name, value)
     if member is None:
         raise CodecError(f"malformed reply: not a member of {name_of_type!a}")
-    if type(member._value_) is type(value) and member._value_ == value:
+    try:
+        is_same = type(member._value_) is type(value) and bool(member._value_ == value)
+    except Exception:  # an array's truth value, or somebody else's __eq__
+        is_same = False
+    if is_same:
         return member
     if type(member._value_) in (int, str, bytes, bool):
         raise CodecError(f"malformed reply: not a member of {name_of_type!a}")
@@ -991,7 +995,8 @@ def _write_dataclass(w: _Writer, value: Any, depth: int) -> None:
     names = [field.name for field in fields(value)]
     for name in getattr(value, "__dict__", {}).keys() - names:
         # It would be missed; but for what is cached, which is made again.
-        if isinstance(name, str) and name[:2] != "__" and not hasattr(getattr(type(value), name, None), "__get__"):
+        known = getattr(type(value), name, None) if isinstance(name, str) else None
+        if isinstance(name, str) and name[:2] != "__" and (not hasattr(known, "__get__") or callable(known)):
             raise _Refused(f"{type(value).__name__} has an attribute {ascii(name[:40])[1:-1]}, which is no field")
     try:
         values = [getattr(value, name) for name in names]

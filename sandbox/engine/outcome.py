@@ -383,12 +383,6 @@ def no_reply(call: Call | None, who: str, instead_of: str) -> PluginExecutionErr
     return PluginExecutionError(f"{who} exited with status {code} instead of {instead_of}", exit_code=code)
 
 
-def too_late(call: Call | Answer) -> ResourceLimitExceededError:
-    """What it has taken longer than its time is."""
-    seconds = call.sandbox.recipe.limits["seconds"]
-    return _limit("time", seconds, seconds, f"the plugin ran longer than {seconds:g} s")
-
-
 def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | None:
     """The exception that this end is, or None if the plugin ended by itself with a value or an exit status."""
     limits = call.sandbox.recipe.limits
@@ -397,7 +391,8 @@ def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | 
     assert call.outcome is not None
     cause = call.outcome.get("cause", "exit")
     if cause == "timeout":
-        return too_late(call)
+        seconds = limits["seconds"]
+        return _limit("time", seconds, seconds, f"the plugin ran longer than {seconds:g} s")
     if cause == "memory":
         allowed, used = limits["memory_bytes"], int(call.outcome.get("used", "0"))
         text = f"the plugin was killed: used {used / MB:.1f} of {allowed / MB:g} MB"
@@ -425,7 +420,10 @@ def judge(call: Call, violations: list[SandboxViolation]) -> SandboxException | 
         return ResourceError("the sandbox's supervisor has died, so the sandbox was killed: open a new one")
     code, number = exit_of(call)
     if number is not None or (cause == "killed" and code is None):
-        return _killed(number or signal.SIGKILL, limits, violations)
+        seen = (call.read_back or {}).get("limit/Max cpu time", "")  # the caller's own may be lower
+        return _killed(
+            number or signal.SIGKILL, {**limits, "cpu_seconds": float(seen)} if seen.isdecimal() else limits, violations
+        )
     return reply_error(call, violations)
 
 

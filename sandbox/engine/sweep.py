@@ -24,7 +24,7 @@ def leaves(folder: int) -> list[str]:
 
 def workspaces() -> list[str]:
     """Remove the stale workspace folders of this user; returns their names."""
-    path = os.path.join(state.folder("lib"), "work")
+    path = os.path.join(state.folder("lib", writable=True), "work")
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:

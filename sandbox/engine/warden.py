@@ -352,6 +352,10 @@ class Warden:
     def ended(self, call: Call) -> None:
         """Init has gone, and with it everything of the call."""
         self.drain(call)
+        if call.cause == "timeout" and call.deadline is not None and call.clock is not None:
+            began = call.clock.began()
+            if began is None or began > call.warned:  # what was told to end has answered, and this is of what came after it
+                call.cause = "exit"
         status = self.reap(call.pid)
         self.poll.unregister(call.pidfd)
         del self.calls[call.pidfd]

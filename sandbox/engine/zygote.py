@@ -475,6 +475,8 @@ class Zygote:
                     if "learn" in instruction:
                         number = int(instruction["learn"])  # type: ignore[call-overload]
                         self.recipes[number] = fds[0]
+                    elif "forget" in instruction:
+                        os.close(self.recipes.pop(int(instruction["forget"])))  # type: ignore[call-overload]
                     elif "kill" in instruction:
                         self.kill(str(instruction["kill"]))
                     else:

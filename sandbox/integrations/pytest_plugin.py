@@ -126,6 +126,8 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         # The runs of tests are nobody's records, unless a config says so.
         config = given.get("config") or IsolationConfig(telemetry_enabled=False)
+        if not isinstance(config, IsolationConfig):
+            raise TypeError(f"config is a {type(config).__name__}: give an IsolationConfig")
         if given.get("level") is not None:
             config = replace(config, level=level_of("level", given["level"]))
         if "pytest" not in config.preload:
@@ -149,6 +151,8 @@ def made(kind: type[Any], given: Any) -> Any:
     import difflib
     from dataclasses import fields
 
+    if not isinstance(given, (dict, type(None))):
+        raise TypeError(f"a {type(given).__name__} is no {kind.__name__}: give one, or a dict of its fields")
     names = [field.name for field in fields(kind)]
     unknown = next((name for name in given or () if name not in names), None)
     if unknown is not None:

@@ -57,9 +57,9 @@ def set_rlimits(lines: list[list[object]]) -> None:
         after = 1 if name == "RLIMIT_CPU" else 0
         hard = resource.getrlimit(which)[1]
         if hard != resource.RLIM_INFINITY:  # the caller's own may be lower: then that holds
-            limit = min(limit, max(hard - after, 0))
+            limit = min(limit, max(hard - after, min(hard, 1)))
         try:
-            resource.setrlimit(which, (limit, limit + after))
+            resource.setrlimit(which, (limit, limit + after if hard == resource.RLIM_INFINITY else min(limit + after, hard)))
         except ValueError:  # Python's word for EPERM
             raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(name)) from None
 

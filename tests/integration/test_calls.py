@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import decimal
@@ -269,7 +270,10 @@ def test_packages_without_an_init_file_travel_too(
     monkeypatch.syspath_prepend(str(tmp_path))
     made = (package, f"{package}.inner", f"{package}.inner.module", top)
     request.addfinalizer(lambda: [sys.modules.pop(name, None) for name in made])
-    assert harness.call(level, importlib.import_module(top).run) == 7
+    run = importlib.import_module(top).run
+    assert harness.call(level, run) == 7
+    del sys.modules[package]  # as some test runners do
+    assert harness.call(level, plugins.give_back, 1) == 1
 
 
 def shape_of(view: memoryview) -> tuple[str, str, Any, Any, bool]:
@@ -281,6 +285,9 @@ def test_a_memoryview_shows_inside_what_it_shows_outside(level: IsolationLevel) 
     views = [memoryview(b"ab"), memoryview(Array("i", [1, 2, 3])), table, memoryview(b"abcdef")[::2]]
     for view in views:
         assert harness.call(level, shape_of, view) == shape_of(view)
+    numbers = memoryview((ctypes.c_int * 3)(1, 2, 3))
+    assert harness.call(level, shape_of, numbers)[1:4] == ("i", (3,), [1, 2, 3])
+    assert harness.call(level, shape_of, memoryview(Array("i")))[3] == []
 
 
 @functools.lru_cache(maxsize=10)

@@ -1304,7 +1304,7 @@ def test_two_keys_that_become_one(caller: Caller) -> None:
     assert "two keys of a dict become the same name" in done.err
 
 
-@pytest.mark.parametrize("limit", ["-n 256", "-f 1000", "-t 20"])
+@pytest.mark.parametrize("limit", ["-n 256", "-f 1000", "-t 20", "-t 1"])
 def test_what_the_callers_own_limits_are_lower_than(caller: Caller, limit: str) -> None:
     """Then those hold, and nothing is wrong with the sandbox."""
     path = caller.write("plugin.py", "print('ran')")

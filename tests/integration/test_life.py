@@ -478,6 +478,33 @@ def test_several_wait_for_the_room_that_is_being_made(tmp_path: Path) -> None:
     assert done.stdout.split() == ["2", "1", "1"], done.stdout + done.stderr
 
 
+FOLDERS = """
+import asyncio, os, resource, sys, tempfile
+from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
+
+async def one(folder):
+    permissions = PluginPermissionsV2(allowed_directories=[folder])
+    async with EnhancedPluginSandbox(PluginLimitsV2(), permissions, IsolationConfig(level=IsolationLevel.STRICT)) as sandbox:
+        return await sandbox.execute_plugin_safe(abs, -1)
+
+async def main():
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        os.chmod(place, 0o755)
+        for number in range(120):
+            os.mkdir(f"{place}/{number}")
+            assert await one(f"{place}/{number}") == 1
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+asyncio.run(main())
+print("all")
+"""
+
+
+def test_recipes_that_are_no_more_used_cost_a_zygote_no_descriptor() -> None:
+    done = subprocess.run([sys.executable, "-c", FOLDERS], capture_output=True, text=True, timeout=110, check=False)
+    assert done.stdout == "all\n", done.stderr[-2000:]
+
+
 FEW = """
 import asyncio, mmap, resource, sys
 from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, ResourceError

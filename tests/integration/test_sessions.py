@@ -264,14 +264,23 @@ def answer_late() -> str:
     return "late"
 
 
-def test_who_answers_when_told_to_end_is_late_and_costs_the_next_one_nothing(level: IsolationLevel) -> None:
+def test_what_ends_after_a_late_answer_is_told_as_what_it_is(level: IsolationLevel) -> None:
+    seconds = 1.0 * harness.PATIENCE
+
+    async def work(session: Any, sandbox: EnhancedPluginSandbox) -> None:
+        assert await session.call(answer_late) == "late"
+        with pytest.raises(PluginExecutionError, match="exited with status 3"):
+            await session.call(os._exit, 3)
+
+    run(level, work, limits={"max_execution_time_seconds": seconds})
+
+
+def test_who_answers_when_told_to_end_costs_the_next_one_nothing(level: IsolationLevel) -> None:
     seconds = 1.0 * harness.PATIENCE
 
     async def work(session: Any, sandbox: EnhancedPluginSandbox) -> None:
         pid = await session.call(os.getpid)
-        with pytest.raises(ResourceLimitExceededError) as caught:
-            await session.call(answer_late)
-        assert caught.value.limit == "time"
+        assert await session.call(answer_late) == "late"
         for _ in range(2):
             assert await session.call(sleep, seconds * 0.8) == "slept"
         assert await session.call(os.getpid) == pid
