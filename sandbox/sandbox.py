@@ -1041,7 +1041,10 @@ class EnhancedPluginSandbox:
 
     async def _see_deletions(self) -> None:
         """What was deleted in granted folders without permission: a violation each, and it will not be committed."""
-        granted = self._in_engine(lambda: GrantedChanges(self._opened_sandbox()))
+        try:
+            granted = self._in_engine(lambda: GrantedChanges(self._opened_sandbox()))
+        except RuntimeError:
+            return  # it has come to its end meanwhile, which its caller is to be told of: nothing is committed any more
         for path in await finished(asyncio.to_thread(deletions, granted)):
             if path not in self._deletions:
                 self._deletions.add(path)

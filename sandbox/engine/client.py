@@ -13,7 +13,7 @@ import marshal
 import os
 import select
 import sys
-from time import clock_gettime_ns, monotonic, time
+from time import CLOCK_REALTIME, clock_gettime_ns, monotonic, time
 
 from sandbox import state
 from sandbox.cgroups import leaf, place
@@ -52,7 +52,6 @@ FILE_ERRORS = {str(number): errno.errorcode[number] for number in (errno.EACCES,
 TOLD = FILE, NAME
 NOTES = 6000  # about those that are read: of 256 different refusals 2 ** 23 each
 REFUSALS = 10_000  # refused calls after which a plugin only burns our time and is ended
-CLOCK_REALTIME_COARSE = 5  # linux/time.h
 GRACE = 5.0  # seconds that a zygote has to kill a warden, or to leave, before it is killed itself
 WHOLE_VALUE = channel.REPLY_VALUE.upper()  # of a frame
 NONSENSE = "the sandbox's {} says what makes no sense, and its sandbox was ended: report this as a bug of psie"
@@ -422,7 +421,9 @@ class Granted:
 
     def begin(self) -> None:
         """What changes in the folder from now on the sandbox does not know. By the clock of file systems, in ns."""
-        self.since = clock_gettime_ns(CLOCK_REALTIME_COARSE)
+        # Not the coarse clock: from Linux 6.13 on times of files may be finer than that (multigrain timestamps), so that what
+        # was written just before would count as changed afterwards. Where they are coarse the two make no difference.
+        self.since = clock_gettime_ns(CLOCK_REALTIME)
 
     def found(self) -> list[int]:
         """Device, inode, uid, gid and permission bits."""

@@ -38,6 +38,7 @@ EVENTS: dict[str, tuple[tuple[int, str], ...]] = {
     "os.truncate": ((0, WRITE),),
     "os.posix_spawn": ((0, PROGRAM),),
     "os.exec": ((0, PROGRAM),),
+    "sqlite3.connect": ((0, WRITE),),  # which opens the file itself
 }
 OUTSIDE = (WRITE, MAKE, DELETE)  # told of wherever they are not allowed, whether there is something or not
 

@@ -191,6 +191,8 @@ def take_on(job: _socket.socket, instruction: dict[str, Any], environment: dict[
         for name, value in wanted.items():
             if environment.get(name) != value:
                 os.environ[name] = value
+    # As the variable says to every other Python: this one has started without it.
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     if instruction["allowed_modules"] or instruction["blocked_modules"]:
         from sandbox.engine import modules  # the zygote has it: see sandbox.engine.client.Zygote.set_up
 

@@ -13,7 +13,7 @@ import resource
 import shlex
 import weakref
 from collections import Counter
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from time import monotonic, time
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from sandbox.errors import (
     ResourceLimitExceededError,
     SandboxException,
     SandboxInitializationError,
+    SandboxKilledError,
     SecurityViolationError,
 )
 from sandbox.ns.userids import NoPlaceError, bounds
@@ -280,7 +281,12 @@ class EnhancedPluginFramework:
                         if ended_by is not None:
                             self._blame(load, ready, ended_by)
                         if failure is None:
-                            await self._settle_granted(load, sandbox)
+                            try:
+                                await self._settle_granted(load, sandbox)
+                            except RuntimeError:  # the sandbox has come to its end meanwhile, and its changes with it
+                                if ended_by is not None:
+                                    raise ended_by from None
+                                raise
                 finally:
                     await asyncio.to_thread(ready.staged.release)
                 if failure is not None:
@@ -402,8 +408,17 @@ class EnhancedPluginFramework:
         source, job = ready.job()
         try:
             load.result = await sandbox.execute_file(load.plugin_id, source, job)
-            await self._settle_granted(load, sandbox)
-        except (SecurityViolationError, ResourceLimitExceededError, PluginExecutionError, CommitError) as error:
+            try:
+                await self._settle_granted(load, sandbox)
+            except RuntimeError as error:  # the sandbox has come to its end meanwhile
+                load.failed(ERROR, error)
+        except (
+            SecurityViolationError,
+            ResourceLimitExceededError,
+            PluginExecutionError,
+            CommitError,
+            SandboxKilledError,
+        ) as error:
             self._blame(load, ready, error)
 
     def _blame(self, load: Load, ready: Ready, error: BaseException) -> None:
@@ -420,15 +435,11 @@ class EnhancedPluginFramework:
 
     async def _settle(self, load: Load, sandbox: EnhancedPluginSandbox) -> None:
         """Commit what a plugin has changed in granted folders; what it is quarantined for is evidence instead."""
-        try:
-            if load.outcome == OK:
-                await sandbox.commit_changes()
-            else:
-                with sandbox._granted() as granted:
-                    await asyncio.to_thread(load.evidence.take_granted, granted)
-        except RuntimeError as error:  # the sandbox has come to its end meanwhile
-            if load.outcome == OK:
-                load.failed(ERROR, error)
+        if load.outcome != VIOLATION:  # a limit or a crash may have ended a process of a session, whose user went on
+            await sandbox.commit_changes()
+            return
+        with suppress(RuntimeError), sandbox._granted() as granted:  # RuntimeError: it has come to its end meanwhile
+            await asyncio.to_thread(load.evidence.take_granted, granted)
 
     async def _opened(self, load: Load, ready: Ready) -> EnhancedPluginSandbox:
         """An open sandbox that sees the plugin; other processes' sandboxes are waited for."""

@@ -50,7 +50,7 @@ class Folder:
     """One granted folder with what is to be committed: two open folders, which `close` closes."""
 
     def __init__(self, path: str, lower: int, upper: int, comparison: Comparison, since: int) -> None:
-        """`since`: nanoseconds of CLOCK_REALTIME_COARSE; what has changed in the folder after it is a conflict."""
+        """`since`: nanoseconds of CLOCK_REALTIME; what has changed in the folder after it is a conflict."""
         self.path = path
         self.lower = lower
         self.upper = upper

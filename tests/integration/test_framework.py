@@ -22,8 +22,16 @@ from typing import Any
 
 import pytest
 
-from sandbox import EnhancedPluginFramework, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, state
-from sandbox.errors import ResourceError
+from sandbox import (
+    EnhancedPluginFramework,
+    IsolationConfig,
+    IsolationLevel,
+    PluginLimitsV2,
+    PluginPermissionsV2,
+    running,
+    state,
+)
+from sandbox.errors import ResourceError, ResourceLimitExceededError, SandboxKilledError
 from sandbox.plugins import files, signing, stage
 from sandbox.plugins.framework import Load
 from sandbox.recovery import audit, spool
@@ -613,6 +621,39 @@ def test_who_uses_an_open_plugin_may_fail(tmp_path: Path) -> None:
             asyncio.run(main(framework))
         (run,) = store.runs()
         assert (run.outcome, run.reason) == ("error", "of the caller's own")
+
+
+def test_what_an_open_plugin_has_changed_is_kept_also_after_a_limit(tmp_path: Path) -> None:
+    """That its user has handled: a fresh process goes on. What was killed from outside is not left without a word."""
+    granted = tmp_path / "granted"
+    granted.mkdir()
+    if harness.ROOT:
+        os.chown(granted, 4321, 4321)
+    source = f"def work(name): open({str(granted)!r} + '/' + name, 'w').close()\ndef hang():\n while True: pass"
+    write(tmp_path, {"works.py": source})
+    (tmp_path / "p" / "works.json").write_text(json.dumps({"permissions": {"allowed_directories": [str(granted)]}}))
+
+    async def killed(framework: EnhancedPluginFramework) -> None:
+        async with framework.open_plugin("works") as plugin:
+            await plugin.call("work", "three")
+            (sandbox,) = [each for each in running.list_running() if each.owner_pid == os.getpid() and each.plugin]
+            await asyncio.to_thread(running.kill, sandbox.id)
+
+    async def main(framework: EnhancedPluginFramework) -> None:
+        async with framework.open_plugin("works") as plugin:
+            await plugin.call("work", "one")
+            with pytest.raises(ResourceLimitExceededError):
+                await plugin.call("hang")
+            await plugin.call("work", "two")
+        assert sorted(os.listdir(granted)) == ["one", "two"]
+        with pytest.raises(SandboxKilledError, match="psie kill"):
+            await killed(framework)
+        assert sorted(os.listdir(granted)) == ["one", "two"]
+
+    permissions = PluginPermissionsV2(allowed_directories=[str(granted)])
+    limits = PluginLimitsV2(max_execution_time_seconds=1.0 * harness.PATIENCE)
+    with opened(tmp_path, permissions=permissions, limits=limits) as framework:
+        asyncio.run(main(framework))
 
 
 def test_plugins_that_share_a_folder_wait_for_each_other(tmp_path: Path) -> None:

@@ -278,6 +278,28 @@ def test_a_file_that_the_caller_changes_meanwhile_is_a_conflict(level: Isolation
     asyncio.run(main())
 
 
+def count_up(path: str) -> None:
+    with open(path, "r+") as file:
+        number = int(file.read())
+        file.seek(0)
+        file.write(str(number + 1))
+
+
+@namespaced
+def test_what_the_caller_wrote_just_before_is_no_conflict(level: IsolationLevel, folder: Path) -> None:
+    """From Linux 6.13 on the times of files may be finer than the kernel's coarse clock."""
+
+    async def main() -> None:
+        for number in range(10):
+            (folder / "text").write_text(str(number))
+            async with granted(level, folder) as sandbox:
+                await sandbox.execute_plugin_safe(count_up, str(folder / "text"))
+                await sandbox.commit_changes()
+            assert (folder / "text").read_text() == str(number + 1)
+
+    asyncio.run(main())
+
+
 def test_read_only_folders(level: IsolationLevel, folder: Path) -> None:
     def look(folder: str) -> tuple[str, list[str]]:
         import os

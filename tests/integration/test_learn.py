@@ -118,6 +118,18 @@ def test_a_level_that_shows_no_programs_is_given_the_one_it_needs(own: Caller) -
     assert document["permissions"]["readable_paths"] == [str(folder), os.path.realpath("/usr/bin/wc")]
 
 
+def test_databases_are_learned_and_no_cache_of_bytecode(caller: Caller) -> None:
+    lines = "import sqlite3, sys, helper\nbase = sqlite3.connect(sys.argv[1] + '/base')\nbase.execute('create table t(a)')\n"
+    plugin = caller.write("p/plugin.py", lines)
+    caller.write("p/helper.py", "x = 1\n")
+    folder = caller.write("out/.keep", "").parent
+    document, _ = learned(caller, plugin, "--", folder)
+    assert document["permissions"] == {"allowed_directories": [str(folder)]}
+    done = caller.run("run", "-q", "--rw", plugin.parent, "--rw", folder, plugin, folder)
+    assert (done.status, done.err) == (0, "")
+    assert sorted(os.listdir(plugin.parent)) == ["helper.py", "plugin.py"]
+
+
 def test_a_file_that_is_there_is_not_replaced(own: Caller) -> None:
     plugin = own.write("p/plugin.py", "print(1)\n")
     there = own.write("p/psie.toml", "[limits]\nmax_memory_mb = 64\n")

@@ -143,6 +143,13 @@ def test_no_level():
     pass
 
 
+@pytest.mark.sandbox(limits={"max_execution_time_seconds": 20, "execution_warning_threshold_seconds": 0.1})
+def test_comes_near_a_limit():
+    import time
+
+    time.sleep(0.3)
+
+
 @pytest.mark.sandbox(limits={"max_memory": 1})
 def test_no_limit():
     pass
@@ -188,7 +195,7 @@ def test_marked_tests(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(helper="def twice(number):\n    return 2 * number\n")
     pytester.makepyfile(test_it=TESTS.replace("import asyncio\n", "import asyncio\nimport os\n\nPID = os.getpid()\n", 1))
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-rA", "--color=no")
-    result.assert_outcomes(passed=5, failed=16, skipped=1, xfailed=2)
+    result.assert_outcomes(passed=6, failed=16, skipped=1, xfailed=2)
     text = result.stdout.str()
     sections = {name: text.partition(f"_ {name} _")[2].partition("\n____")[0] for name in WHY}
     assert {name for name, why in WHY.items() if why not in sections[name]} == set()
