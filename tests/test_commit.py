@@ -521,6 +521,7 @@ def test_a_diff_of_text_and_of_none() -> None:
     ]  # fmt: skip
     assert unified(None, b"new\n", "/f").startswith("--- /dev/null\n+++ b/f\n")
     assert unified(b"\0", b"x", "/f") == "Binary files a/f and b/f differ\n"
+    assert unified(None, b"q\n", "/x\n@@ -1 +1 @@\n-old").count("\n") == 4, "a name makes no lines"
 
 
 # -- what a person is shown -----------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def show(granted: GrantedChanges, found: list[FileChange]) -> None:
                 Text(f"... {len(paths) - number} more files, the first of them {escape_text(path, keep='')}", style="bold")
             )
             break
-        lines = granted.diff(path).splitlines()
+        lines = granted.diff(path).removesuffix("\n").split("\n")  # what else ends lines is shown, not obeyed
         shown = lines[: min(LINES_OF_ONE, left)]
         for line in shown:
             console.print(Text(escape_text(line[:COLUMNS], keep="\t"), style=style_of(line)))

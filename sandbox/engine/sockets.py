@@ -41,7 +41,7 @@ UNDER_WAY = (1, 2)  # states of a connection, linux/tcp_states.h: TCP_ESTABLISHE
 SOCKADDR_BYTES = 128  # struct sockaddr_storage
 SO_OOBINLINE, SO_PEEK_OFF, SCM_MAX_FD = 10, 42, 253  # asm-generic/socket.h, net/scm.h
 PIDFD_THREAD = os.O_EXCL  # linux/pidfd.h
-MESSAGES_WAITING, LINE_BYTES = 4096, 1 << 16  # of a Unix socket: more than its buffer holds
+MESSAGES_WAITING, LINE_BYTES = 1 << 17, 1 << 16  # of a Unix socket: more than its buffer holds, however large that may be made
 WAITING = 64  # connects of one call that are under way at once
 
 FAMILIES = {
@@ -487,14 +487,16 @@ def shut_down(sock: _socket.socket, seen: set[int]) -> int:
 def in_flight(sock: _socket.socket) -> Iterator[_socket.socket]:
     """The sockets in messages that a Unix socket has not received yet, which stay there: unix(7), SO_PEEK_OFF in socket(7).
 
-    A message that was sent with MSG_OOB is passed over by who looks, unless it counts as one of the others.
+    A message that was sent with MSG_OOB is passed over by who looks, unless it counts as one of the others. So is a packet
+    without a byte that somebody has looked at before: packets are taken out. Where messages have no end the sandbox has one.
     """
+    look = _socket.MSG_PEEK if sock.type == _socket.SOCK_STREAM else 0
     is_inline = sock.getsockopt(_socket.SOL_SOCKET, SO_OOBINLINE)
     sock.setsockopt(_socket.SOL_SOCKET, SO_OOBINLINE, 1)
     sock.setsockopt(_socket.SOL_SOCKET, SO_PEEK_OFF, 0)
     try:
         for _ in range(MESSAGES_WAITING):
-            flags = _socket.MSG_PEEK | _socket.MSG_DONTWAIT | _socket.MSG_CMSG_CLOEXEC
+            flags = look | _socket.MSG_DONTWAIT | _socket.MSG_CMSG_CLOEXEC
             data, ancillary, _, _ = sock.recvmsg(LINE_BYTES, _socket.CMSG_SPACE(4 * SCM_MAX_FD), flags)
             if not data and not ancillary and sock.type == _socket.SOCK_STREAM:
                 return  # its other end has gone
@@ -505,6 +507,7 @@ def in_flight(sock: _socket.socket) -> Iterator[_socket.socket]:
                         yield _socket.socket(fileno=fd)
                     except OSError:
                         os.close(fd)  # none
+        os._exit(1)
     except BlockingIOError:
         return
     finally:

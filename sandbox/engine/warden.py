@@ -43,6 +43,7 @@ SUPERVISOR = "sandbox.engine.supervisor"
 REST_MS = 20
 KEPT = 16
 RETRY_SECONDS = 0.001
+LOCK_BYTES, LOCKS = 192, 50_000  # struct file_lock, linux/filelock.h; so many locks are too much in any case
 SAMPLE_SECONDS = 0.1  # between looks at the memory of running calls, where no memory controller does it
 
 
@@ -428,12 +429,13 @@ class Warden:
     def memory_of(self, call: Call) -> int:
         """Bytes of memory that the call's processes hold beyond what they share with the zygote (proc_pid_status(5)).
 
-        Anonymous memory, also where it was swapped out, page tables, and the larger of mapped shared memory and files in the
-        scratch and workspace tmpfs. Tables can be without memory: for the one page of zeroes that is behind all that was only
-        read.
+        Anonymous memory, also where it was swapped out, page tables, locks of parts of files, and the larger of mapped shared
+        memory and files in the scratch and workspace tmpfs. Tables can be without memory: for the one page of zeroes that is
+        behind all that was only read.
         """
         anonymous = shared = 0
-        for pid in processes.tree(call.pid)[1:]:
+        pids = processes.tree(call.pid)[1:]
+        for pid in pids:
             for line in memory_lines(pid):
                 name, _, value = line.partition(":")
                 if name == "RssAnon":
@@ -450,7 +452,9 @@ class Warden:
                 except OSError:
                     continue
                 files += (used.f_blocks - used.f_bfree) * used.f_frsize
-        return anonymous + max(shared, files)
+        locks = locks_of(pids)
+        beyond = self.instruction["memory"] if locks >= LOCKS else 0  # to count the rest would take longer than to make them
+        return anonymous + max(shared, files) + LOCK_BYTES * locks + beyond
 
     def sample(self, limit: int) -> None:
         """Kill the calls that hold more memory than they may."""
@@ -643,6 +647,21 @@ def memory_lines(pid: int) -> list[str]:
         if any(line.startswith("RssAnon:") for line in lines):
             return lines
     return []
+
+
+def locks_of(pids: list[int]) -> int:
+    """How many record locks these hold (proc_locks(5)), LOCKS at most: each second byte of a file can have one."""
+    held, wanted = 0, {str(pid) for pid in pids}
+    try:
+        with open("/proc/locks") as file:
+            for number, line in enumerate(file):
+                fields = line.split()
+                held += fields[5 if fields[1] == "->" else 4] in wanted
+                if held >= LOCKS or number >= 2 * LOCKS:
+                    break
+    except (OSError, IndexError):
+        return 0  # there is no /proc/locks here
+    return held
 
 
 def peak_of(pids: list[int]) -> int:

@@ -65,11 +65,11 @@ def run(
         if will_compile and not poll_for(job, 0):
             compiled(b"", "")  # for the same reason as `rehearse`
         if rehearsal and not poll_for(job, REST_MS):
-            rehearse(recipe["environment"])
+            rehearse()
         received = next_job(job)
         if received is None:
             os._exit(0)
-        status = serve(job, *received, recipe["environment"])
+        status = serve(job, *received)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
@@ -128,11 +128,11 @@ class Nobody:
         return len(data)
 
 
-def rehearse(environment: dict[str, str]) -> None:
+def rehearse() -> None:
     """Go through what a call goes through, while there is none: each page of the zygote's that a process writes to has to be
     copied first, and that takes longer than all else that it does for a small call."""
     try:
-        serve(Nobody(), *channel.read_job(rehearsal), environment)  # type: ignore[arg-type]
+        serve(Nobody(), *channel.read_job(rehearsal))  # type: ignore[arg-type]
     except (OSError, MemoryError):
         pass  # the call will tell, if it meets it too
     gc.disable()
@@ -147,9 +147,9 @@ def next_job(job: _socket.socket) -> tuple[dict[str, Any], bytes | bytearray] | 
         return None
 
 
-def serve(job: _socket.socket, instruction: dict[str, Any], payload: bytes | bytearray, environment: dict[str, str]) -> int:
+def serve(job: _socket.socket, instruction: dict[str, Any], payload: bytes | bytearray) -> int:
     """Do a job, and return the exit status."""
-    take_on(job, instruction, environment)
+    take_on(job, instruction)
     return KINDS[instruction["kind"]](job, instruction, payload)
 
 
@@ -178,18 +178,18 @@ def self_probe(recipe: dict[str, Any]) -> str:
     raise OSError(errno.ENOTRECOVERABLE, "Landlock let a forbidden write through", path)
 
 
-def take_on(job: _socket.socket, instruction: dict[str, Any], environment: dict[str, str]) -> None:
+def take_on(job: _socket.socket, instruction: dict[str, Any]) -> None:
     """What of the process depends on the job: folder, environment, which modules it may import.
 
-    `environment` is that of the recipe, which the zygote has set already; a job without another says None.
+    The zygote has set an environment already, that of the recipe; a job without another says None.
     """
     os.chdir(instruction["cwd"])
     wanted = instruction["environment"]
-    if wanted is not None and wanted != environment:
+    if wanted is not None:
         for name in os.environ.keys() - wanted.keys():
             del os.environ[name]
         for name, value in wanted.items():
-            if environment.get(name) != value:
+            if os.environ.get(name) != value:
                 os.environ[name] = value
     # As the variable says to every other Python: this one has started without it.
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))

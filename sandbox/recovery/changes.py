@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from sandbox.ns import syscalls as sc
+from sandbox.text import escape_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -334,7 +335,8 @@ def attribute(fd: int, name: str) -> bytes | None:
 
 
 def unified(old: bytes | None, new: bytes | None, path: str) -> str:
-    """A unified diff of two contents (None: no file); one line where they are no text."""
+    """A unified diff of two contents (None: no file); one line where they are no text. The path is escaped."""
+    path = escape_text(path, keep="")
     if any(side is not None and (b"\0" in side or len(side) > DIFF_BYTES) for side in (old, new)):
         return f"Binary files a{path} and b{path} differ\n"
     sides = [re.findall(r"[^\n]*\n|[^\n]+", (side or b"").decode("utf-8", "surrogateescape")) for side in (old, new)]

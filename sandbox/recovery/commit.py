@@ -428,7 +428,9 @@ class Stage:
             return
         assert new is not None
         mode = stat.S_IMODE(new.st_mode) & MODES
-        if difference.kind == METADATA:
+        # A file of several names is put there anew: else those that lie elsewhere would have its mode as well.
+        is_shared = old is not None and stat.S_ISREG(old.st_mode) and old.st_nlink > 1
+        if difference.kind == METADATA and not is_shared:
             assert old is not None
             before = stat.S_IMODE(old.st_mode)
             kept = before & ~MODES if stat.S_ISDIR(old.st_mode) else 0  # who may write a program may not make it anybody's

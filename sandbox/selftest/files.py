@@ -286,6 +286,30 @@ def device_node() -> str:
     return attempt(lambda: os.mknod("null", stat.S_IFCHR | 0o666, os.makedev(1, 3)))
 
 
+@attack(WRITES, refusals=("EINVAL",))
+def whiteout() -> str:
+    """A character device, which a rename can leave behind: renameat2(2)."""
+    import ctypes
+    import os
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def rename() -> int:
+        with open("white", "w"):
+            pass
+        try:
+            if libc.renameat2(-100, b"white", -100, b"renamed", 4):  # AT_FDCWD, RENAME_WHITEOUT
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+            return os.lstat("white").st_mode
+        finally:
+            for name in ("white", "renamed"):
+                if os.path.lexists(name):
+                    os.unlink(name)
+
+    return attempt(rename)
+
+
 @attack(PROC)
 def kernel_settings() -> str:
     """Opened for writing only: nothing is written."""

@@ -192,6 +192,44 @@ def locks_of_open_files() -> str:
         os.unlink("locks")
 
 
+@attack(MEMORY, () if "memory" in facts().controllers else ALL, limits=SMALL, ends=LIMIT)  # the controller counts them
+def locks_of_many_places() -> str:
+    """Each second byte of a file can have a lock of its own, if one of all of it is taken away piece by piece."""
+    import fcntl
+    import time
+
+    most = 1 << 18
+    fd = os.open("places", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX, 2 * most, 0)
+        for place in range(2 * most - 2, 0, -2):
+            fcntl.lockf(fd, fcntl.LOCK_UN, 1, place)
+        time.sleep(2)
+        return f"escaped: {most} locks"
+    finally:
+        os.close(fd)
+        os.unlink("places")
+
+
+@attack(MEMORY, () if "memory" in facts().controllers else ALL)
+def stacks_that_grow() -> str:
+    """MAP_GROWSDOWN is no data for RLIMIT_DATA."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+
+    def take() -> int:
+        start = libc.mmap(None, ctypes.c_size_t(1 << 30), 3, 0x122, -1, ctypes.c_long(0))  # PROT_READ, PROT_WRITE
+        if start in (None, (1 << 64) - 1):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        libc.munmap(ctypes.c_void_p(start), ctypes.c_size_t(1 << 30))
+        return 1
+
+    return attempt(take)
+
+
 @attack(MEMORY, refusals=("EMFILE",))
 def large_pipes() -> str:
     """What lies in pipes is no process's memory, and their pages are counted for the host user, for whom there are few."""

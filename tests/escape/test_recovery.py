@@ -298,8 +298,25 @@ def keep_a_connection(port: int, where: str) -> str:
         else:
             go_on()
         fds = []
-        while not fds:
+        there.settimeout(1)
+        try:
+            while not fds:
+                _, fds, _, _ = socket.recv_fds(there, 5, 4)
+        except OSError:
+            return "stopped"
+        return alive(socket.socket(fileno=fds[0]))
+    if where == "peeked":  # a message without a byte, that was looked at before
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        there.settimeout(1)
+        with connect() as sock:
+            socket.send_fds(here, [b""], [sock.fileno()])
+        _, looked, _, _ = there.recvmsg(1, socket.CMSG_SPACE(4), socket.MSG_PEEK)
+        os.close(int.from_bytes(looked[0][2], sys.byteorder))
+        go_on()
+        try:
             _, fds, _, _ = socket.recv_fds(there, 5, 4)
+        except OSError:
+            return "stopped"
         return alive(socket.socket(fileno=fds[0]))
     if where == "urgent":  # a message that is passed over until it counts as one of the others
         here, there = socket.socketpair()
@@ -351,7 +368,7 @@ def keep_a_connection(port: int, where: str) -> str:
     return max(alive(each) for each in copies) if where == "copies" else alive(connect())
 
 
-@pytest.mark.parametrize("where", ["copies", "message", "packet", "nested", "urgent", "thread", "child"])
+@pytest.mark.parametrize("where", ["copies", "message", "packet", "peeked", "nested", "urgent", "thread", "child"])
 @levels
 def test_no_connection_is_kept(level: IsolationLevel, where: str) -> None:
     if where == "child" and level is IsolationLevel.MINIMAL:

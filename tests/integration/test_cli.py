@@ -1298,6 +1298,13 @@ def test_a_key_that_json_does_not_have(caller: Caller) -> None:
         assert json.loads(done.out) == {"(1, 2)": 3}
 
 
+def test_at_every_level_its_folder_for_temporary_files_is_there(caller: Caller) -> None:
+    lines = "import os, tempfile\nwith tempfile.TemporaryFile() as file: print(tempfile.gettempdir(), os.environ['HOME'])"
+    done = caller.plugin(f"{lines}\nprint(os.path.isdir(os.environ.get('TMPDIR', '/tmp')))")
+    assert done.out.split()[-1] == "True", done
+    assert "{" not in done.out
+
+
 def test_two_keys_that_become_one(caller: Caller) -> None:
     done = caller.call("def main(): return {1: 2, '1': 3}")
     assert (done.status, done.out) == (1, "")

@@ -278,6 +278,31 @@ def test_a_file_that_the_caller_changes_meanwhile_is_a_conflict(level: Isolation
     asyncio.run(main())
 
 
+def open_to_all(path: str) -> None:
+    os.chmod(path, 0o666)
+
+
+@namespaced
+def test_a_mode_is_not_that_of_a_files_other_names(level: IsolationLevel, folder: Path, tmp_path: Path) -> None:
+    """A hard link of the caller's: what lies outside of the folder keeps its mode, and its content."""
+    outside = folder.parent / "elsewhere"
+    outside.write_text("secret\n")
+    outside.chmod(0o600)
+    os.link(outside, folder / "linked")
+    if harness.ROOT:
+        os.chown(outside, folder.stat().st_uid, folder.stat().st_gid)
+
+    async def main() -> None:
+        async with granted(level, folder) as sandbox:
+            await sandbox.execute_plugin_safe(open_to_all, str(folder / "linked"))
+            await sandbox.commit_changes()
+
+    asyncio.run(main())
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o600
+    assert stat.S_IMODE((folder / "linked").stat().st_mode) == 0o666
+    assert (folder / "linked").read_text() == outside.read_text() == "secret\n"
+
+
 def count_up(path: str) -> None:
     with open(path, "r+") as file:
         number = int(file.read())
@@ -638,6 +663,17 @@ def test_of_a_long_diff_the_beginning_is_shown(folder: Path, tmp_path: Path) -> 
     assert done.stderr.count("\n+line") < 5001
     assert "more lines of" in done.stderr
     assert "dry run: 20 changes" in done.stderr
+
+
+def test_in_a_diff_no_line_is_hidden(folder: Path, tmp_path: Path) -> None:
+    """What ends lines for Python, and for str.splitlines(), is shown as what it is."""
+    path = tmp_path / "hides.py"
+    path.write_text(
+        "import sys\nopen(sys.argv[1] + '/text', 'w', newline='').write('# tidy\\rimport os\\x0bmore\\u2028last\\n')\n"
+    )
+    done = psie("run", "-q", "--level", "strict", "--rw", str(folder), "--dry-run", str(path), str(folder))
+    assert done.returncode == 0
+    assert "\n+# tidy\\rimport os\\x0bmore\\u2028last\n" in done.stderr
 
 
 def test_deleting_from_the_command_line(folder: Path, tmp_path: Path) -> None:
