@@ -210,6 +210,7 @@ CALLS = {
     "ports": ("iopl", "ioperm"),
     "files": (
         "mknod", "mknodat", "chmod", "fchmod", "fchmodat", "fchmodat2", "creat", "open", "openat",
+        "renameat2",
     ),
     "terminals": ("ioctl",),
     "addresses": ("sendto", "sendmsg", "sendmmsg"),

@@ -43,7 +43,8 @@ SUPERVISOR = "sandbox.engine.supervisor"
 REST_MS = 20
 KEPT = 16
 RETRY_SECONDS = 0.001
-LOCK_BYTES, LOCKS = 192, 50_000  # struct file_lock, linux/filelock.h; so many locks are too much in any case
+LOCK_BYTES = 192  # struct file_lock, linux/filelock.h
+LOCKS = 10_000  # of one call, which are too many in any case; of all that there are we look at twice as many, each time anew
 SAMPLE_SECONDS = 0.1  # between looks at the memory of running calls, where no memory controller does it
 
 
@@ -453,7 +454,9 @@ class Warden:
                     continue
                 files += (used.f_blocks - used.f_bfree) * used.f_frsize
         locks = locks_of(pids)
-        beyond = self.instruction["memory"] if locks >= LOCKS else 0  # to count the rest would take longer than to make them
+        beyond = (
+            self.instruction["memory"] if locks >= LOCKS else 0
+        )  # to count all takes the kernel a time that is their square
         return anonymous + max(shared, files) + LOCK_BYTES * locks + beyond
 
     def sample(self, limit: int) -> None:
@@ -650,7 +653,7 @@ def memory_lines(pid: int) -> list[str]:
 
 
 def locks_of(pids: list[int]) -> int:
-    """How many record locks these hold (proc_locks(5)), LOCKS at most: each second byte of a file can have one."""
+    """How many record locks these hold (proc_locks(5)), LOCKS at most. The newest of each CPU come first."""
     held, wanted = 0, {str(pid) for pid in pids}
     try:
         with open("/proc/locks") as file:

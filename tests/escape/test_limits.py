@@ -307,6 +307,8 @@ def test_a_flood_of_harmless_questions_is_bounded(level: IsolationLevel) -> None
         return 1 << 20
 
     _unless_closed(level)
+    if level is IsolationLevel.MINIMAL and not ROOT:
+        pytest.skip("the supervisor cannot read such a plugin's memory, and refuses each")
     outcome = trial.run_inside(flood, level=level, limits={"max_execution_time_seconds": 60.0 * PATIENCE})
     assert isinstance(outcome.error, SecurityViolationError), outcome
     assert "setsockopt" in str(outcome.error)
