@@ -27,7 +27,7 @@ from sandbox.seccomp import notifier
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Set
     from typing import Any
 
 # The calls that the filter leaves to us, and where each has an address: argument of the pointer, argument of the length.
@@ -174,14 +174,16 @@ class Sockets:
         self.late |= self.waiting.pop(call, set())
         self.hurry()
 
-    def cut_off(self, pids: list[int]) -> int:
+    def cut_off(self, pids: list[int], trusted: Set[int] = frozenset()) -> int:
         """Nothing may be connected any more, and what the processes `pids` and those below them have connected is shut down,
-        wherever they keep it; returns how many connections. They should stand still meanwhile."""
+        wherever they keep it; returns how many connections. They should stand still meanwhile. Unix sockets that one of the
+        processes `trusted` has made are not looked into: messages of ours wait there."""
         self.cut = self.cut or self.access
         self.access = access.Access(None, {})
         self.is_apart = False
         seen: set[int] = set()
-        return sum(shut_down(sock, seen) for pid in pids for process in processes.tree(pid) for sock in sockets_of(process))
+        below = (process for pid in pids for process in processes.tree(pid))
+        return sum(shut_down(sock, seen, trusted) for process in below for sock in sockets_of(process))
 
     def are_waiting(self) -> bool:
         """Whether there is something to `hurry`."""
@@ -465,16 +467,21 @@ def sockets_of(pid: int) -> Iterator[_socket.socket]:
             os.close(process)
 
 
-def shut_down(sock: _socket.socket, seen: set[int]) -> int:
+def maker_of(sock: _socket.socket) -> int:
+    """The process that has made a pair of Unix sockets (SO_PEERCRED, unix(7)); 0 where there is none, or none to be seen."""
+    return int.from_bytes(sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+
+
+def shut_down(sock: _socket.socket, seen: set[int], trusted: Set[int]) -> int:
     """Shut a TCP socket down, for all who have it, and those that lie in messages of a Unix socket; closes ours. Returns how
-    many were connected, or about to be. `seen` are the inodes of those that were looked at before."""
+    many were connected, or about to be. `seen` are the inodes of those that were looked at before; `trusted`: see `cut_off`."""
     try:
         inode = os.fstat(sock.fileno()).st_ino
         if inode in seen:
             return 0
         seen.add(inode)
         if sock.family == _socket.AF_UNIX:
-            return sum(shut_down(each, seen) for each in in_flight(sock))
+            return 0 if maker_of(sock) in trusted else sum(shut_down(each, seen, trusted) for each in in_flight(sock))
         connected = is_under_way(sock)
         sock.shutdown(_socket.SHUT_RDWR)
         return connected

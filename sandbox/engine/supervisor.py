@@ -40,6 +40,8 @@ class Supervisor:
         self.sockets = own
         self.violations = channel.from_fd(violations)
         self.violations.setblocking(False)
+        # The warden and the caller: between them and a call there are sockets too, which its processes hold.
+        self.trusted = {sockets.maker_of(sock) for sock in (self.warden, self.violations)} - {0}
         self.listeners: dict[int, int] = {}  # listener fd -> number of the call
         # How often, by (call, nr, what tells one refusal from another).
         self.records: dict[tuple[int, int, object], int] = {}
@@ -70,7 +72,8 @@ class Supervisor:
     def network(self, call: int, notification: notifier.Notification, wanted: sockets.Wanted) -> bool:
         """Tell what the plugin wants of the network, and a refusal as a violation as well; whether to answer."""
         count = self.operations[call] = self.operations.get(call, 0) + 1
-        self.answers[call] += ANSWERS_TO_REQUEST if wanted.is_counted else 0
+        if wanted.is_counted:
+            self.answers[call] = self.answers.get(call, ANSWERS) + ANSWERS_TO_REQUEST
         kind = call, wanted.operation == sockets.SOCKET
         number = self.told[kind] = self.told.get(kind, 0) + 1
         if number <= LOGGED or number & (number - 1) == 0 or wanted.is_counted:  # of those there are max_network_requests
@@ -122,7 +125,7 @@ class Supervisor:
                     if instruction is None:
                         return
                     if "cut_off" in instruction:
-                        ended = self.sockets.cut_off(instruction["cut_off"])  # type: ignore[arg-type]
+                        ended = self.sockets.cut_off(instruction["cut_off"], self.trusted)  # type: ignore[arg-type]
                         self.send("cut_off", {"call": 0, "connections": ended})
                         continue
                     self.listeners[fds[0]] = int(instruction["call"])  # type: ignore[call-overload]

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -417,6 +418,24 @@ def test_a_connection_that_comes_late_is_none(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(BrokenPipeError):
             plugins.send(b"still there?")
     os.close(listener)
+
+
+def test_what_psie_has_sent_is_not_taken_away() -> None:
+    """To see connections in packets they are taken out: those of a plugin's own, not the job that waits for it."""
+    network = {"access": {"allowed": [], "blocked": [], "ports": []}, "max_requests": 1, "sockets": True}
+    told, told_inside = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with told, told_inside, subprocess.Popen(["sleep", "60"], pass_fds=[told_inside.fileno()]) as child:
+        try:
+            told_inside.setblocking(False)
+            told.send(b"job")
+            sockets.Sockets(network, {}).cut_off([child.pid], {os.getpid()})
+            assert told_inside.recv(10) == b"job"
+            told.send(b"job")
+            sockets.Sockets(network, {}).cut_off([child.pid])
+            with pytest.raises(BlockingIOError):
+                told_inside.recv(10)
+        finally:
+            child.kill()
 
 
 # -- standing still ----------------------------------------------------------------------------------------------------
