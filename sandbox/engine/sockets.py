@@ -492,10 +492,11 @@ def shut_down(sock: _socket.socket, seen: set[int], trusted: Set[int]) -> int:
 
 
 def in_flight(sock: _socket.socket) -> Iterator[_socket.socket]:
-    """The sockets in messages that a Unix socket has not received yet, which stay there: unix(7), SO_PEEK_OFF in socket(7).
+    """The sockets in messages that a Unix socket has not received yet: unix(7), SO_PEEK_OFF in socket(7).
 
-    A message that was sent with MSG_OOB is passed over by who looks, unless it counts as one of the others. So is a packet
-    without a byte that somebody has looked at before: packets are taken out. Where messages have no end the sandbox has one.
+    What is in a stream stays there. A message that was sent with MSG_OOB is passed over by who looks, unless it counts as one
+    of the others. So is a packet without a byte that somebody has looked at before: packets are taken out, and lost to who
+    waits for them. Where messages have no end the sandbox has one.
     """
     look = _socket.MSG_PEEK if sock.type == _socket.SOCK_STREAM else 0
     is_inline = sock.getsockopt(_socket.SOL_SOCKET, SO_OOBINLINE)

@@ -453,11 +453,11 @@ class Warden:
                 except OSError:
                     continue
                 files += (used.f_blocks - used.f_bfree) * used.f_frsize
+        held = anonymous + max(shared, files)
         locks = locks_of(pids)
-        beyond = (
-            self.instruction["memory"] if locks >= LOCKS else 0
-        )  # to count all takes the kernel a time that is their square
-        return anonymous + max(shared, files) + LOCK_BYTES * locks + beyond
+        if locks >= LOCKS:  # to count them all takes the kernel a time that is their square: they are over any limit
+            held += int(self.instruction["memory"])
+        return held + LOCK_BYTES * locks
 
     def sample(self, limit: int) -> None:
         """Kill the calls that hold more memory than they may."""
