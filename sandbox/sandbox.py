@@ -1160,6 +1160,7 @@ class _Run:
         self._returned: asyncio.Future[None] | None = None  # there, when it has a value, or at its end
         self.listener: Listener | None = None  # there
         self.has_value = False  # before its end
+        self._is_given_up = False
         self._done = promise()
         self._lingers: Timer | None = None
         self._watched: Watched | None = None
@@ -1280,6 +1281,12 @@ class _Run:
     def start(self) -> None:
         """A further worker in the owner's open sandbox."""
         assert self.owner._sandbox is not None
+        self.owner._sandbox.in_turn(self._start)
+
+    def _start(self) -> None:
+        if self._is_given_up:
+            return
+        assert self.owner._sandbox is not None
         try:
             worker = Worker(self.owner._sandbox)
         except Exception as error:  # whatever it is, the caller waits for a word
@@ -1289,6 +1296,7 @@ class _Run:
 
     def give_up(self) -> None:
         """Nobody waits for this worker any more."""
+        self._is_given_up = True
         if self.worker is not None:
             self.worker.call.kill("cancelled")
 

@@ -13,6 +13,7 @@ import marshal
 import os
 import select
 import sys
+from _collections import deque  # collections makes its classes by exec, for a millisecond
 from time import CLOCK_REALTIME, clock_gettime_ns, monotonic, time
 
 from sandbox import state
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from sandbox.violations import SandboxViolation
 
 ZYGOTE_DIED = "the zygote has died: its sandboxes are gone; open new ones"
+CLOSED = "the sandbox was closed"
 WARDEN_DIED = "the sandbox's warden has died, and all of its calls with it: open a new sandbox"
 VALUE_MODULES = ("sandbox.engine.codec", "mmap")  # what a zygote needs whose workers send values
 SHUT_RDWR = 2
@@ -51,6 +53,7 @@ NAME = "name"  # and where it tells of a host's name that was asked for
 FILE_ERRORS = {str(number): errno.errorcode[number] for number in (errno.EACCES, errno.EPERM, errno.EROFS)}
 TOLD = FILE, NAME
 NOTES = 6000  # about those that are read: of 256 different refusals 2 ** 23 each
+COMING_UP = 16  # workers of one sandbox at once: more would only wait for its warden, which makes one after the other
 REFUSALS = 10_000  # refused calls after which a plugin only burns our time and is ended
 GRACE = 5.0  # seconds that a zygote has to kill a warden, or to leave, before it is killed itself
 WHOLE_VALUE = channel.REPLY_VALUE.upper()  # of a frame
@@ -461,6 +464,8 @@ class Sandbox:
         self.name = name
         self.calls: dict[int, Call] = {}
         self.next_call = 1
+        self.coming_up = 0  # of the calls those whose workers do not stand yet
+        self._turns: deque[Callable[[], None]] = deque()  # who waits to make one
         self.workspace: int | None = None  # O_PATH fd
         self.owner: tuple[int, ...] = ()  # uid and gid of the plugin's files, as a zygote's user namespace has them
         self.granted: list[Granted] = []
@@ -682,14 +687,25 @@ class Sandbox:
             return True, f"{name} is allowed"
         return False, "it is not in allowed_hosts"
 
+    def in_turn(self, start: Callable[[], None]) -> None:
+        """Have `start` make a call as soon as few enough come up; in a sandbox that has ended it does so at once, and fails."""
+        self._turns.append(start)
+        self.next_turn()
+
+    def next_turn(self) -> None:
+        while self._turns and (self.closing or self.coming_up < COMING_UP):
+            self._turns.popleft()()
+
     def call(self, stdio: Sequence[int], *, tty: bool = False) -> Call:
         """Start a worker that waits for a job; `stdio` are three fds for its standard streams, which stay the caller's."""
         call = Call(self, self.next_call)
         self.next_call += 1
         self.calls[call.number] = call
-        if self.error is not None:
-            call.fail(self.error)
+        if self.error is not None or self.closing:
+            call.fail(self.error or ResourceError(CLOSED))
         else:
+            call.comes_up = True
+            self.coming_up += 1
             times = {"seconds": self.recipe.limits["seconds"], "grace": self.recipe.monitoring["grace_seconds"]}
             fds = [call.clock.fd, call.inside.fileno(), *stdio]
             self._instruct({"op": "call", "call": call.number, "tty": tty, **times}, fds)
@@ -700,6 +716,8 @@ class Sandbox:
     def _instruct(self, instruction: dict[str, object], fds: Sequence[int] = ()) -> None:
         try:
             channel.instruct(self.hub, instruction, fds)
+        except BlockingIOError:
+            self.fail(ResourceError("the sandbox's warden does not read what it is told: open a new sandbox"))
         except OSError:
             while self.error is None and not self.closing and self._hub_readable():
                 pass  # why it has gone may be unread still
@@ -827,6 +845,7 @@ class Sandbox:
         self.workspace = self.layers = None
         for folder in self.granted:
             folder.close()
+        self.next_turn()
 
     def cut_off(self) -> None:
         """Have its links taken down and every connection ended and refused from now on; `cut` tells when that has been done:
@@ -861,7 +880,7 @@ class Sandbox:
             os.close(self.leaf[0])
             self.leaf = None
         for call in list(self.calls.values()):
-            call.fail(self.error or ResourceError("the sandbox was closed"))
+            call.fail(self.error or ResourceError(CLOSED))
         if self.on_gone is not None:
             self.on_gone()
 
@@ -932,6 +951,8 @@ class Call:
         self.outcome: dict[str, str] | None = None
         # Why the host itself ended it: output, result, violations, file_operations, recovery, cancelled
         self.cause = ""
+        self.is_ending = False  # the warden has been told to end it
+        self.comes_up = False
         self.recovered: SandboxViolation | None = None  # from which, where recovery is the cause
         self.file_operations = 0  # where that is the cause
         self.hidden = ""  # a folder in which nobody could count them, where that is
@@ -986,8 +1007,16 @@ class Call:
             self._waiting.cancel()
         fields["granted"] = self.sandbox.granted_kinds
         self.read_back = fields
+        self._has_come_up()
         if self.on_sealed is not None:
             self.on_sealed(self)
+
+    def _has_come_up(self) -> None:
+        """It stands, or never will: another one's turn."""
+        if self.comes_up:
+            self.comes_up = False
+            self.sandbox.coming_up -= 1
+            self.sandbox.next_turn()
 
     def send_job(self, instruction: dict[str, object], payload: bytes) -> None:
         """Let the worker begin, if it is there; now its time counts. Its reply is read here, unless the socket is lent."""
@@ -1323,11 +1352,11 @@ class Call:
 
     def kill(self, cause: str) -> None:
         """End everything of the call now; `on_done` tells when it has gone."""
-        is_first, self.cause = not self.cause, self.cause or cause
-        if not self.done and not self.sandbox.closing:
+        self.cause = self.cause or cause
+        if not self.done and not self.sandbox.closing and not self.is_ending:
+            self.is_ending = True  # once is enough: of a flood of reasons the warden would read all
             self.sandbox._instruct({"op": "kill", "call": self.number, "cause": cause})
-            if is_first:
-                self.expect("a call was to end")
+            self.expect("a call was to end")
 
     def signal(self, number: int) -> None:
         """Send a signal to the worker."""
@@ -1351,6 +1380,7 @@ class Call:
         if self.done:
             return
         self.done = True
+        self._has_come_up()
         if self.has_job and not any(call.is_running for call in self.sandbox.calls.values()):
             self.sandbox.line.tell(board.IDLE)
         self._close_job()

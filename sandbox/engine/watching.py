@@ -69,10 +69,16 @@ def source_of(sandbox: Sandbox) -> Source:
         cgroup = CgroupSource(os.dup(sandbox.leaf_fd))
         if "memory" in (sandbox.recipe.cgroup or {}).get("controllers", ()):
             return cgroup
-        return ProcessSource(cgroup.pids, cgroup.close)
+        return ProcessSource(cgroup.pids, cgroup.close, inherited(sandbox))
 
     def pids() -> list[int]:
         workers = [int(call.read_back["NSpid"].split()[0]) for call in sandbox.calls.values() if call.read_back]
         return [pid for worker in workers for pid in processes.tree(worker)]
 
-    return ProcessSource(pids)
+    return ProcessSource(pids, inherited=inherited(sandbox))
+
+
+def inherited(sandbox: Sandbox) -> int:
+    """Bytes that each process of the sandbox has from its zygote."""
+    zygote = ProcessSource(lambda: [sandbox.zygote.pid]).read()
+    return (zygote.memory if zygote is not None else None) or 0

@@ -137,9 +137,11 @@ class CgroupSource:
 class ProcessSource:
     """Processes by psutil: what they have of their own, without what they share with others. Nobody counts events."""
 
-    def __init__(self, pids: Callable[[], list[int]], close: Callable[[], None] = lambda: None) -> None:
-        """`pids()` tells the processes that are meant, each time."""
+    def __init__(self, pids: Callable[[], list[int]], close: Callable[[], None] = lambda: None, inherited: int = 0) -> None:
+        """`pids()` tells the processes that are meant, each time; `inherited` are the bytes that each of them shares with the
+        process that it is a fork of, and that count as its own where nobody knows better."""
         self.pids = pids
+        self.inherited = inherited
         self.close = close
         self.name = "psutil"
         self.known: dict[int, psutil.Process] = {}  # of the last reading: making them again takes as long as asking them
@@ -159,7 +161,7 @@ class ProcessSource:
                 process = self.known[pid] = before.get(pid) or psutil.Process(pid)
                 with process.oneshot():
                     info, times = process.memory_info(), process.cpu_times()
-                    memory += info.rss - info.shared
+                    memory += max(0, info.rss - info.shared - self.inherited)
                     tasks += threads_of(pid)
                     self.cpu_of[pid] = times.user + times.system
                 processes += 1

@@ -122,6 +122,13 @@ def flood_the_job_socket(frame: bytes) -> None:
                 os.write(fd, frame)
 
 
+def flood_when_told(frame: bytes) -> None:
+    open("started", "w").close()
+    while not os.path.exists("go"):
+        time.sleep(0.005)
+    flood_the_job_socket(frame)
+
+
 def leave_a_daemon() -> str:
     if os.fork() == 0:
         os.setsid()

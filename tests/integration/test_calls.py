@@ -38,7 +38,7 @@ from sandbox import (
     SandboxViolation,
     SandboxViolationType,
 )
-from sandbox.engine import channel
+from sandbox.engine import channel, client
 from sandbox.engine.loop import PollLoop
 from sandbox.engine.streams import Streams
 from sandbox.recovery import private
@@ -228,6 +228,48 @@ def test_concurrent_calls_in_one_sandbox(level: IsolationLevel) -> None:
         async with harness.open_sandbox(level) as sandbox:
             calls = [sandbox.execute_plugin_safe(plugins.meet, str(number), 8) for number in range(8)]
             assert len(await asyncio.gather(*calls)) == 8
+
+    asyncio.run(main())
+
+
+def test_a_storm_of_calls_waits_its_turn(level: IsolationLevel) -> None:
+    """More than the warden's socket holds, and workers than would fit at once; the first that came are served first."""
+    count, begun = 400, []
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+
+            async def call(number: int) -> object:
+                answer = await sandbox.execute_plugin_safe(plugins.give_back, number)
+                begun.append(number)
+                return answer
+
+            assert await asyncio.gather(*map(call, range(count))) == list(range(count))
+            assert sandbox.get_violations() == []  # each of them has all of the zygote's memory, which is there once
+            late = [position - number for position, number in enumerate(begun)]
+            assert max(map(abs, late)) < 4 * client.COMING_UP
+
+    asyncio.run(main())
+
+
+def test_calls_that_wait_their_turn_are_cancelled_and_closed_as_any(level: IsolationLevel) -> None:
+    async def main() -> None:
+        sandbox = harness.open_sandbox(level)
+        await sandbox.__aenter__()
+        tasks = [asyncio.create_task(sandbox.execute_plugin_safe(plugins.give_back, number)) for number in range(100)]
+        await tasks[0]
+        for task in tasks[50:90]:
+            task.cancel()
+        seen = await asyncio.gather(*tasks[:90], return_exceptions=True)
+        assert seen[:50] == list(range(50))
+        assert {type(each) for each in seen[50:]} == {asyncio.CancelledError}
+        waiting = [asyncio.create_task(sandbox.execute_plugin_safe(plugins.give_back, number)) for number in range(100)]
+        await asyncio.sleep(0)  # each has asked for its turn
+        assert await sandbox.cleanup_sandbox()
+        seen = await asyncio.gather(*tasks[90:], *waiting, return_exceptions=True)
+        assert "was closed" in str(seen[-1])
+        assert all(isinstance(each, int) or "closed" in str(each) for each in seen), [str(each) for each in seen]
+        assert not any(harness.roles(os.getpid())[role] for role in ("warden", "init", "worker"))
 
     asyncio.run(main())
 

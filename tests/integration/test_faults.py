@@ -515,7 +515,7 @@ def test_a_state_folder_that_takes_nothing(
     for kind in ("run", "lib", "cache"):
         folders = {name: str(place) if name == kind else state.folder(name) for name in ("run", "lib", "cache")}
         with monkeypatch.context() as patch:
-            patch.setattr(state, "folder", folders.__getitem__)
+            patch.setattr(state, "folder", lambda kind, folders=folders, **_: folders[kind])
             service.shut_down()
             came = asyncio.run(try_once(level))
         faults.TABLE.add(f"a {how} disk", kind, came)

@@ -17,14 +17,17 @@ from typing import Any
 
 import pytest
 
-from sandbox import EnhancedPluginSandbox, IsolationLevel, ResourceError, ResourceLimitExceededError
-from sandbox.engine import client, loop, service
+from sandbox import EnhancedPluginSandbox, IsolationLevel, ResourceError, ResourceLimitExceededError, SecurityViolationError
+from sandbox.engine import channel, client, loop, service
 
-from . import cli_harness, harness, plugins, stopped_caller
+from . import cli_harness, harness, hostile, plugins, stopped_caller
 from .test_life import gone, run_script
 
 rootless = pytest.mark.rootless
 
+FORGED_NOTE = channel.NOTE.upper() + channel.pack(
+    "refused", {"module": "json", "list": "blocked_modules", "file": "f", "line": "1"}
+)
 WAIT = 5  # watchdog_timeout_seconds
 LIFETIME = "sandbox was open for its whole lifetime of 60 minutes"
 
@@ -276,6 +279,25 @@ def test_a_stopped_warden_at_a_deadline(level: IsolationLevel, clock: Clock) -> 
                 ResourceError, WARDEN.format("a call was to end"), sandbox.execute_plugin_safe(plugins.give_back, 1)
             )
         assert sandbox.get_telemetry().cleanup_successful
+
+    asyncio.run(main())
+
+
+def test_a_warden_is_told_to_end_a_call_once(level: IsolationLevel) -> None:
+    """One that is slow, while the plugin gives thousands of reasons: its socket is not filled by that, it ends the call."""
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            flood = sandbox.execute_plugin_safe(hostile.flood_when_told, FORGED_NOTE)
+            task = asyncio.create_task(flood)
+            await harness.wait_for((sandbox.temp_directory / "started").exists)
+            assert sandbox._sandbox is not None
+            (call,) = sandbox._sandbox.calls.values()
+            with stopped(*harness.roles(os.getpid())["warden"]):
+                (sandbox.temp_directory / "go").touch()
+                await harness.wait_for(lambda: call.refusals > client.REFUSALS + 1000)
+            await ends_with(SecurityViolationError, "threshold", task)
+            assert await sandbox.execute_plugin_safe(plugins.give_back, 1) == 1
 
     asyncio.run(main())
 
