@@ -2,7 +2,11 @@
  * The floor under a sandbox: the namespaces that one has, about the mounts that it has, and its end again. No Python, no
  * cgroup, no filter, no call.
  *
- *     floor WORKERS SECONDS FOLDER...    binds each FOLDER read-only; prints how many, and the seconds that they took
+ *     floor WORKERS SECONDS MEMORY INIT WORKER FOLDER...
+ *
+ * binds each FOLDER read-only; prints how many, and the seconds that they took. The process that each is cloned from has MEMORY
+ * pages of its own; what is cloned writes to INIT of them, and where WORKER is not 0 it has a fork that writes to so many: what
+ * copying on write alone costs a sandbox whose processes are forks of one another.
  *
  * Sources: clone(2), user_namespaces(7), mount_namespaces(7), mount_setattr(2), pivot_root(2).
  */
@@ -15,6 +19,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -24,6 +29,16 @@
 
 #define NAMESPACES (CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP | CLONE_NEWNET)
 #define ROOT "/sys" /* where the new root is put together: a folder that every host has */
+
+static long page, pages, of_init, of_worker;
+static char *memory;
+
+/* So many of the pages, all over the memory. */
+static void touch(long count)
+{
+	for (long i = 0; i < count; i++)
+		memory[i * pages / count * page]++;
+}
 
 static void attach(const char *source, const char *target, const char *type, unsigned long flags, const char *options)
 {
@@ -100,7 +115,18 @@ static void one(char **folders)
 	if (pid == 0) {
 		if (read(mapped[0], &byte, 1) != 1)
 			_exit(1);
+		touch(of_init);
 		sandbox(folders);
+		if (of_worker > 0) {
+			pid = fork();
+			if (pid < 0)
+				err(1, "fork");
+			if (pid == 0) {
+				touch(of_worker);
+				_exit(0);
+			}
+			waitpid(pid, &status, 0);
+		}
 		_exit(0);
 	}
 	write_to("/proc/%d/setgroups", pid, "deny");
@@ -125,8 +151,9 @@ static double now(void)
 
 int main(int argc, char **argv)
 {
-	if (argc < 3)
-		errx(2, "usage: floor WORKERS SECONDS FOLDER...");
+	if (argc < 6)
+		errx(2, "usage: floor WORKERS SECONDS MEMORY INIT WORKER FOLDER...");
+	page = sysconf(_SC_PAGESIZE), pages = atol(argv[3]), of_init = atol(argv[4]), of_worker = atol(argv[5]);
 	int workers = atoi(argv[1]), counts[2], failed = 0;
 	double start = now(), end = start + atof(argv[2]);
 	long total = 0, count;
@@ -138,8 +165,14 @@ int main(int argc, char **argv)
 		if (pid < 0)
 			err(1, "fork");
 		if (pid == 0) {
+			if (pages > 0) {
+				memory = mmap(NULL, pages * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+				if (memory == MAP_FAILED || madvise(memory, pages * page, MADV_NOHUGEPAGE) < 0)
+					err(1, "memory");
+				touch(pages);
+			}
 			for (count = 0; count == 0 || now() < end; count++)
-				one(argv + 3);
+				one(argv + 6);
 			if (write(counts[1], &count, sizeof count) != sizeof count)
 				err(1, "write");
 			_exit(0);

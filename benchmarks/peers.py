@@ -34,6 +34,7 @@ SANDLOCK = "sandlock + python3 (no namespaces)"
 PLAIN = "python3 -I (no isolation)"
 POOL = "ProcessPoolExecutor(2) (no isolation)"
 FLOOR = "C program, same namespaces, no Python (the floor)"
+FORKS = "C program, the same, and forks that copy as many pages"
 
 
 @functools.cache
@@ -194,9 +195,10 @@ class Floor:
         self.program = program
         self.folders = folders
 
-    def rate(self, workers: int, seconds: float) -> float:
-        """How many a second, of so many workers side by side; the first one of each is made however long it takes."""
-        command = [self.program, str(workers), str(seconds), *self.folders]
+    def rate(self, workers: int, seconds: float, pages: tuple[int, int, int] = (0, 0, 0)) -> float:
+        """How many a second, of so many workers side by side; the first one of each is made however long it takes. `pages` of
+        memory: of what is cloned, and those that init and worker write to."""
+        command = [self.program, *map(str, (workers, seconds, *pages)), *self.folders]
         count, took = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
         return int(count) / float(took)
 

@@ -19,13 +19,17 @@ WIDTH = 56  # of a name in the table
 
 @dataclass
 class Wanted:
-    """One thing that is wanted: `value` is to be at most, or at least, `bound`. A value of None: what it takes is missing."""
+    """One thing that is wanted: `value` is to be at most, or at least, `bound`. A value of None: what it takes is missing.
+
+    `floor`, of the same run, is of what does only that which cannot be left out: a sandbox that does more is no better.
+    """
 
     what: str
     value: float | None
     relation: str  # "at most" or "at least"
     bound: float
     unit: str
+    floor: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -67,8 +71,10 @@ class Figures:
         one, other = self.median(ours), self.median(theirs)
         return one / other if one is not None and other else None
 
-    def want(self, what: str, value: float | None, relation: str, bound: float, unit: str = "times") -> None:
-        self.wanted.append(Wanted(what, value, relation, bound, unit))
+    def want(
+        self, what: str, value: float | None, relation: str, bound: float, unit: str = "times", floor: float | None = None
+    ) -> None:
+        self.wanted.append(Wanted(what, value, relation, bound, unit, floor))
 
 
 @dataclass
@@ -134,7 +140,8 @@ def table(figures: Figures) -> str:
         lines.append(f"  {contender:<{WIDTH}}{number(statistics.median(values)):>10}{number(p95):>10}{shown:>12}")
     for each in figures.wanted:
         value = "not measured" if each.value is None else number(each.value)
-        lines.append(f"    {each.verdict:<8}{each.what}: {value} (wanted {each.relation} {each.bound:g} {each.unit})")
+        floor = "" if each.floor is None else f"; the floor: {number(each.floor)}"
+        lines.append(f"    {each.verdict:<8}{each.what}: {value} (wanted {each.relation} {each.bound:g} {each.unit}{floor})")
     return "\n".join(lines)
 
 
@@ -143,10 +150,11 @@ def summary(report: Report) -> str:
     rows = [(figures.name, wanted) for figures in report.measures for wanted in figures.wanted]
     if not rows:
         return "nothing is wanted of what was measured"
-    lines = [f"{'measure':<12}{'what is wanted':<{WIDTH + 12}}{'wanted':>18}{'measured':>12}   "]
+    lines = [f"{'measure':<12}{'what is wanted':<{WIDTH + 12}}{'wanted':>18}{'measured':>12}{'floor':>10}   "]
     for name, wanted in rows:
         sign = "<=" if wanted.relation == "at most" else ">="
         measured = "-" if wanted.value is None else number(wanted.value)
         asked = f"{sign} {wanted.bound:g} {wanted.unit}"
-        lines.append(f"{name:<12}{wanted.what:<{WIDTH + 12}}{asked:>18}{measured:>12}   {wanted.verdict}")
+        floor = "" if wanted.floor is None else number(wanted.floor)
+        lines.append(f"{name:<12}{wanted.what:<{WIDTH + 12}}{asked:>18}{measured:>12}{floor:>10}   {wanted.verdict}")
     return "\n".join(lines)

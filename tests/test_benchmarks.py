@@ -21,7 +21,7 @@ def made(name: str = "call") -> Figures:
     figures.curves = {OURS: [(1, 2.0), (8, 3.0)], THEIRS: [(1, 10.0), (8, 20.0)]}
     figures.axes = ("callers", "calls a second")
     figures.want("a call", figures.median(OURS), "at most", 2, "ms")
-    figures.want("the same, of bubblewrap", figures.ratio(OURS, THEIRS), "at most", 0.05)
+    figures.want("the same, of bubblewrap", figures.ratio(OURS, THEIRS), "at most", 0.05, floor=0.075)
     figures.want("the same, of the floor", figures.ratio(OURS, "C"), "at least", 0.4)
     return figures
 
@@ -40,6 +40,8 @@ def test_the_table_has_medians_ratios_and_verdicts() -> None:
     text = summary(Report(ABOUT, [made()]))
     assert [line.split()[-1] for line in text.splitlines()[1:]] == ["met", "MISSED", "unknown"]
     assert "<= 0.05 times" in text
+    assert text.splitlines()[2].split()[-3:] == ["0.100", "0.075", "MISSED"]
+    assert "MISSED  the same, of bubblewrap: 0.100 (wanted at most 0.05 times; the floor: 0.075)" in table(made())
 
 
 @pytest.mark.parametrize(("value", "shown"), [(0.0123, "0.012"), (1.234, "1.23"), (1234.5, "1,234"), (0, "0")])
@@ -58,6 +60,7 @@ def test_what_is_published_has_medians_and_verdicts(tmp_path: Path) -> None:
     (measure,) = json.loads((tmp_path / "speed.json").read_text())["measures"]
     assert measure["medians"] == {OURS: 2.0, THEIRS: 20.0, "sandlock": None}
     assert [each["verdict"] for each in measure["wanted"]] == ["met", "MISSED", "unknown"]
+    assert [each["floor"] for each in measure["wanted"]] == [None, 0.075, None]
 
 
 def test_plots_are_drawn_of_what_was_measured(tmp_path: Path) -> None:

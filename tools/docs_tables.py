@@ -291,8 +291,10 @@ def aims() -> str:
         for wanted in each["wanted"]:
             value = "-" if wanted["value"] is None else results.number(wanted["value"])
             asked = f"{wanted['relation']} {results.number(wanted['bound'])} {wanted['unit']}"
-            rows.append([wanted["what"], asked, value, {"met": "yes", "MISSED": "no"}.get(wanted["verdict"], "not measured")])
-    return table(["what", "wanted", "measured", "met"], rows)
+            floor = "" if wanted["floor"] is None else results.number(wanted["floor"])
+            met = {"met": "yes", "MISSED": "no"}.get(wanted["verdict"], "not measured")
+            rows.append([wanted["what"], asked, value, met, floor])
+    return table(["what", "wanted", "measured", "met", "the floor"], rows)
 
 
 def measured_where() -> str:
