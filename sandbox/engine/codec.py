@@ -1105,7 +1105,10 @@ def _read_buffer(r: _Reader) -> Any:
     # A byte order, a kind and a width, and for dates a unit in brackets: keep numpy's parser from anything else.
     if text[:1] not in ("<", ">", "|") or text[1:2] not in tuple("biufcmMSU") or not text[2:].partition("[")[0].isdecimal():
         raise CodecError("malformed reply: not a dtype")
-    shape = r.counts.take(r.counts.one()).tolist()
+    dimensions = r.counts.one()
+    if dimensions > MAX_DIMENSIONS:  # before their product is made, which takes a time that is their square
+        raise CodecError("malformed reply: an array has too many dimensions")
+    shape = r.counts.take(dimensions).tolist()
     raw = r.blob()
     try:
         import numpy
@@ -1118,7 +1121,7 @@ def _read_buffer(r: _Reader) -> Any:
     size = 1
     for extent in shape:
         size *= extent
-    if len(shape) > MAX_DIMENSIONS or size * dtype.itemsize != len(raw) or dtype.itemsize > max(len(raw), MAX_EMPTY):
+    if size * dtype.itemsize != len(raw) or dtype.itemsize > max(len(raw), MAX_EMPTY):
         raise CodecError("malformed reply: an array does not have the size of its shape")
     if not size:
         return numpy.empty(shape, dtype)

@@ -167,6 +167,29 @@ def test_a_flood_of_equal_hashes_does_not_hold_the_host_up(level: IsolationLevel
     assert isinstance(outcome.error, (PluginExecutionError, ResourceLimitExceededError)), outcome
 
 
+def array_of_dimensions(count: int) -> bytes:
+    """The message of an array that has nothing but dimensions, the last of them 0. Their product takes a time that is the
+    square of their number: seconds for 80,000."""
+    from struct import pack
+
+    counts = pack(f"={count + 3}I", 3, count, *(0xFFFFFFFF,) * (count - 1), 0, 0)
+    return b"psi1" + pack("=6I", 1, len(counts), 0, 0, 3, 0) + b"A" + counts + b"<i8"
+
+
+@pytest.mark.parametrize("level", HOST_SIDE)
+def test_an_array_of_many_dimensions_does_not_hold_the_host_up(level: IsolationLevel) -> None:
+    pytest.importorskip("numpy")
+
+    def many() -> object:
+        from sandbox.engine import codec
+
+        codec.encode = lambda value, **bounds: array_of_dimensions(400_000)
+        return None
+
+    outcome = answered(many, level=level, limits={"max_memory_mb": 512.0})
+    assert isinstance(outcome.error, PluginExecutionError), outcome
+
+
 # -- exceptions --------------------------------------------------------------------------------------------------------------
 
 
