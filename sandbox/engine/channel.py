@@ -50,6 +50,7 @@ from __future__ import annotations
 
 import _socket
 import _struct as struct  # struct.py adds nothing but a file
+import errno
 import fcntl
 import marshal
 import os
@@ -151,7 +152,26 @@ def send_bytes(sock: _socket.socket, data: bytes, fds: Sequence[int] = ()) -> No
     ancillary = []
     if fds:
         ancillary.append((_socket.SOL_SOCKET, SCM_RIGHTS, b"".join(fd.to_bytes(4, "little") for fd in fds)))
-    sock.sendmsg([data], ancillary)
+    try:
+        sock.sendmsg([data], ancillary)
+    except OSError as error:
+        if error.errno != errno.ETOOMANYREFS:
+            raise
+        send_beside_many(sock, data, ancillary)
+
+
+def send_beside_many(sock: _socket.socket, data: bytes, ancillary: list[tuple[int, int, bytes]]) -> None:
+    """Without root a plugin has its caller's id, and more descriptors under way than the soft RLIMIT_NOFILE of the caller, if
+    its own is higher: unix(7), ETOOMANYREFS. The hard one still lets us send, and is ours for that moment only, because who
+    uses select(2) may rely on the other."""
+    import resource  # hardly ever wanted
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        sock.sendmsg([data], ancillary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def patiently(receive: Callable[[], T]) -> T:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import resource
+import socket
 
 import pytest
 
@@ -90,3 +93,55 @@ def test_names_of_other_sandboxes_are_not_in_memory(level: IsolationLevel) -> No
     if kit.why_closed(level):
         pytest.skip(kit.why_closed(level))
     assert trial.bounded(go()).startswith("stopped")
+
+
+@pytest.mark.skipif(ROOT, reason="root may have as many descriptors under way as it likes, and no sandbox has its id")
+@pytest.mark.parametrize("level", ALL)
+def test_descriptors_under_way_keep_no_sandbox_from_opening(level: IsolationLevel) -> None:
+    """Those of a user are counted together, and who has a lower limit than that can send none: psie sends them all the time."""
+
+    def hold() -> str:
+        import os
+        import socket
+        import time
+
+        ours, theirs = socket.socketpair()
+        held = 0
+        try:
+            while True:
+                socket.send_fds(ours, [b"x"], [0] * 250)
+                held += 250
+        except OSError as error:
+            told = f"{held} until {error.strerror}"
+        with open("held.new", "w") as file:
+            file.write(told)
+        os.rename("held.new", "held")
+        end = time.monotonic() + 8 * PATIENCE
+        while not os.path.exists("stop") and time.monotonic() < end:
+            time.sleep(0.005)
+        theirs.close()
+        return told
+
+    async def go() -> tuple[str, int]:
+        async with trial.open_sandbox(level, {"max_open_files": 1024}) as one:
+            holding = asyncio.create_task(one.execute_plugin_safe(hold))
+            while not (one.temp_directory / "held").exists():
+                await asyncio.sleep(0.005)
+            ours, theirs = socket.socketpair()
+            with ours, theirs, pytest.raises(OSError, match=os.strerror(errno.ETOOMANYREFS)):
+                socket.send_fds(ours, [b"x"], [0])
+            async with trial.open_sandbox(level) as other:
+                answer = await other.execute_plugin_safe(lambda: 1)
+            (one.temp_directory / "stop").touch()
+            return await holding, answer
+
+    if kit.why_closed(level):
+        pytest.skip(kit.why_closed(level))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, before[1]), before[1]))
+    try:
+        held, answer = trial.bounded(go())
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(1024, before[1]), before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert answer == 1, held
