@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -92,7 +93,7 @@ def name_of(key: object) -> str:
 def jsonable(value: object) -> object:
     """What JSON does not have: sets become lists, bytes base64, arrays nested lists, nan and infinity null, the rest text.
 
-    Raises ValueError for a dict of which two keys become the same name.
+    Raises ValueError for a dict of which two keys become the same name, and for what would be more than fits into memory.
     """
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -115,5 +116,11 @@ def jsonable(value: object) -> object:
         return jsonable(value.fields)
     if isinstance(value, codec.EnumRecord):
         return jsonable(value.value)
-    tolist = getattr(value, "tolist", None)  # numpy
-    return jsonable(tolist()) if tolist is not None else str(value)
+    tolist: Any = getattr(value, "tolist", None)  # numpy
+    if tolist is None:
+        return str(value)
+    # Rows of no items cost a plugin nothing: four billion in a reply of 40 bytes.
+    rows = math.prod(itertools.takewhile(bool, getattr(value, "shape", ())))
+    if not getattr(value, "size", 1) and rows > codec.MAX_NODES:
+        raise ValueError(f"an array of no items has {rows} rows")
+    return jsonable(tolist())

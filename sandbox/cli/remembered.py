@@ -127,7 +127,7 @@ class Remembered:
         if not isinstance(error, (Quarantined, SandboxException)) and (self.session is None or self.session.call is None):
             return
         outcome = "refused" if isinstance(error, (Quarantined, SandboxInitializationError)) else "error"
-        self._write(outcome, str(error).splitlines()[0], None)
+        self._write(outcome, (str(error) or type(error).__name__).splitlines()[0], None)  # a MemoryError says nothing
 
     def ended(self, status: int) -> None:
         """It has come to its end; quarantines it if it has passed violation_threshold."""

@@ -1311,6 +1311,16 @@ def test_two_keys_that_become_one(caller: Caller) -> None:
     assert "two keys of a dict become the same name" in done.err
 
 
+def test_rows_without_items_do_not_fill_the_memory(caller: Caller) -> None:
+    """A list for each of four billion, which a plugin need not have: the array is nothing but its shape."""
+    pytest.importorskip("numpy")
+    array = "import numpy\ndef main(): return numpy.empty(({}, 2, 0))"
+    assert caller.call(array.format(3)).out == "[[[], []], [[], []], [[], []]]\n"
+    done = caller.call(array.format("2**32 - 1"))
+    assert (done.status, done.out) == (1, "")
+    assert "the result is no JSON: an array of no items has 8589934590 rows" in done.err
+
+
 @pytest.mark.parametrize("limit", ["-n 256", "-f 1000", "-t 20", "-t 1"])
 def test_what_the_callers_own_limits_are_lower_than(caller: Caller, limit: str) -> None:
     """Then those hold, and nothing is wrong with the sandbox."""
