@@ -427,22 +427,25 @@ class Warden:
         except ChildProcessError:
             return
 
-    def memory_of(self, call: Call) -> int:
+    def memory_of(self, call: Call, limit: int) -> int:
         """Bytes of memory that the call's processes hold beyond what they share with the zygote (proc_pid_status(5)).
 
         Anonymous memory, also where it was swapped out, page tables, locks of parts of files, and the larger of mapped shared
         memory and files in the scratch and workspace tmpfs. Tables can be without memory: for the one page of zeroes that is
         behind all that was only read.
         """
-        anonymous = shared = 0
+        anonymous = inherited = others = shared = 0
+        baseline: int = self.instruction["baseline"]
         pids = processes.tree(call.pid)[1:]
         for pid in pids:
-            for line in memory_lines(pid):
+            for line in memory_lines(pid, "status", "RssAnon:"):
                 name, _, value = line.partition(":")
                 if name == "RssAnon":
-                    anonymous += max(0, int(value.split()[0]) * 1024 - self.instruction["baseline"])
+                    own = int(value.split()[0]) * 1024
+                    anonymous += max(0, own - baseline)
+                    inherited += min(own, baseline)
                 elif name in ("VmPTE", "VmSwap"):
-                    anonymous += int(value.split()[0]) * 1024
+                    others += int(value.split()[0]) * 1024
                 elif name == "RssShmem":
                     shared += int(value.split()[0]) * 1024
         files = 0
@@ -453,7 +456,9 @@ class Warden:
                 except OSError:
                     continue
                 files += (used.f_blocks - used.f_bfree) * used.f_frsize
-        held = anonymous + max(shared, files)
+        held = anonymous + others + max(shared, files)
+        if held <= limit < held + inherited - baseline:  # each may have given that back, or begun anew by execve(2)
+            held += max(0, sum(proportion_of(pid) for pid in pids) - baseline - anonymous)
         locks = locks_of(pids)
         if locks >= LOCKS:  # to count them all takes the kernel a time that is their square: they are over any limit
             held += int(self.instruction["memory"])
@@ -463,7 +468,7 @@ class Warden:
         """Kill the calls that hold more memory than they may."""
         for call in list(self.calls.values()):
             if call.deadline is not None:
-                used = self.memory_of(call)
+                used = self.memory_of(call, limit)
                 if used > limit:
                     call.used = used
                     self.kill(call, "memory")
@@ -635,21 +640,28 @@ class Warden:
             os.close(self.fds[name])
 
 
-def memory_lines(pid: int) -> list[str]:
-    """What the kernel says of a process's memory, which it says of each thread that has not ended. The first may have, while
-    others go on."""
+def memory_lines(pid: int, file: str, wanted: str) -> list[str]:
+    """What the kernel says in a file about a process's memory, which it says of each thread that has not ended. The first may
+    have, while others go on. `wanted`: how a line begins that is there then."""
     try:
         threads = sorted(map(int, os.listdir(f"/proc/{pid}/task")), key=lambda thread: thread != pid)
     except OSError:
         return []  # it has just ended
     for thread in threads:
         try:
-            lines = read(f"/proc/{pid}/task/{thread}/status").split("\n")
+            lines = read(f"/proc/{pid}/task/{thread}/{file}").split("\n")
         except OSError:
             continue
-        if any(line.startswith("RssAnon:") for line in lines):
+        if any(line.startswith(wanted) for line in lines):
             return lines
     return []
+
+
+def proportion_of(pid: int) -> int:
+    """Bytes of a process's anonymous memory, each page by the number of those that share it (proc_pid_smaps(5)): exact, but all
+    of its memory has to be looked at for it."""
+    lines = [line for line in memory_lines(pid, "smaps_rollup", "Pss_Anon:") if line.startswith("Pss_Anon:")]
+    return sum(int(line.split()[1]) * 1024 for line in lines)
 
 
 def locks_of(pids: list[int]) -> int:
@@ -669,7 +681,7 @@ def locks_of(pids: list[int]) -> int:
 
 def peak_of(pids: list[int]) -> int:
     """The most memory that one of these has had (proc_pid_status(5)), in kB, as ru_maxrss."""
-    lines = [line for pid in pids for line in memory_lines(pid) if line.startswith("VmHWM:")]
+    lines = [line for pid in pids for line in memory_lines(pid, "status", "RssAnon:") if line.startswith("VmHWM:")]
     return max([int(line.split()[1]) for line in lines], default=0)
 
 

@@ -148,6 +148,28 @@ def memory_of_a_thread_that_stays(numbers: dict[str, int], title: bytes) -> str:
     return "escaped: 256 MB" if told == 8 else f"stopped: {told} of 8 had memory"
 
 
+@attack(MEMORY, **SEVERAL)
+def memory_in_place_of_what_was_inherited() -> str:
+    """What a process shares with those of psie does not count; a new program shares nothing, and has as much of its own."""
+    reader, writer = os.pipe()
+    size = 4 << 20
+    lines = f"block = bytearray({size})", f"for place in range(0, {size}, 4096): block[place] = 1"
+    told = f"os.write({writer}, b'x')"
+    code = "\n".join(("import os, time", *lines, told, "time.sleep(0.5)", told))
+    os.set_inheritable(writer, True)
+    for _ in range(16):
+        if not os.fork():
+            try:
+                os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", code])
+            finally:
+                os._exit(1)
+    os.close(writer)
+    count = 0
+    while data := os.read(reader, 100):
+        count += len(data)
+    return "escaped: more than 80 MB" if count == 32 else f"stopped: {count} of 32"
+
+
 @attack(
     MEMORY,
     () if "memory" in facts().controllers else ALL,  # the controller counts them
