@@ -557,8 +557,8 @@ class _Compiler:
         """The caller's folders and files that are not visible anyway: (source, target, flags)."""
         if "mnt" not in self.namespaces:
             return []
-        hidden = (*HIDDEN, "/tmp") if self.level.view == "host-hidden" else ("/",)
-        return [[path, path, "ro,nosuid,nodev"] for path in outermost(self.read_only) if under(path, hidden)]
+        away = hidden() if self.level.view == "host-hidden" else ("/",)
+        return [[path, path, "ro,nosuid,nodev"] for path in outermost(self.read_only) if under(path, away)]
 
     def granted_folders(self) -> list[dict[str, str]]:
         """The allowed directories, each with what becomes of it (see sandbox.ns.granted). Raises ValueError."""
@@ -624,9 +624,10 @@ class _Compiler:
                 ["host_root", sorted(name.strip("/") for name in (*HIDDEN, "/dev", "/proc", "/sys", "/tmp")), "ro,nosuid,nodev"]
             )
             lines += [["directory", path, 0o755] for path in HIDDEN]
+            lines += [["tmpfs", path, "nosuid,nodev", f"mode=755,{ELSEWHERE}", []] for path in elsewhere()]
             lines.append(["bind_optional", "/sys/devices/system/cpu", "/sys/devices/system/cpu", "ro,nosuid,nodev,noexec"])
-            shown = [path for path in self.interpreter_paths() if under(path, (*HIDDEN, "/tmp"))]
-            if network.wants_dns(access) and under(resolver, (*HIDDEN, "/tmp")):  # a link there, as of systemd-resolved
+            shown = [path for path in self.interpreter_paths() if under(path, hidden())]
+            if network.wants_dns(access) and under(resolver, hidden()):  # a link there, as of systemd-resolved
                 lines.append(["file", resolver, ""])
                 lines += [["symlink", "/run", "/var/run"]] if os.path.islink("/var/run") else []  # by which some lead
                 kept.append(resolver)
@@ -665,6 +666,7 @@ class _Compiler:
         places = {path: [each for each in kept if under(each, (path,))] for path in ("/run", *SCRATCH)}
         call.append(["scratch", "/run", f"mode=1777,size={size},nr_inodes={inodes}", places])
         call += [["mask", os.path.realpath(path)] for path in self.permissions.blocked_directories]
+        call += [["readonly", path] for path in (elsewhere() if self.level.view == "host-hidden" else ())]
         call.append(["readonly", "/"])
         if self.permissions.blocked_directories:
             self.add("blocked folders", "empty read-only mounts", ", ".join(self.permissions.blocked_directories))
@@ -901,6 +903,7 @@ class _Compiler:
 
 
 HIDDEN = ("/root", "/home", "/run", "/var")
+ELSEWHERE = "size=64k,nr_inodes=4096"  # of what stands where one of them is a link to: the names of what is shown in it
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 DEVICE_LINKS = {
     "/dev/fd": "/proc/self/fd",
@@ -972,6 +975,17 @@ def ungrantable(path: str) -> str:
     if path == "/" or under(path, ("/proc", "/sys", "/dev")) or path in ("/run", "/tmp", "/var", "/var/tmp"):
         return "is the system's own, of which a sandbox has another: grant a directory of yours"
     return ""
+
+
+def elsewhere() -> list[str]:
+    """Where the hidden folders lie that are links to others: /home is on many hosts, and a plugin may know the other name."""
+    hosts = [os.path.realpath(path) for path in (*HIDDEN, "/tmp")]
+    return outermost(path for path in hosts if path != "/" and os.path.isdir(path) and not under(path, (*HIDDEN, "/tmp")))
+
+
+def hidden() -> tuple[str, ...]:
+    """The folders that level standard hides, by all of their names."""
+    return (*HIDDEN, "/tmp", *elsewhere())
 
 
 def under(path: str, folders: Iterable[str]) -> bool:

@@ -173,7 +173,7 @@ def is_shown(path: str, made: Recipe) -> bool:
         return True
     lines = made.template["lines"] if made.template is not None else []
     for line in lines:
-        if line[0] == "host_root" and not under(path, [f"/{name}" for name in line[1]] + list(recipe.HIDDEN)):
+        if line[0] == "host_root" and not under(path, [f"/{name}" for name in line[1]] + list(recipe.hidden())):
             return True
         if line[0] in ("bind", "bind_optional") and under(path, [line[2]]):
             return True

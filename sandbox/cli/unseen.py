@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 
-from sandbox.recipe import HIDDEN
+from sandbox.recipe import hidden
 from sandbox.text import escape_text
 
 TYPE_CHECKING = False
@@ -97,7 +97,7 @@ def hides(level: str, path: str) -> bool:
     if level == "minimal":
         return False
     if level == "standard":
-        return is_below(path, (*HIDDEN, "/tmp"))
+        return is_below(path, hidden())
     return not is_below(path, (*SYSTEM, sys.base_prefix, sys.prefix))
 
 

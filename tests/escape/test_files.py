@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -14,6 +15,7 @@ from unittest import mock
 import pytest
 
 from escape import kit
+from sandbox import recipe
 from sandbox.config import IsolationLevel
 from sandbox.errors import ResourceLimitExceededError, SandboxInitializationError
 from sandbox.recipe_data import Recipe
@@ -22,8 +24,10 @@ from sandbox.selftest.attacks import (
     ALL,
     MINIMAL,
     NAMESPACED,
+    ROOT,
     SECRET,
     first_escape,
+    place,
 )
 
 # -- what needs more than one call ---------------------------------------------------------------------------------------
@@ -55,6 +59,39 @@ def test_temporary_files_are_private(level: IsolationLevel) -> None:
 
     _unless_closed(level)
     trial.bounded(go())
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can make a link in /")
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_a_hidden_folder_is_a_link_to_is_hidden(is_link: bool) -> None:
+    """/home is one on many hosts. Without the link the file is one of the host's that level standard shows."""
+    folder, link = place(), f"/psie-escape-{os.getpid()}"
+    if folder is None:
+        pytest.skip("this host has no folder for what standard shows")
+    target = folder / f"target-{os.getpid()}"
+    secret, granted = target / "secret", target / "granted"
+    granted.mkdir(parents=True)
+    for path in (secret, granted / "file"):
+        path.write_text(SECRET)
+        path.chmod(0o644)
+
+    def look(secret: str, granted: str) -> list[object]:
+        import os
+
+        return [os.path.exists(secret), open(granted + "/file").read(), open(granted + "/new", "w").write("x")]
+
+    level, permissions = IsolationLevel.STANDARD, {"allowed_directories": [str(granted)], "allow_file_creation": True}
+    hides = mock.patch.object(recipe, "HIDDEN", (*recipe.HIDDEN, link)) if is_link else contextlib.nullcontext()
+    try:
+        os.symlink(target, link)
+        _unless_closed(level)
+        limits = {"max_output_mb": 1.5 + is_link}  # a recipe of its own
+        with hides:
+            done = trial.run_inside(look, str(secret), str(granted), level=level, limits=limits, permissions=permissions)
+    finally:
+        os.unlink(link)
+        shutil.rmtree(target)
+    assert done.value == [not is_link, SECRET, 1], done
 
 
 @pytest.mark.parametrize("level", ALL)
