@@ -64,7 +64,7 @@ def readable(paths: tuple[str, ...]) -> list[str]:
     for path in paths:
         full = absolute("--ro", path)
         if not os.path.exists(full):
-            raise UsageError(f"--ro {path}: there is no such file or folder")
+            raise UsageError(f"--ro {path}: there is no such file or folder: check the path")
         if not os.access(full, os.R_OK):
             raise UsageError(f"--ro {path}: you may not read it yourself: chmod it, or leave it out")
         refuse_own("--ro", path, full)
@@ -78,7 +78,7 @@ def start(path: str | None, shown: Sequence[str]) -> str | None:
         return None
     full = absolute("--chdir", path)
     if not os.path.isdir(full):
-        raise UsageError(f"--chdir {path}: there is no such folder")
+        raise UsageError(f"--chdir {path}: there is no such folder: check the path")
     refuse_own("--chdir", path, full)
     if not any(f"{each}/".startswith(full + "/") or full.startswith(each + "/") for each in shown):
         raise UsageError(f"--chdir {path}: the plugin does not see it: show it with --ro {path}, or --rw {path}")

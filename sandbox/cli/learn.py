@@ -316,7 +316,7 @@ def is_too_much(path: str) -> bool:
 def files_of(paths: Sequence[str]) -> list[str]:
     for path in paths:
         if not os.path.lexists(path):
-            raise UsageError(f"--allow-file {path}: there is no such file or folder")
+            raise UsageError(f"--allow-file {path}: there is no such file or folder: check the path")
         if is_too_much(os.path.realpath(path)):
             raise UsageError(f"--allow-file {path}: that is more than a plugin should have: name a folder in it")
     return [os.path.realpath(path) for path in paths]

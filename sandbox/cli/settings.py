@@ -44,7 +44,7 @@ def number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UsageError(f"{name} {text}: this is no number") from None
+        raise UsageError(f"{name} {text}: this is no number: give one, such as 50 or 0.5") from None
 
 
 def megabytes(text: str) -> float:

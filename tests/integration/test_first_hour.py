@@ -65,6 +65,8 @@ def test_the_list_of_commands_cuts_no_sentence(own: Caller) -> None:
         (["help", "nothing"], "no such command 'nothing'; see psie --help"),
         (["completion"], "missing argument '{bash|zsh|fish}': choose from: bash, zsh, fish; see psie completion --help"),
         (["spec", "gone.py"], "gone.py: there is no such file: check the path"),
+        (["run", "--ro", "/gone", "a plugin.py"], "--ro /gone: there is no such file or folder: check the path"),
+        (["run", "--cpu", "half", "a plugin.py"], "--cpu half: this is no number: give one, such as 50 or 0.5"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_its_mend(own: Caller, words: list[str], said: str) -> None:
@@ -127,8 +129,8 @@ def test_what_is_refused_by_a_relative_name_is_told_whole(caller: Caller) -> Non
 @pytest.mark.parametrize(
     ("chdir", "said"),
     [
-        ("gone", "--chdir gone: there is no such folder"),
-        ("plugin.py", "--chdir plugin.py: there is no such folder"),
+        ("gone", "--chdir gone: there is no such folder: check the path"),
+        ("plugin.py", "--chdir plugin.py: there is no such folder: check the path"),
         ("other", "--chdir other: the plugin does not see it: show it with --ro other, or --rw other"),
         ("/", "--chdir /: a sandbox has its own /: give a folder of files"),
         ("/proc/self", "--chdir /proc/self: a sandbox has its own /proc/"),

@@ -154,7 +154,7 @@ def test_a_file_that_is_there_is_not_replaced(own: Caller) -> None:
         (["--output", ""], "this is a directory"),
         (["--memory", "5M"], "--memory is 5.0"),
         (["--status", "300"], "--status 300"),
-        (["--allow-file", "/nonexistent"], "--allow-file /nonexistent"),
+        (["--allow-file", "/nonexistent"], "--allow-file /nonexistent: there is no such file or folder: check the path"),
         (["--allow-file", "/"], "--allow-file /: that is more"),
         (["--allow-host", "a b"], "--allow-host a b"),
         (["--memory", "1T"], "--memory 1T"),
