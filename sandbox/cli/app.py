@@ -62,6 +62,8 @@ def mistake(error: click.ClickException, arguments: Sequence[str]) -> str:
     else:
         text = " ".join(error.format_message().split()).rstrip(".").replace(". Choose", ": choose")
         text = text.replace(". Did you mean", ": did you mean").removesuffix("?")
+        if text.startswith("Got unexpected extra argument"):
+            text += f": leave {'them' if text.startswith('Got unexpected extra arguments') else 'it'} out"
     return f"{text[:1].lower()}{text[1:]}; see {command_of(arguments)} --help"
 
 

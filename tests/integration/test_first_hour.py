@@ -64,6 +64,8 @@ def test_the_list_of_commands_cuts_no_sentence(own: Caller) -> None:
         (["a plugin.py"], "no such command 'a plugin.py': to run this file, psie run 'a plugin.py'; see psie --help"),
         (["help", "nothing"], "no such command 'nothing'; see psie --help"),
         (["completion"], "missing argument '{bash|zsh|fish}': choose from: bash, zsh, fish; see psie completion --help"),
+        (["audit", "verify", "x"], "got unexpected extra argument (x): leave it out; see psie audit verify --help"),
+        (["history", "x", "y"], "got unexpected extra arguments (x y): leave them out; see psie history --help"),
         (["spec", "gone.py"], "gone.py: there is no such file: check the path"),
         (["run", "--ro", "/gone", "a plugin.py"], "--ro /gone: there is no such file or folder: check the path"),
         (["run", "--cpu", "half", "a plugin.py"], "--cpu half: this is no number: give one, such as 50 or 0.5"),
