@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -257,6 +258,34 @@ def test_where_the_packages_are_elsewhere_it_does_without_that_zygote(strict: Ca
     line = [str(tmp_path / "psie"), "run", "-q", str(plugin)]
     done = subprocess.run(line, env=strict.environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "here\n", "")
+
+
+def test_a_source_tree_that_is_not_installed_says_so(tmp_path: Path) -> None:
+    for name in ("psie", "psie-python"):
+        shutil.copy(harness.REPOSITORY / "bin" / name, tmp_path / name)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
+    python = tmp_path / "empty" / "bin" / "python"
+    not_installed = f"psie: psie is not installed for {python}: pip install it, or in a clone make .venv/ready\n"
+    for words in (["run", "x.py"], ["--help"]):
+        path = f"{python.parent}:/usr/bin:/bin"
+        done = subprocess.run([tmp_path / "psie", *words], env={"PATH": path}, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (125, "", not_installed)
+
+
+@pytest.mark.parametrize("words", [["run", "x.py"], ["--help"]])
+def test_an_interpreter_that_is_missing_or_nobody_may_run_is_said(tmp_path: Path, words: list[str]) -> None:
+    shutil.copy(harness.REPOSITORY / "bin" / "psie", tmp_path / "psie")
+    script = tmp_path / "psie-python"
+    interpreter = tmp_path / "my python"
+    for is_there in (False, True):
+        if is_there:
+            interpreter.write_text("")
+        script.write_text(f"#!{interpreter}\n")
+        script.chmod(0o755)
+        done = subprocess.run([tmp_path / "psie", *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (125, "")
+        assert done.stderr.startswith(f"psie: the interpreter {interpreter} is missing, or you may not run it: ")
+        assert done.stderr.count("\n") == 1
 
 
 def test_a_script_that_stands_alone_says_so(tmp_path: Path) -> None:
