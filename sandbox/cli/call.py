@@ -8,6 +8,7 @@ import math
 import os
 import sys
 
+from sandbox.cli import forget
 from sandbox.cli import run as run_command
 from sandbox.cli.inputs import UsageError
 from sandbox.cli.session import Session, guarded, remember, say
@@ -80,8 +81,10 @@ def print_reply(session: Session) -> int:
     try:
         sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")  # \ud800 is JSON's own escape
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        forget(1)
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, error.strerror, "standard output") from None
     return 0
 
 

@@ -36,14 +36,17 @@ def run(as_json: bool, fix: bool, yes: bool) -> int:
             signal.signal(number, leave)
     try:
         found, other = doctor.report()
-        if as_json:
-            print(json.dumps(doctor.to_dict(found, other), indent=2))
-            return 0 if found.healthy else 1
-        show(found, other)
-        if fix:
-            found = mend(found, ask=not yes)
     except (SandboxException, OSError) as error:
         return complain(error)
+    if as_json:
+        print(json.dumps(doctor.to_dict(found, other), indent=2))
+        return 0 if found.healthy else 1
+    show(found, other)
+    if fix:
+        try:
+            found = mend(found, ask=not yes)
+        except (SandboxException, OSError) as error:
+            return complain(error)
     return 0 if found.healthy else 1
 
 

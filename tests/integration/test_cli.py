@@ -193,7 +193,9 @@ def test_what_psie_says_to_a_closed_stream_is_lost(caller: Caller, closed: str) 
         assert (done.returncode, done.stdout, done.stderr) == (status, b"" if ">&- " in closed else out, b""), line
 
 
-@pytest.mark.parametrize("line", [("levels",), ("explain",), ("--version",), ("--help",), ("ps",), ("completion", "bash")])
+@pytest.mark.parametrize(
+    "line", [("levels",), ("explain",), ("--version",), ("--help",), ("ps",), ("completion", "bash"), ("doctor",)]
+)
 def test_a_full_disk_behind_stdout(caller: Caller, line: tuple[str, ...]) -> None:
     with open("/dev/full", "wb") as full:
         done = caller.run(*line, stdout=full)
@@ -230,6 +232,10 @@ def test_gc_where_the_state_is_no_folder(somebody: Caller, tmp_path: Path, damag
 def test_a_full_disk_behind_the_plugins_output(caller: Caller) -> None:
     with open("/dev/full", "wb") as full:
         done = caller.plugin("print('out')", stdout=full)
+    assert (done.status, done.err) == (125, "psie: standard output: No space left on device\n")
+    path = caller.write("plugin.py", "def main(): return 1")
+    with open("/dev/full", "wb") as full:
+        done = caller.run("call", "-q", f"{path}:main", stdout=full)
     assert (done.status, done.err) == (125, "psie: standard output: No space left on device\n")
 
 
