@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import pwd
 import select
@@ -36,7 +35,7 @@ HEAD = ("id", "plugin", "level", "state", "age", "owner", "memory", "processes")
 RATES = ("CPU %", "memory/s")
 NONE = "no sandbox runs"
 PLUGIN_LENGTH = 40  # characters of a plugin's name in a table; of a path the end tells the most
-SHORTEST = 0.1  # seconds between two looks
+SHORTEST, LONGEST = 0.1, 86400  # seconds between two looks
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -129,8 +128,8 @@ def rates(before: Reading | None, now: Reading | None) -> list[str]:
 
 def top(*, seconds: float, once: bool) -> int:
     """`psie top`."""
-    if not math.isfinite(seconds) or seconds < SHORTEST:
-        return complain(UsageError(f"-n {seconds:g}: give at least {SHORTEST} seconds"))
+    if not SHORTEST <= seconds <= LONGEST:
+        return complain(UsageError(f"-n {seconds:g}: give a number of seconds from {SHORTEST} to {LONGEST:,}"))
     course = Course()
     try:
         if once or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):

@@ -262,7 +262,15 @@ def test_all_at_once(user: User) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("kill", "zz"), ("inspect", "zz"), ("top", "-n", "0"), ("top", "-n", "nan"), ("top", "-n", "x")]
+    "arguments",
+    [
+        ("kill", "zz"),
+        ("inspect", "zz"),
+        ("top", "-n", "0"),
+        ("top", "-n", "nan"),
+        ("top", "-n", "1e99"),
+        ("top", "-n", "x"),
+    ],
 )
 def test_bad_input_is_one_sentence(own: Caller, arguments: tuple[str, ...]) -> None:
     done = own.run(*arguments)
