@@ -106,7 +106,7 @@ def of_file(file: str, source: bytes) -> list[Finding]:
     except SyntaxError as error:
         return [Finding(SYNTAX, file, error.lineno or 1, "", f"is no Python {version()}: {error.msg}")]
     except (ValueError, RecursionError, MemoryError) as error:
-        return [Finding(SYNTAX, file, 1, "", f"cannot be read: {error or 'it is nested too deeply'}")]
+        return [Finding(SYNTAX, file, 1, "", f"cannot be read: {str(error) or 'it is nested too deeply'}")]
     text = Text(file)
     for node in walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -423,6 +423,11 @@ def test_what_a_text_shows(source: str, expected: list[tuple[str, int, str]]) ->
         assert found(source) == expected
 
 
+def test_a_text_that_is_nested_too_deeply_is_said_to_be() -> None:
+    (only,) = static.findings({"p.py": b"-" * 200_000 + b"1"})
+    assert (only.kind, only.what) == (static.SYNTAX, "cannot be read: it is nested too deeply")
+
+
 def test_a_text_is_only_read(tmp_path: Path) -> None:
     (tmp_path / "p.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')")
     static.findings({"p.py": (tmp_path / "p.py").read_bytes()})
