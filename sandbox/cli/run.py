@@ -83,10 +83,13 @@ def siblings(path: str, source: bytes) -> list[str]:
     """The plugin's file and the modules and packages beside it that it names, or that those name in turn.
 
     A folder holds more than one plugin's business: what no text of the plugin mentions stays out of the sandbox, and so
-    does what a symbolic link leads to: whoever wrote the plugin may have made it.
+    does what a symbolic link leads to: whoever wrote the plugin may have made it. A pipe lies nowhere.
     """
-    folder = os.path.dirname(os.path.realpath(path))
-    found = [os.path.realpath(path)]
+    own = os.path.realpath(path)
+    if not os.path.exists(own):
+        return []
+    folder = os.path.dirname(own)
+    found = [own]
     try:
         beside = {name.partition(".")[0]: name for name in sorted(os.listdir(folder))}
     except OSError:

@@ -252,6 +252,14 @@ def test_a_working_directory_that_is_gone(caller: Caller) -> None:
             assert said == "psie: the working directory is gone: cd to one that is there"
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_plugin_from_a_pipe_has_nothing_beside_it(caller: Caller, level: str) -> None:
+    """Though numbers that it names are those of psie's open files."""
+    numbers = "print(0, 1, 2, 3, 4, 5, 6, 7, 8, 9)\n"
+    done = caller.run("run", "-q", "--level", level, "/dev/stdin", stdin=numbers.encode())
+    assert (done.status, done.out, done.err) == (0, "0 1 2 3 4 5 6 7 8 9\n", "")
+
+
 def test_names_in_a_locale_without_unicode(caller: Caller, tmp_path: Path) -> None:
     """Files are bytes; what is said is UTF-8."""
     if not shutil.which("localedef") or not os.path.isdir("/usr/share/i18n/locales"):
