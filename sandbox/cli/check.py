@@ -202,7 +202,7 @@ def by_running(given: dict[str, Any], path: str, source: bytes, own: Settings) -
     files = run_command.siblings(path, source)
     plain = {"config": given["config"], "file": path}
     Remembered(plain, path, path, source, files[1:], say).refuse_quarantined()
-    runner = trial.Runner(given["file"], given["args"], given["env"], trial.standard_input())
+    runner = trial.Runner(given["file"], given["args"], given["env"], trial.standard_input(), source)
     toml = None
     if given["config"] is not None:
         with open(given["config"], encoding="utf-8") as file:

@@ -108,11 +108,19 @@ class Runner:
         arguments: its own.
         environment: as of --env.
         stdin: what each run reads.
+        source: the plugin's file, if it was read already: a pipe can be read once.
     """
 
-    def __init__(self, path: str, arguments: Sequence[str], environment: Sequence[str], stdin: bytes = b"") -> None:
+    def __init__(
+        self,
+        path: str,
+        arguments: Sequence[str],
+        environment: Sequence[str],
+        stdin: bytes = b"",
+        source: bytes | None = None,
+    ) -> None:
         self.path = run_command.plugin_path(path)
-        self.source = run_command.source_of(self.path)
+        self.source = run_command.source_of(self.path) if source is None else source
         self.arguments = tuple(arguments)
         self.environment = tuple(environment)
         self.stdin = stdin

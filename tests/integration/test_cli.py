@@ -260,6 +260,11 @@ def test_a_plugin_from_a_pipe_has_nothing_beside_it(caller: Caller, level: str) 
     assert (done.status, done.out, done.err) == (0, "0 1 2 3 4 5 6 7 8 9\n", "")
 
 
+def test_a_check_of_a_pipe_runs_what_was_read(caller: Caller) -> None:
+    done = caller.run("check", "--run", "/dev/stdin", stdin=b"raise SystemExit(3)")
+    assert (done.status, done.out.count("status 3")) == (1, 4)
+
+
 def test_names_in_a_locale_without_unicode(caller: Caller, tmp_path: Path) -> None:
     """Files are bytes; what is said is UTF-8."""
     if not shutil.which("localedef") or not os.path.isdir("/usr/share/i18n/locales"):
