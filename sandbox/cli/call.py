@@ -36,7 +36,7 @@ def call(given: dict[str, Any]) -> int:
                 "kind": "function",
                 "path": path,
                 "folder": os.path.dirname(path),
-                "module": os.path.splitext(os.path.basename(path))[0],
+                "module": os.path.splitext(os.path.basename(path))[0].replace(".", "_"),  # else of a package
                 "functions": [function],
                 "env": None,
                 "args": args,

@@ -519,6 +519,7 @@ def load_module(name: str, path: str, source: bytes | bytearray, *, keeps_names:
     With `keeps_names` one that is called like a module of the library's becomes plugin_NAME.
     """
     import importlib.util
+    from _frozen_importlib_external import SourceFileLoader
 
     parent, _, last = name.rpartition(".")
     if parent:
@@ -526,7 +527,8 @@ def load_module(name: str, path: str, source: bytes | bytearray, *, keeps_names:
     elif keeps_names and (name in sys.modules or name in sys.stdlib_module_names):
         name = f"plugin_{name}"
     folders = [os.path.dirname(path)] if os.path.basename(path) == "__init__.py" else None
-    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
+    loader = SourceFileLoader(name, path)  # whatever the file is called
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader, submodule_search_locations=folders)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

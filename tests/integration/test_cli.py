@@ -265,6 +265,13 @@ def test_a_check_of_a_pipe_runs_what_was_read(caller: Caller) -> None:
     assert (done.status, done.out.count("status 3")) == (1, 4)
 
 
+@pytest.mark.parametrize("name", ["plugin", "plugin-1.2.py", "a.b.c"])
+def test_a_call_does_not_mind_the_files_name(caller: Caller, name: str) -> None:
+    path = caller.write(name, "def main(): return 1")
+    done = caller.run("call", "-q", "--level", caller.level, f"{path}:main")
+    assert (done.status, done.out, done.err) == (0, "1\n", "")
+
+
 def test_names_in_a_locale_without_unicode(caller: Caller, tmp_path: Path) -> None:
     """Files are bytes; what is said is UTF-8."""
     if not shutil.which("localedef") or not os.path.isdir("/usr/share/i18n/locales"):
