@@ -537,7 +537,7 @@ def plugin_error(call: Call | Answer, violations: list[SandboxViolation]) -> San
         text = f"the plugin ended by a refused operation: {last.message}"
         return SecurityViolationError(text, violations=violations, explanation=last.explanation)
     return PluginExecutionError(
-        f"{error.type}: {error.message}",
+        f"{error.type}: {error.message}" if error.message else error.type,
         exception_type=error.type,
         exception_message=error.message,
         traceback_text=with_source(error.traceback, call.source_file),

@@ -272,6 +272,13 @@ def test_a_call_does_not_mind_the_files_name(caller: Caller, name: str) -> None:
     assert (done.status, done.out, done.err) == (0, "1\n", "")
 
 
+def test_an_exception_without_words_is_told_by_its_kind(caller: Caller) -> None:
+    path = caller.write("plugin.py", "def main(): raise ValueError")
+    out = caller.folder / "out.json"
+    assert caller.run("call", "-q", "--result-file", str(out), f"{path}:main").status == 1
+    assert json.loads(out.read_text())["reason"] == "ValueError"
+
+
 def test_names_in_a_locale_without_unicode(caller: Caller, tmp_path: Path) -> None:
     """Files are bytes; what is said is UTF-8."""
     if not shutil.which("localedef") or not os.path.isdir("/usr/share/i18n/locales"):
