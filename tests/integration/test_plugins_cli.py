@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +218,22 @@ def test_mistakes(caller: Caller, folder: Path) -> None:
     assert_refused(plugins(caller, "keygen", "gone/author"), "gone/author cannot be made: No such file")
     (caller.folder / "author").chmod(0o644)
     assert_refused(plugins(caller, "sign", "p", "one", "--key", "author"), "chmod 600 it")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_a_run_that_is_ended_leaves_no_plugin_behind(caller: Caller, number: signal.Signals) -> None:
+    """As they were read, they lie in a folder of psie's."""
+    caller.write("p/waits.py", "import time\n\ndef main():\n    print(__file__, flush=True)\n    time.sleep(20)\n")
+    with caller.start("plugins", "run", str(caller.folder / "p")) as process:
+        assert process.stderr is not None
+        place = process.stderr.readline().decode().strip()
+        while not place.endswith("/waits.py"):  # what is weaker on this host
+            place = process.stderr.readline().decode().strip()
+        assert os.path.exists(place)
+        process.send_signal(number)
+        process.communicate(timeout=cli_harness.SECONDS)
+        assert process.returncode == 128 + number
+    assert not os.path.exists(place)
 
 
 def test_running_says_where_signatures_are_wanted(caller: Caller) -> None:
