@@ -63,7 +63,7 @@ def show(plugin_id: str, as_json: bool) -> int:
 def newest(store: Store, plugin_id: str) -> Quarantined:
     """The newest quarantine of this name, one in force before those released. Raises UsageError if there is none."""
     known = store.quarantined(include_released=True)
-    name = records.known_as(plugin_id, {each.plugin_id for each in known}.__contains__)
+    name = records.one_of(plugin_id, [each.plugin_id for each in known])
     found = [each for each in known if each.plugin_id == name]
     if not found:
         raise UsageError(f"{plugin_id} is not quarantined and never was: psie quarantine list --all shows which plugins are")
@@ -78,7 +78,7 @@ def release(plugin_id: str) -> int:
 
     def work(store: Store) -> int:
         known = {each.plugin_id for each in store.quarantined()}
-        name = records.known_as(plugin_id, known.__contains__)
+        name = records.one_of(plugin_id, known)
         if name not in known:
             say(f"{plugin_id} is not quarantined: psie quarantine list shows which plugins are")
             return 1

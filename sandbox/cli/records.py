@@ -11,10 +11,11 @@ from sandbox.cli.inputs import UsageError
 from sandbox.cli.session import complain, say
 from sandbox.errors import SandboxException
 from sandbox.recovery.store import Store
+from sandbox.text import escape_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -29,9 +30,20 @@ def with_store(command: Callable[[Store], int]) -> int:
 
 
 def known_as(plugin: str, is_known: Callable[[str], bool]) -> str:
-    """The id that a person means: of a file it is its absolute path."""
-    path = os.path.abspath(plugin)
-    return path if not is_known(plugin) and is_known(path) else plugin
+    """The id that a person means: of a file it is its absolute path, with escapes for what is no UTF-8, as the store has it."""
+    for each in (plugin, os.path.abspath(plugin)):
+        stored = each.encode("utf-8", "backslashreplace").decode()
+        if is_known(stored):
+            return stored
+    return plugin
+
+
+def one_of(plugin: str, known: Iterable[str]) -> str:
+    """The id that a person means among these, who may also have it as psie shows it: with escapes for what is no text."""
+    ids = set(known)
+    name = known_as(plugin, ids.__contains__)
+    shown = [each for each in ids if escape_text(each, keep="") == plugin]
+    return shown[0] if name not in ids and len(shown) == 1 else name
 
 
 def shown_time(moment: float | None) -> str:

@@ -93,7 +93,8 @@ class Remembered:
             from shlex import quote
 
             name = found["plugin_id"]
-            which = "" if name == self.path else f" as {name}, which it equals,"
+            is_own = name == self.path.encode("utf-8", "backslashreplace").decode()
+            which = "" if is_own else f" as {name}, which it equals,"
             since = strftime("%Y-%m-%d %H:%M:%S", localtime(found["since"]))
             raise Quarantined(
                 f"{self.path} is quarantined{which} since {since} ({found['reason']}): look into it, "

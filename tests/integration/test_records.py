@@ -11,6 +11,7 @@ import os
 import pwd
 import random
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -267,6 +268,19 @@ def test_a_file_is_known_by_its_path_however_it_is_given(caller: Caller, store: 
         assert [run["plugin_id"] for run in json.loads(caller.run("history", "--plugin", given, "--json").out)] == [str(path)]
     done = caller.run("quarantine", "release", "pest.py")
     assert (done.status, done.err) == (0, f"psie: {path}: 1 quarantine released\n")
+
+
+def test_a_name_that_is_no_text_is_released_as_itself_and_as_it_is_told(caller: Caller, store: Store) -> None:
+    path = caller.write(os.fsdecode(b"pe\nst \xff.py"), FINE)
+    for given in (str(path), path.name, ""):
+        store.quarantine(str(path), None, "why", [], "manager")
+        refused = caller.run("run", "-q", path)
+        assert_refused(refused, "is quarantined since")
+        words = shlex.split(refused.err)[-4:]
+        assert words[:3] == ["psie", "quarantine", "release"]
+        assert caller.run("quarantine", "show", given or words[3]).status == 0
+        assert caller.run("quarantine", "release", given or words[3]).status == 0
+    assert caller.run("run", "-q", path).out == "fine\n"
 
 
 def test_a_release_is_audited(caller: Caller, store: Store, here: Path) -> None:
