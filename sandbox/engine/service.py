@@ -314,7 +314,8 @@ class Service:
         worker = stock.take() if stock is not None else None
         if worker is not None:
             is_old = monotonic() - worker.since > AGE_SECONDS
-            if is_old or worker.sandbox.error is not None or worker.call.done:
+            is_lost = worker.sandbox.zygote.closed  # with it, which its sandboxes are told one after the other
+            if is_old or is_lost or worker.sandbox.error is not None or worker.call.done:
                 self.post(worker.sandbox.close)
                 return None
         return worker

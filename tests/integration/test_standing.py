@@ -21,7 +21,7 @@ from sandbox import (
     ResourceError,
     SandboxExecutor,
 )
-from sandbox.engine import service
+from sandbox.engine import client, service
 
 from . import harness
 
@@ -116,6 +116,28 @@ def test_one_that_has_died_is_not_given_away(level: IsolationLevel, victim: str)
         async with open_one(level) as sandbox:
             assert sandbox._sandbox is not worker.sandbox
             assert await sandbox.execute_plugin_safe(int, "1") == 1
+
+    asyncio.run(main())
+
+
+def test_one_is_not_given_to_who_was_told_of_its_zygotes_death(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told to one sandbox after the other, and the first one's caller opens a new one at once."""
+
+    async def main() -> None:
+        async with open_one(level) as sandbox:
+            await harness.wait_for(ready)
+            clean_up = client.Sandbox.clean_up
+
+            def slowly(dead: client.Sandbox) -> None:
+                time.sleep(0.2)
+                clean_up(dead)
+
+            monkeypatch.setattr(client.Sandbox, "clean_up", slowly)
+            os.kill(harness.zygote_of(sandbox), signal.SIGKILL)
+            with pytest.raises(ResourceError, match="zygote has died"):
+                await sandbox.execute_plugin_safe(time.sleep, 20)
+            async with open_one(level) as another:
+                assert await another.execute_plugin_safe(int, "1") == 1
 
     asyncio.run(main())
 
