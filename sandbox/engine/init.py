@@ -98,8 +98,7 @@ def run(
             notes = set_up(recipe, ids, report)
             pid = fork_worker()
         except mounts.LineFailed as failure:
-            fields = {"line": failure.line, "errno": failure.errno, "path": failure.path, "text": failure.text}
-            channel.send(report, "failed", fields)
+            worker.tell_failed(report, failure)
             os._exit(1)
         if pid == 0:
             worker.run(recipe, ids, report, fds, notes, tty=tty)

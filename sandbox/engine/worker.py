@@ -108,11 +108,18 @@ def seal(
         channel.send(report, "sealed", {"probe": probe, "notes": "; ".join(notes)})
         report.close()
     except (OSError, ValueError) as error:
-        failure = mounts.LineFailed(line, error)
-        fields = {"line": failure.line, "errno": failure.errno, "path": failure.path, "text": failure.text}
-        channel.send(report, "failed", fields)
+        tell_failed(report, mounts.LineFailed(line, error))
         os._exit(1)
     return channel.from_fd(job)
+
+
+def tell_failed(report: _socket.socket, failure: mounts.LineFailed) -> None:
+    """Or nobody, where the warden has been killed: then this process is about to be, and no traceback is for the caller."""
+    fields = {"line": failure.line, "errno": failure.errno, "path": failure.path, "text": failure.text}
+    try:
+        channel.send(report, "failed", fields)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
 
 
 def poll_for(job: _socket.socket, milliseconds: int) -> bool:

@@ -350,6 +350,24 @@ def test_a_killed_part_ends_the_call(level: IsolationLevel, victim: str) -> None
     assert harness.call(level, plugins.give_back, 2) == 2  # a new one is not hurt
 
 
+def test_workers_that_come_up_as_their_warden_is_killed_tell_the_caller_nothing(
+    level: IsolationLevel, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def main(delay: float) -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            calls = [asyncio.create_task(sandbox.execute_plugin_safe(plugins.give_back, number)) for number in range(40)]
+            await asyncio.sleep(delay)
+            for pid in harness.roles(os.getpid())["warden"]:
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.wait(calls)
+            for call in calls:
+                call.exception()
+
+    for delay in (0.005, 0.01, 0.02, 0.03, 0.04):
+        asyncio.run(main(delay))
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @rootless
 @pytest.mark.parametrize("victim", ["zygote", "warden"])
 def test_a_killed_part_between_calls(level: IsolationLevel, victim: str) -> None:
