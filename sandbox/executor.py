@@ -226,8 +226,11 @@ class SandboxExecutor(concurrent.futures.Executor):
             thread = threading.Thread(target=_serve, args=(loop,), name="psie executor", daemon=True)
             try:
                 thread.start()
-            except BaseException:
+            except RuntimeError:  # "can't start new thread"
                 loop.close()
+                raise
+            except BaseException:  # a signal's: by now the thread may be there, and then it closes the loop
+                _stop(loop)
                 raise
             self._loop, self._thread = loop, thread
             _open.add(self)

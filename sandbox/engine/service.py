@@ -66,7 +66,13 @@ class ThreadLoop(PollLoop):
                 undo.callback(os.close, self.alarm)
                 self.add_reader(self.wake_reader, self._woken)
                 self.add_reader(self.alarm, self._alarmed)
-                self.thread.start()
+                try:
+                    self.thread.start()
+                except RuntimeError:
+                    raise
+                except BaseException:  # a signal's: by now the thread may be there, and then it waits for ever, for nobody
+                    undo.pop_all()
+                    raise
                 undo.pop_all()
         except (OSError, RuntimeError) as error:  # "can't start new thread"
             mend = mend_of(error.errno or 0) if isinstance(error, OSError) else "raise the limit of processes (ulimit -u)"

@@ -666,6 +666,37 @@ def test_an_interrupted_caller_holds_nothing_that_the_engine_waits_for() -> None
     assert done.stdout.split()[-1] == "2", done.stderr
 
 
+# Ctrl-C while Thread.start waits for the thread that it has begun.
+BEGINS = """
+import signal, threading, time
+from sandbox import SandboxExecutor
+from sandbox.engine import service
+
+start = threading.Thread.start
+
+def interrupted(thread):
+    start(thread)
+    signal.raise_signal(signal.SIGINT)
+
+with SandboxExecutor(1, level="minimal") as executor:
+    for begin in (lambda: executor.submit(abs, -1), service.service):
+        threading.Thread.start = interrupted
+        try:
+            begin()
+        except KeyboardInterrupt:
+            print("interrupted")
+        threading.Thread.start = start
+    time.sleep(0.2)
+    print(executor.submit(abs, -1).result())
+"""
+
+
+def test_an_interrupted_start_of_a_thread_leaves_none_that_fails() -> None:
+    done = subprocess.run([sys.executable, "-c", BEGINS], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["interrupted", "interrupted", "1"]
+    assert "Traceback" not in done.stderr
+
+
 # Ctrl-C at the worst places, again and again.
 STORM = """
 import asyncio, os, signal, sys, time
