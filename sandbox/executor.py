@@ -170,6 +170,8 @@ class SandboxExecutor(concurrent.futures.Executor):
             loop = self._started()
             self._waiting.append(Work(future, fn, args, kwargs))
         loop.call_soon_threadsafe(self._more)
+        if self._max_waiting is not None:
+            future.add_done_callback(self._has_ended)
         return future
 
     def map(
@@ -243,7 +245,23 @@ class SandboxExecutor(concurrent.futures.Executor):
             with contextlib.suppress(RuntimeError):  # it has ended, and so has the call
                 self._loop.call_soon_threadsafe(self._cancel, future)
 
+    def _has_ended(self, future: concurrent.futures.Future[Any]) -> None:
+        if future.cancelled() and self._loop is not None and os.getpid() == self._pid:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._make_room)
+
     # In the executor's thread:
+
+    def _make_room(self) -> None:
+        """Those that were cancelled while they waited do not any more: there is room for others."""
+        with self._lock:
+            gone = [work for work in self._waiting if work.future.cancelled()]
+            for work in gone:
+                self._waiting.remove(work)
+            self._room.notify(len(gone))
+        for work in gone:
+            work.future.set_running_or_notify_cancel()
+        self._more()
 
     def _more(self) -> None:
         """Begin what may begin; leave when there is nothing more to come."""

@@ -250,6 +250,26 @@ def test_a_callback_that_submits_waits_for_nobody(level: IsolationLevel) -> None
         assert [future.result(30) for future in later] == [0.01] * 3
 
 
+def test_what_is_cancelled_while_it_waits_makes_room(level: IsolationLevel) -> None:
+    """Also for whoever waits for room already."""
+    with SandboxExecutor(1, level=level, max_waiting=2) as executor:
+        first = executor.submit(sleep, 3600)
+        assert harness.wait_until(first.running)
+        waiting = [executor.submit(add, number) for number in range(2)]
+        later: list[concurrent.futures.Future[int]] = []
+        thread = threading.Thread(target=lambda: later.extend(executor.submit(add, number) for number in (2, 3)))
+        thread.start()
+        for future in waiting:
+            future.cancel()
+        thread.join(harness.SETTLE)
+        is_stuck = thread.is_alive()
+        first.cancel()
+        thread.join()
+        assert not is_stuck
+        assert not concurrent.futures.wait(waiting, 30).not_done
+        assert [future.result(30) for future in later] == [add(2), add(3)]
+
+
 def test_who_waits_for_room_is_told_of_a_shutdown(level: IsolationLevel) -> None:
     executor = SandboxExecutor(1, level=level, max_waiting=1)
     futures = [executor.submit(sleep, 0.5)]
