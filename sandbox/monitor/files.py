@@ -17,11 +17,12 @@ import stat
 import sys
 import termios
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from inotify_simple import INotify, flags, parse_events
 
 from sandbox.config import IsolationConfig
+from sandbox.engine.client import close_fds
 from sandbox.engine.loop import PollLoop
 from sandbox.monitor.tree import ATTRIBUTES, CREATE, MODIFY, MOVE, OVERFLOW, FileTree, Node, Seen
 
@@ -412,26 +413,30 @@ class FilesystemWatchdog:
                 self.reason = "enable_filesystem_isolation is False"
                 return False
             try:
-                loop = PollLoop()
-                root = os.open(self.sandbox_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                watch = FileWatch(loop, root, self._record)
-                try:
-                    watch.listen()
-                except OSError:
-                    watch.close()
-                    raise
+                with ExitStack() as undo:
+                    self._begin(undo)
+                    undo.pop_all()
             except (OSError, ValueError) as error:
                 self.reason = f"{self.sandbox_directory!r} cannot be watched: {getattr(error, 'strerror', None) or error}"
                 return False
-            self._watch, self._loop = watch, loop
-            self._stop = os.pipe2(os.O_CLOEXEC)
-            stopped = threading.Event()
-            loop.add_reader(self._stop[0], stopped.set)
-            run = threading.Thread(target=loop.run_until, args=(stopped.is_set,), name="psie watchdog", daemon=True)
-            self._thread = run
-            run.start()
             self.reason = ""
             return True
+
+    def _begin(self, undo: ExitStack) -> None:
+        """`undo` closes what has been opened until something could not be. Raises OSError, ValueError, RuntimeError."""
+        loop = PollLoop()
+        undo.callback(loop.close)
+        root = os.open(self.sandbox_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        watch = FileWatch(loop, root, self._record)
+        undo.callback(watch.close, look=False)
+        watch.listen()
+        stop = os.pipe2(os.O_CLOEXEC)
+        undo.callback(close_fds, stop)
+        stopped = threading.Event()
+        loop.add_reader(stop[0], stopped.set)
+        thread = threading.Thread(target=loop.run_until, args=(stopped.is_set,), name="psie watchdog", daemon=True)
+        thread.start()
+        self._watch, self._loop, self._stop, self._thread = watch, loop, stop, thread
 
     def stop_watching(self) -> None:
         """End it, after a last look at everything. Does nothing where nothing is watched."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import select
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 
 from sandbox.cgroups import place
 from sandbox.config import IsolationConfig, PluginLimitsV2
+from sandbox.engine.client import SHORT, close_fds, mend_of
 from sandbox.engine.loop import PollLoop
 from sandbox.errors import ResourceError
 from sandbox.monitor.sources import CgroupSource, ProcessSource
@@ -17,6 +19,7 @@ from sandbox.ns import processes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from sandbox.monitor.sources import Source
@@ -58,7 +61,7 @@ class EnhancedResourceMonitor:
         """Watch `process_id` (this process if None) and its descendants, until it ends or `stop_monitoring`.
 
         Raises:
-            ResourceError: there is no such process.
+            ResourceError: there is no such process, or no descriptor is left for it.
             RuntimeError: it is monitoring already.
         """
         with self._lock:
@@ -67,27 +70,34 @@ class EnhancedResourceMonitor:
             pid = os.getpid() if process_id is None else process_id
             if isinstance(pid, bool) or not isinstance(pid, int):
                 raise TypeError(f"EnhancedResourceMonitor: process_id is a {type(pid).__name__}: give the pid of a process")
-            try:
-                process = os.pidfd_open(pid)
-            except (OSError, OverflowError):
-                raise ResourceError(f"there is no process {pid} to monitor: give the pid of one that runs") from None
-            source = source_of(pid, process)
-            self.source = source.name
-            self._violations.clear()
-            loop = self._loop = PollLoop()
-            self._watch = Watch(loop, source, Thresholds.of_limits(self.limits), self.config.resource_check_interval_seconds)
-            self._watch.counted = source.events()
-            self._watch.on_sample = self._stats.update
-            self._watch.on_violation = self._record
-            self._stop = os.pipe2(os.O_CLOEXEC)
-            stopped = threading.Event()
-            loop.add_reader(self._stop[0], stopped.set)
-            self._run = self._watch.begin()
-            self._watch.sample()
-            self._thread = threading.Thread(
-                target=loop.run_until, args=(stopped.is_set,), name="psie monitor", daemon=True
-            )  # fmt: skip
-            self._thread.start()
+            with ExitStack() as undo:
+                try:
+                    self._begin(pid, undo)
+                except (OSError, OverflowError) as error:
+                    raise ResourceError(why_not(pid, error)) from None
+                undo.pop_all()
+
+    def _begin(self, pid: int, undo: ExitStack) -> None:
+        """`undo` closes what has been opened until something could not be. Raises OSError, OverflowError, RuntimeError."""
+        loop = PollLoop()
+        undo.callback(loop.close)
+        source = source_of(pid, os.pidfd_open(pid))
+        watch = Watch(loop, source, Thresholds.of_limits(self.limits), self.config.resource_check_interval_seconds)
+        undo.callback(watch.close)
+        self._violations.clear()
+        watch.counted = source.events()
+        watch.on_sample = self._stats.update
+        watch.on_violation = self._record
+        stop = os.pipe2(os.O_CLOEXEC)
+        undo.callback(close_fds, stop)
+        stopped = threading.Event()
+        loop.add_reader(stop[0], stopped.set)
+        run = watch.begin()
+        watch.sample()
+        thread = threading.Thread(target=loop.run_until, args=(stopped.is_set,), name="psie monitor", daemon=True)
+        thread.start()
+        self.source = source.name
+        self._watch, self._loop, self._stop, self._run, self._thread = watch, loop, stop, run, thread
 
     def _record(self, violation: SandboxViolation) -> None:
         if violation.explanation is not None:  # nothing is enforced here, and no command started it
@@ -127,7 +137,7 @@ class EnhancedResourceMonitor:
 def source_of(pid: int, process: int) -> Source:
     """The process's cgroup if nothing else is in it, else the process and its descendants.
 
-    Takes over `process`, its pidfd: its number may be another's when it has ended.
+    Takes over `process`, its pidfd: its number may be another's when it has ended. Raises OSError.
     """
 
     ended = select.poll()  # select(2) knows no descriptors above 1023, which a process with many sandboxes has
@@ -137,16 +147,37 @@ def source_of(pid: int, process: int) -> Source:
         pids = processes.tree(pid)
         return pids if not ended.poll(0) else []
 
+    try:
+        source = own_cgroup(pid, tree)
+    except OSError:
+        os.close(process)
+        raise
+    if source is None:
+        return ProcessSource(tree, lambda: os.close(process))
+    os.close(process)
+    return source
+
+
+def own_cgroup(pid: int, tree: Callable[[], list[int]]) -> CgroupSource | None:
+    """The cgroup of a process, if that counts memory and has nothing but its `tree()`. Raises OSError."""
     path = place.own_path(pid)
     folder = place.mount_point() + path
-    if path not in ("", "/") and "/../" not in path + "/":
-        try:
-            source = CgroupSource(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-        except OSError:
-            pass  # another cgroup namespace's path, or not ours to see
-        else:
-            if source.has("memory") and set(source.pids()) <= set(tree()):
-                os.close(process)
-                return source
-            source.close()
-    return ProcessSource(tree, lambda: os.close(process))
+    if path in ("", "/") or "/../" in path + "/":
+        return None
+    try:
+        source = CgroupSource(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError:
+        return None  # another cgroup namespace's path, or not ours to see
+    with ExitStack() as undo:
+        undo.callback(source.close)
+        if source.has("memory") and set(source.pids()) <= set(tree()):
+            undo.pop_all()
+            return source
+    return None
+
+
+def why_not(pid: int, error: OSError | OverflowError) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    if number in SHORT:
+        return f"process {pid} cannot be monitored ({os.strerror(number)}): {mend_of(number)}"
+    return f"there is no process {pid} to monitor: give the pid of one that runs"

@@ -338,6 +338,20 @@ def test_no_link_is_followed_and_names_are_escaped(tmp_path: Path) -> None:
     assert paths == {"link", escape_text("\x1b[31m\n", keep="")}
 
 
+def test_one_that_is_short_of_descriptors_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    """And can be started when there are some."""
+    for count in range(10):
+        watchdog = FilesystemWatchdog(str(tmp_path), IsolationConfig())
+        with harness.nothing_left():
+            with harness.descriptors_left(count):
+                watches = watchdog.start_watching()
+                assert watches or "Too many open files" in watchdog.reason
+                assert count < 6 or watches
+                watchdog.stop_watching()
+            assert watchdog.start_watching()
+            watchdog.stop_watching()
+
+
 def test_where_it_cannot_watch_it_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watchdog = FilesystemWatchdog(str(tmp_path / "nowhere"), IsolationConfig())
     assert not watchdog.start_watching()
