@@ -157,6 +157,7 @@ class EnhancedPluginSandbox:
         self._operations: dict[str, int] = {}  # of the network, by call
         self._output_tail = bytearray()
         self._is_told = False  # its observers that it is open
+        self._is_given_up = False  # before there was a sandbox that could be closed
         self._door = "library"  # by which it was opened, for those who look from outside
         self._is_recorded = True  # each call: not where whoever uses it does that
         self._returns_early = True  # a call, with its value: not where what it does later could be seen, or has to be judged
@@ -266,6 +267,9 @@ class EnhancedPluginSandbox:
         """In the engine's thread: open the sandbox and start its first worker."""
         assert self._service is not None
         assert self.recipe is not None
+        if self._is_given_up:  # while room was made for it
+            self._refuse(standby, ResourceError(client.CLOSED))
+            return
         try:
             worker = self._service.open(self.recipe, wire, self._resolved, holder)
         except ResourceError as error:
@@ -450,6 +454,7 @@ class EnhancedPluginSandbox:
 
         def close() -> None:
             if self._sandbox is None:
+                self._is_given_up = True
                 return
             try:
                 if self._recorder is not None:

@@ -487,13 +487,45 @@ asyncio.run(main())
 """
 
 
+def in_a_ledger_of_its_own(script: str, places: int, folder: Path) -> list[str]:
+    """The words that a script prints which may have so many sandboxes."""
+    environment = {**os.environ, "PSIE_MAX_SANDBOXES": str(places), "PSIE_STANDING": "1", "XDG_RUNTIME_DIR": str(folder)}
+    line = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh"] if os.getuid() == 0 else []
+    command = [*line, sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.split()
+
+
 def test_several_wait_for_the_room_that_is_being_made(tmp_path: Path) -> None:
     """What stands ready for others goes for the first of them; the second waits for that as well."""
-    environment = {**os.environ, "PSIE_MAX_SANDBOXES": "2", "PSIE_STANDING": "1", "XDG_RUNTIME_DIR": str(tmp_path)}
-    line = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh"] if os.getuid() == 0 else []
-    command = [*line, sys.executable, "-c", MAKING_ROOM]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout.split() == ["2", "1", "1"], done.stdout + done.stderr
+    assert in_a_ledger_of_its_own(MAKING_ROOM, 2, tmp_path) == ["2", "1", "1"]
+
+
+GIVING_UP = """
+import asyncio
+from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
+from sandbox.engine.service import service
+
+def settings(level):
+    return PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig(level=level)
+
+async def main():
+    standing = await EnhancedPluginSandbox.prewarm(1, *settings(IsolationLevel.STRICT))
+    opening = asyncio.create_task(EnhancedPluginSandbox(*settings(IsolationLevel.MAXIMUM)).__aenter__())
+    while not service().waiting_for_room:
+        await asyncio.sleep(0)
+    opening.cancel()
+    await asyncio.wait([opening])
+    async with EnhancedPluginSandbox(*settings(IsolationLevel.STRICT)) as sandbox:
+        print(standing, opening.cancelled(), await sandbox.execute_plugin_safe(abs, -1))
+
+asyncio.run(main())
+"""
+
+
+def test_who_is_cancelled_while_room_is_made_takes_none(tmp_path: Path) -> None:
+    assert in_a_ledger_of_its_own(GIVING_UP, 1, tmp_path) == ["1", "True", "1"]
 
 
 FOLDERS = """
