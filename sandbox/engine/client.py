@@ -466,6 +466,7 @@ class Sandbox:
         self.next_call = 1
         self.coming_up = 0  # of the calls those whose workers do not stand yet
         self._turns: deque[Callable[[], None]] = deque()  # who waits to make one
+        self._untold: deque[dict[str, object]] = deque()  # instructions, while its warden has not read what came before
         self.workspace: int | None = None  # O_PATH fd
         self.owner: tuple[int, ...] = ()  # uid and gid of the plugin's files, as a zygote's user namespace has them
         self.granted: list[Granted] = []
@@ -693,8 +694,28 @@ class Sandbox:
         self.next_turn()
 
     def next_turn(self) -> None:
-        while self._turns and (self.closing or self.coming_up < COMING_UP):
+        while self._turns and (self.closing or (self.coming_up < COMING_UP and self._has_room())):
             self._turns.popleft()()
+
+    def _has_room(self) -> bool:
+        """Whether the warden has read the most of what it was told, so that it can be told of a call; if not, we go on then."""
+        poll = select.poll()
+        poll.register(self.hub.fileno(), select.POLLOUT)
+        if self._untold or not poll.poll(0):
+            self.loop.add_writer(self.hub.fileno(), self._go_on)
+            return False
+        return True
+
+    def _go_on(self) -> None:
+        """The warden has read the most of what it was told."""
+        self.loop.remove_writer(self.hub.fileno())
+        while self._untold and not self.closing:
+            instruction = self._untold.popleft()
+            if not self._tell(instruction):
+                self._untold.appendleft(instruction)
+                self.loop.add_writer(self.hub.fileno(), self._go_on)
+                return
+        self.next_turn()
 
     def call(self, stdio: Sequence[int], *, tty: bool = False) -> Call:
         """Start a worker that waits for a job; `stdio` are three fds for its standard streams, which stay the caller's."""
@@ -708,20 +729,30 @@ class Sandbox:
             self.coming_up += 1
             times = {"seconds": self.recipe.limits["seconds"], "grace": self.recipe.monitoring["grace_seconds"]}
             fds = [call.clock.fd, call.inside.fileno(), *stdio]
-            self._instruct({"op": "call", "call": call.number, "tty": tty, **times}, fds)
+            if not self._tell({"op": "call", "call": call.number, "tty": tty, **times}, fds):
+                self.fail(ResourceError("the sandbox's warden does not read what it is told: open a new sandbox"))
             call.expect("a worker was to stand")
         call.inside.close()
         return call
 
-    def _instruct(self, instruction: dict[str, object], fds: Sequence[int] = ()) -> None:
+    def _instruct(self, instruction: dict[str, object]) -> None:
+        """Tell the warden, where it has not read what came before as soon as it has: of a thousand calls that are to end at
+        once its socket holds a few hundred."""
+        if self._untold or not self._tell(instruction):
+            self._untold.append(instruction)
+            self.loop.add_writer(self.hub.fileno(), self._go_on)
+
+    def _tell(self, instruction: dict[str, object], fds: Sequence[int] = ()) -> bool:
+        """False where there is no room for it now."""
         try:
             channel.instruct(self.hub, instruction, fds)
         except BlockingIOError:
-            self.fail(ResourceError("the sandbox's warden does not read what it is told: open a new sandbox"))
+            return False
         except OSError:
             while self.error is None and not self.closing and self._hub_readable():
                 pass  # why it has gone may be unread still
             self.fail(ResourceError("the sandbox's warden has gone: open a new sandbox"))
+        return True
 
     def _hub_readable(self) -> bool:
         """Read one message; False when there is none now, or will be none."""
@@ -838,7 +869,9 @@ class Sandbox:
         for sock in (self.hub, self.violations):
             if sock.fileno() >= 0:
                 self.loop.remove_reader(sock.fileno())
+                self.loop.remove_writer(sock.fileno())
                 hang_up(sock)
+        self._untold.clear()
         for fd in (self.workspace, self.layers):
             if fd is not None:
                 os.close(fd)

@@ -302,6 +302,27 @@ def test_a_warden_is_told_to_end_a_call_once(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
+def test_a_warden_that_is_told_more_than_its_socket_holds(level: IsolationLevel) -> None:
+    """As of the end of a thousand calls at once: it is told the rest when it has read that, and calls begin after it."""
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox, running(sandbox) as task:
+            assert sandbox._sandbox is not None
+            (call,) = sandbox._sandbox.calls.values()
+            with stopped(*harness.roles(os.getpid())["warden"]):
+                for _ in range(1000):
+                    service.service().post(call.signal, int(signal.SIGCONT))
+                calls = [asyncio.create_task(sandbox.execute_plugin_safe(plugins.give_back, number)) for number in range(20)]
+                task.cancel()
+                await harness.wait_for(lambda: call.cause)
+            async with asyncio.timeout(harness.SETTLE):
+                assert await asyncio.gather(*calls) == list(range(20))
+                await asyncio.wait([task])
+            assert task.cancelled()
+
+    asyncio.run(main())
+
+
 def test_a_stopped_warden_and_a_call_that_is_cancelled(level: IsolationLevel, clock: Clock) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level, config=CONFIG) as sandbox, running(sandbox) as task:
