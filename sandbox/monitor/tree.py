@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 DEPTH = 256  # folders in folders; a plugin could make them until a path fills the memory
-PIECE = 3000  # characters of a path that are opened at once: PATH_MAX is 4096 bytes
+PIECE = 1000  # characters, of up to 4 bytes, of a path that are opened at once: PATH_MAX is 4096 bytes
 CLOSED = (errno.EACCES, errno.EPERM)  # what answers a look into a folder whose mode does not let us
 
 CREATE, MODIFY, DELETE, MOVE, ATTRIBUTES = "create", "modify", "delete", "move", "attributes"
@@ -178,11 +178,11 @@ class FileTree:
             return os.open(".", flags | os.O_CLOEXEC, dir_fd=root)  # itself: nothing on the way that could lead elsewhere
         from sandbox.ns import syscalls as sc  # with ctypes, for which a short run without folders has no time
 
-        if len(path) < PIECE // 2:
+        if len(path) <= PIECE:
             return sc.open_beneath(root, path, flags)
         fd = os.dup(root)
         while path:
-            end = path.rfind("/", 0, PIECE // 4) if len(path) > PIECE // 4 else len(path)
+            end = path.rfind("/", 0, PIECE) if len(path) > PIECE else len(path)
             piece, path = path[:end], path[end + 1 :]
             try:
                 inner = sc.open_beneath(fd, piece, flags if not path else os.O_PATH | os.O_DIRECTORY)

@@ -201,6 +201,7 @@ HIDING: dict[str, Callable[[], None]] = {
     "hard links": hard_links,
     "exchanges": exchanges,
     "a path of 4,250 bytes": functools.partial(deeper, 17, "x" * 249),
+    "a path of 1,280 characters, of 4 bytes each": functools.partial(deeper, 20, "\N{GRINNING FACE}" * 63),
     "300 levels": functools.partial(deeper, 300, "x"),
     "a folder that cannot be read": functools.partial(closed, 0o300),
 }
