@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import time
@@ -80,6 +81,26 @@ def test_without_a_descriptor_for_it_the_next_look_tells(looked: Looked, tmp_pat
             os.close(fd)
     assert first == []
     assert looked.look() == [("create", "new")]
+
+
+@pytest.mark.parametrize("function", ["listdir", "stat"])
+@pytest.mark.parametrize(("number", "told"), [(errno.EIO, [("hidden", "folder")]), (errno.ENOMEM, [])])
+def test_a_folder_that_cannot_be_read_is_told_unless_that_passes(
+    looked: Looked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, number: int, told: list[Any]
+) -> None:
+    (tmp_path / "folder" / "new").touch()
+    folder, original = os.stat(tmp_path / "folder"), getattr(os, function)
+
+    def fail(what: Any, *, dir_fd: int | None = None, **more: Any) -> Any:
+        fd = what if dir_fd is None else dir_fd
+        if isinstance(fd, int) and os.path.samestat(os.fstat(fd), folder):
+            raise OSError(number, os.strerror(number))
+        return original(what, **more) if dir_fd is None else original(what, dir_fd=dir_fd, **more)
+
+    monkeypatch.setattr(os, function, fail)
+    assert [looked.look(), looked.look()] == [told, []]
+    monkeypatch.undo()
+    assert looked.look() == [("create", "folder/new")]
 
 
 def test_what_the_host_does_itself_is_not_told(looked: Looked, tmp_path: Path) -> None:

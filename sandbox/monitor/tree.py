@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 DEPTH = 256  # folders in folders; a plugin could make them until a path fills the memory
 PIECE = 1000  # characters, of up to 4 bytes, of a path that are opened at once: PATH_MAX is 4096 bytes
-CLOSED = (errno.EACCES, errno.EPERM)  # what answers a look into a folder whose mode does not let us
+# What keeps a look from a folder for now: this process is short of something, or the folder has just gone, or been moved away.
+SHORT = errno.EMFILE, errno.ENFILE, errno.ENOMEM
+GONE = errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE, errno.EXDEV
 
 CREATE, MODIFY, DELETE, MOVE, ATTRIBUTES = "create", "modify", "delete", "move", "attributes"
 OVERFLOW, HIDDEN = "overflow", "hidden"  # what says that operations are missing
@@ -133,15 +135,16 @@ class FileTree:
         folders, present = [], set()
         try:
             names = sorted(os.listdir(fd))
-        except OSError:
-            return []  # this process is short of descriptors: the next look tells
+        except OSError as error:
+            self._missed(folder, error, report)
+            return []
         for name in names:
             try:
                 found = os.stat(name, dir_fd=fd, follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            except PermissionError:  # it may be listed, not searched
-                self._hide(folder, report)
+            except OSError as error:  # as where it may be listed, not searched
+                self._missed(folder, error, report)
                 return []
             present.add(name)
             node = self._compare(folder, name, Seen(found), report)
@@ -161,9 +164,13 @@ class FileTree:
         try:
             return self._open(self.root, path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            if error.errno in CLOSED:
-                self._hide(folder, report)
+            self._missed(folder, error, report)
             return -1
+
+    def _missed(self, folder: Node, error: OSError, report: bool) -> None:
+        """It cannot be looked into: the next look tells, or nobody can, as where its mode or its disk does not let us."""
+        if error.errno not in SHORT + GONE:
+            self._hide(folder, report)
 
     def _hide(self, folder: Node, report: bool) -> None:
         """What is done below it from now on is not seen: that much is told, once."""
