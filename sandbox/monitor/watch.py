@@ -292,8 +292,9 @@ class Watch:
 
     def look_at_events(self) -> None:
         """What the kernel has counted since the last look."""
-        before, self.counted = self.counted, self.source.events()
-        new = {name: value - before.get(name, 0) for name, value in self.counted.items()}
+        before, now = self.counted, self.source.events()
+        self.counted = before | now  # what could not be read just now has been told all the same
+        new = {name: value - before.get(name, 0) for name, value in now.items()}
         for violation in violations_of(new, self.limits):
             self._tell(violation)
         if new.get("memory.events high", 0) > 0:

@@ -290,6 +290,11 @@ def test_what_the_kernel_counts_is_told_once_a_run() -> None:
     told.clear()
     watch.end(watch.begin())
     assert not told, "what was counted in the run before is no news"
+    counts, source.counts = source.counts, {}
+    run = watch.begin()  # its files cannot be read just now
+    source.counts = counts
+    watch.end(run)
+    assert not told, "nor after a look that has seen nothing"
 
 
 def test_each_of_several_runs_is_warned_about_when_its_own_time_comes() -> None:
