@@ -416,7 +416,7 @@ class FilesystemWatchdog:
                 with ExitStack() as undo:
                     self._begin(undo)
                     undo.pop_all()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RuntimeError) as error:  # the last: "can't start new thread"
                 self.reason = f"{self.sandbox_directory!r} cannot be watched: {getattr(error, 'strerror', None) or error}"
                 return False
             self.reason = ""

@@ -368,8 +368,19 @@ def test_where_it_cannot_watch_it_says_why(tmp_path: Path, monkeypatch: pytest.M
     def refuse(*_: object, **__: object) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr("sandbox.monitor.files.INotify", refuse)
-    with harness.nothing_left():
-        full = FilesystemWatchdog(str(tmp_path), IsolationConfig())
-        assert not full.start_watching()
-        assert "Too many open files" in full.reason
+    def refuse_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    for what, refusal, reason in (
+        ("sandbox.monitor.files.INotify", refuse, "Too many open files"),
+        ("sandbox.monitor.files.os.pipe2", refuse, "Too many open files"),
+        ("threading.Thread.start", refuse_thread, "can't start new thread"),
+    ):
+        with harness.nothing_left(), monkeypatch.context() as patched:
+            patched.setattr(what, refusal)
+            full = FilesystemWatchdog(str(tmp_path), IsolationConfig())
+            assert not full.start_watching()
+            assert reason in full.reason
+            full.stop_watching()
+    assert full.start_watching()
+    full.stop_watching()
