@@ -1007,19 +1007,26 @@ class EnhancedPluginSandbox:
         return self._sandbox
 
     def _in_engine(self, action: Callable[[], T]) -> T:
-        """Its result, from the engine's thread, which never waits for ours."""
+        """Its result, from the engine's thread, which never waits for ours; what it does not begin in time is not done."""
         if self._service is None:
             raise RuntimeError(f"sandbox {self.sandbox_id} is not open: use it inside `async with`")
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def act() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(action())
             except Exception as error:
                 future.set_exception(error)
 
         self._service.post(act)
-        return future.result(client.GRACE)
+        try:
+            return future.result(client.GRACE)
+        except TimeoutError:
+            if future.cancel():
+                raise
+            return future.result()
 
     async def _renew(self, *, keep: bool) -> None:
         """Have the granted folders attached anew; where the sandbox comes to its end meanwhile, that is the same."""

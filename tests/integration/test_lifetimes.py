@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
@@ -319,6 +320,35 @@ def test_a_warden_that_is_told_more_than_its_socket_holds(level: IsolationLevel)
                 assert await asyncio.gather(*calls) == list(range(20))
                 await asyncio.wait([task])
             assert task.cancelled()
+
+    asyncio.run(main())
+
+
+def test_what_the_engine_had_no_time_for_is_not_done_later(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caller has not waited for ever: nobody would close what is opened then."""
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            own = sandbox._sandbox
+            assert own is not None
+            assert sandbox.list_files() == []  # by now all has been done that is done at the opening
+            opened: list[int] = []
+            original = own.open_workspace
+
+            def open_workspace() -> int:
+                opened.append(original())
+                return opened[-1]
+
+            monkeypatch.setattr(own, "open_workspace", open_workspace)
+            go_on = threading.Event()
+            service.service().post(go_on.wait, harness.SETTLE)
+            with monkeypatch.context() as patched:
+                patched.setattr(client, "GRACE", 0.1)
+                with pytest.raises(TimeoutError):
+                    sandbox.list_files()
+            go_on.set()
+            assert sandbox.list_files() == []
+            assert len(opened) == 1
 
     asyncio.run(main())
 
