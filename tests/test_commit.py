@@ -249,6 +249,33 @@ def test_where_a_step_cannot_be_undone_nothing_is_thrown_away(
     assert tree(case.lower) == new
 
 
+def test_where_nobody_can_look_nothing_is_thrown_away(case: Case, own_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of it this process has no descriptor left, or the disk fails: neither forward nor back."""
+    case.work()
+    old, new = tree(case.lower), tree(case.upper)
+    done: list[commit.Step] = []
+
+    def fail(folder: int, path: str, flags: int) -> int:
+        raise OSError(24, "Too many open files", path)
+
+    with monkeypatch.context() as patch:
+        carry_on = commit.Step.do
+
+        def do(step: commit.Step, folder: int, stage: int) -> None:
+            if len(done) == 3:
+                patch.setattr(syscalls, "open_beneath", fail)
+            carry_on(step, folder, stage)
+            done.append(step)
+
+        patch.setattr(commit.Step, "do", do)
+        with pytest.raises(CommitError, match="psie gc"):
+            case.commit()
+        assert tree(case.lower) not in (old, new)
+        assert "still unfinished" in commit.recover()[0]
+    assert "finished" in commit.recover()[0]
+    assert tree(case.lower) == new
+
+
 def test_one_commit_at_a_time(case: Case) -> None:
     case.work()
     refused = pytest.raises(CommitError, match="another commit")

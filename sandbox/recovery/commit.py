@@ -301,7 +301,7 @@ class Step:
         return cls(**{name: fields[name] for name in cls.FIELDS})
 
     def is_done(self, folder: int, stage: int) -> bool:
-        found = current(folder, self.path)
+        found = look_at(folder, self.path)
         if self.kind == "put":
             return found is not None and found.st_ino == self.inode
         if self.kind == "remove":
@@ -515,15 +515,23 @@ def parent(folder: int, path: str) -> Iterator[tuple[int, str]]:
         os.close(fd)
 
 
-def current(folder: int, path: str) -> os.stat_result | None:
-    """What is at `path` now; None for nothing, or for a way there that is none."""
+def look_at(folder: int, path: str) -> os.stat_result | None:
+    """What is at `path` now; None for nothing, or for a way there that is none. Raises OSError."""
     try:
         with parent(folder, path) as (above, name):
             return os.stat(name, dir_fd=above, follow_symlinks=False)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise CommitError(f"{escape_text(path, keep='')} cannot be looked at: {error.strerror}", paths=[path]) from None
+            raise
         return None
+
+
+def current(folder: int, path: str) -> os.stat_result | None:
+    """The same, before anything is done. Raises CommitError."""
+    try:
+        return look_at(folder, path)
+    except OSError as error:
+        raise CommitError(f"{escape_text(path, keep='')} cannot be looked at: {error.strerror}", paths=[path]) from None
 
 
 def open_stage(folder: int, identity: str) -> int:
