@@ -61,7 +61,7 @@ class EnhancedResourceMonitor:
         """Watch `process_id` (this process if None) and its descendants, until it ends or `stop_monitoring`.
 
         Raises:
-            ResourceError: there is no such process, or no descriptor is left for it.
+            ResourceError: there is no such process, or no descriptor or thread is left for it.
             RuntimeError: it is monitoring already.
         """
         with self._lock:
@@ -73,7 +73,7 @@ class EnhancedResourceMonitor:
             with ExitStack() as undo:
                 try:
                     self._begin(pid, undo)
-                except (OSError, OverflowError) as error:
+                except (OSError, OverflowError, RuntimeError) as error:
                     raise ResourceError(why_not(pid, error)) from None
                 undo.pop_all()
 
@@ -176,7 +176,9 @@ def own_cgroup(pid: int, tree: Callable[[], list[int]]) -> CgroupSource | None:
     return None
 
 
-def why_not(pid: int, error: OSError | OverflowError) -> str:
+def why_not(pid: int, error: Exception) -> str:
+    if isinstance(error, RuntimeError):  # "can't start new thread"
+        return f"process {pid} cannot be monitored ({error}): raise the limit of processes (ulimit -u)"
     number = error.errno if isinstance(error, OSError) else None
     if number in SHORT:
         return f"process {pid} cannot be monitored ({os.strerror(number)}): {mend_of(number)}"

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,36 @@ def test_a_monitor_says_what_is_wrong() -> None:
             monitor().start_monitoring(wrong)  # type: ignore[arg-type]
 
 
+def refuse_descriptor(*_: object, **__: object) -> None:
+    raise OSError(24, "Too many open files")
+
+
+def refuse_thread(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize(
+    ("what", "refuse", "mend"),
+    [
+        ("os.pidfd_open", refuse_descriptor, "Too many open files.*ulimit -n"),
+        ("os.pipe2", refuse_descriptor, "Too many open files.*ulimit -n"),
+        ("threading.Thread.start", refuse_thread, "can't start new thread.*ulimit -u"),
+    ],
+    ids=["pidfd", "pipe", "thread"],
+)
+def test_what_a_monitor_lacks_is_told_and_leaves_nothing(
+    what: str, refuse: Callable[..., None], mend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = monitor()
+    with harness.nothing_left(), monkeypatch.context() as patched:
+        patched.setattr(what, refuse)
+        with pytest.raises(ResourceError, match=mend):
+            lacking.start_monitoring()
+        lacking.stop_monitoring()
+    lacking.start_monitoring()
+    lacking.stop_monitoring()
+
+
 def test_a_monitor_leaves_nothing() -> None:
     with harness.nothing_left():
         for _ in range(3):
@@ -315,13 +346,9 @@ def test_each_of_several_runs_is_warned_about_when_its_own_time_comes() -> None:
     assert [v.details["limit"] for v in told] == ["time", "time"]
 
 
-def refuse_inotify(*_: object, **__: object) -> None:
-    raise OSError(24, "Too many open files")
-
-
 def test_without_an_inotify_instance_events_are_seen_at_each_sample(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A host's user has 128 of them, and others may have taken all."""
-    monkeypatch.setattr("inotify_simple.INotify", refuse_inotify)
+    monkeypatch.setattr("inotify_simple.INotify", refuse_descriptor)
     source, told, loop = Source(), list[SandboxViolation](), PollLoop()
     monkeypatch.setattr(source, "event_files", lambda: [str(tmp_path)])
     watch = Watch(loop, source, Thresholds.of_limits(PluginLimitsV2()), 0.01)
