@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import threading
 
@@ -14,13 +15,14 @@ from sandbox import host
 from sandbox.config import IsolationConfig, IsolationLevel
 from sandbox.engine import channel, client, spawn
 from sandbox.errors import ResourceError
+from sandbox.ns import syscalls as sc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 RECORDS = 10_000  # kept; the oldest go
-SECONDS = 5.0  # that a holder may take to stand, or to leave
+SECONDS = 5.0  # that a holder may take to stand
 
 
 class Holder:
@@ -31,8 +33,9 @@ class Holder:
         self.in_user_namespace = not host.facts().root
         request = client.link_request() if has_link else None
         self.pid, control = spawn.spawn_holder(sys.executable, user_namespace=self.in_user_namespace)
-        self.control = control
+        self.control, self.pidfd = control, -1
         try:
+            self.pidfd = os.pidfd_open(self.pid)
             channel.instruct(control, {"link": request})
             poll = select.poll()
             poll.register(control.fileno(), select.POLLIN)
@@ -51,6 +54,9 @@ class Holder:
 
     def _end(self) -> None:
         client.hang_up(self.control)
+        if self.pidfd >= 0:
+            sc.pidfd_send_signal(self.pidfd, signal.SIGKILL)  # it may be stopped
+            os.close(self.pidfd)
         try:
             os.waitpid(self.pid, 0)
         except ChildProcessError:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,22 @@ def test_a_running_sandbox_keeps_it(level: IsolationLevel, manager: NetworkIsola
                 raise AssertionError("opened")
 
     asyncio.run(main())
+
+
+def test_a_holder_that_is_stopped_keeps_nobody() -> None:
+    manager = NetworkIsolationManager(IsolationConfig())
+    with harness.nothing_left():
+        assert manager.enable_isolation(), manager.reason
+        holder = manager.holder.pid
+        os.kill(holder, signal.SIGSTOP)
+        ending = threading.Thread(target=manager.disable_isolation)
+        ending.start()
+        ending.join(harness.SETTLE)
+        is_kept = ending.is_alive()
+        if is_kept:
+            os.kill(holder, signal.SIGCONT)
+            ending.join()
+        assert not is_kept
 
 
 def test_it_says_why_not() -> None:
