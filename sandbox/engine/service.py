@@ -388,6 +388,8 @@ class Service:
             worker = self._new(recipe, stock.wire, {})
         except (SandboxException, OSError):
             return False  # the next caller makes its own, and is told why if that fails
+        if worker.sandbox.is_gone:
+            return False  # with its zygote, at this moment: nobody would tell of it again
         worker.sandbox.line.tell(board.STANDING)
         worker.sandbox.on_gone = lambda: stock.remove(worker)
         worker.on_stands = lambda error: stock.tell()

@@ -142,6 +142,30 @@ def test_one_is_not_given_to_who_was_told_of_its_zygotes_death(level: IsolationL
     asyncio.run(main())
 
 
+def test_one_that_dies_as_it_is_made_does_not_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever needs its room would wait for ever for the end of what has gone."""
+    settings = PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig()
+    make = service.Service._new
+
+    def make_and_die(running: service.Service, *args: Any) -> service.Worker:
+        worker = make(running, *args)
+        zygote = worker.sandbox.zygote
+        os.kill(zygote.pid, signal.SIGKILL)
+        assert harness.wait_until(zygote.has_ended)
+        zygote.catch_up()
+        assert worker.sandbox.is_gone
+        return worker
+
+    async def main() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(service.Service, "_new", make_and_die)
+            assert await EnhancedPluginSandbox.prewarm(1, *settings) == 0
+        assert service.status()["ready"] == 0
+        assert await EnhancedPluginSandbox.prewarm(1, *settings) == 1
+
+    asyncio.run(main())
+
+
 @pytest.mark.usefixtures("own_ledger")
 def test_it_gives_way_at_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Standing ready for one caller must not refuse another one."""
