@@ -150,7 +150,12 @@ class Recorder:
 
                     granted = sandbox.granted[number]
                     root = sc.open_beneath(sandbox.layers, f"{number}/upper", os.O_RDONLY | os.O_DIRECTORY)
-                    self._add(granted.path, root, os.dup(granted.fd) if kind == "overlay" else None)
+                    try:
+                        lower = os.dup(granted.fd) if kind == "overlay" else None
+                    except OSError:
+                        os.close(root)
+                        raise
+                    self._add(granted.path, root, lower)
         except OSError:
             return  # a sandbox that is at its end, or a host without descriptors: what is open already is watched
         self.seen = self._showing()

@@ -23,6 +23,7 @@ from sandbox import (
     SecurityViolationError,
 )
 from sandbox.engine import channel, client
+from sandbox.engine.recording import Recorder
 
 from . import harness, plugins
 
@@ -369,6 +370,33 @@ def test_granted_folders(level: IsolationLevel, seconds: float, tmp_path: Path) 
             assert len(sandbox.get_file_operations()) == before, "neither is that it was discarded"
             await sandbox.execute_plugin_safe(work, str(folder), seconds)
             assert len(sandbox.get_file_operations()) >= before + 5
+
+    asyncio.run(main())
+
+
+@rootless
+def test_without_a_descriptor_for_a_granted_folder_none_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "granted"
+    folder.mkdir()
+
+    def refuse(fd: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STRICT, permissions={"allowed_directories": [str(folder)]}) as sandbox:
+            own = sandbox._sandbox
+            assert own is not None
+
+            def attempt() -> int:
+                before = len(os.listdir("/proc/self/fd"))
+                recorder = Recorder(own)
+                with monkeypatch.context() as patched:
+                    patched.setattr(os, "dup", refuse)
+                    recorder.open()
+                recorder.close(look=False)
+                return len(os.listdir("/proc/self/fd")) - before
+
+            assert sandbox._in_engine(attempt) == 0
 
     asyncio.run(main())
 
