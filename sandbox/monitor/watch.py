@@ -180,10 +180,13 @@ class Watch:
         if self.trigger >= 0:
             try:
                 self.stalls = select.epoll()
+                self.stalls.register(self.trigger, select.EPOLLPRI)
             except OSError:
-                os.close(self.trigger)  # no descriptor left: samples tell the pressure still
+                if self.stalls is not None:
+                    self.stalls.close()
+                    self.stalls = None
+                os.close(self.trigger)  # no descriptor left, or no watch of epoll's: samples tell the pressure still
                 return
-            self.stalls.register(self.trigger, select.EPOLLPRI)
             self.loop.add_reader(self.stalls.fileno(), self._stalled)
 
     def _quiet(self) -> None:

@@ -358,3 +358,27 @@ def test_without_an_inotify_instance_events_are_seen_at_each_sample(monkeypatch:
     loop.run_once(1.0)
     assert [v.details["limit"] for v in told] == ["pids"]
     watch.end(run)
+
+
+def test_without_a_watch_of_epolls_samples_tell_the_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user has a bounded number of them: fs.epoll.max_user_watches in epoll(7)."""
+
+    class Full:
+        def register(self, fd: int, mask: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            closed.append(self)
+
+    source, loop, closed = Source(), PollLoop(), list[Full]()
+    trigger, other = os.pipe()
+    monkeypatch.setattr(source, "pressure", lambda: trigger)
+    watch = Watch(loop, source, Thresholds.of_limits(PluginLimitsV2()), 1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr("select.epoll", Full)
+        run = watch.begin()
+    watch.end(run)
+    os.close(other)
+    assert len(closed) == 1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(trigger)
