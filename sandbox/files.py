@@ -17,6 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+SHORT = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # what tells nothing of the files
+
 
 @dataclass(frozen=True)
 class FileEntry:
@@ -58,7 +60,7 @@ def write(root: int, path: str, data: bytes, owner: tuple[int, int] | None) -> N
 
 def listed(root: int, path: str) -> list[FileEntry]:
     """Everything below the folder `path`, by path. A folder that the plugin takes away meanwhile, or lets nobody into, has
-    nothing in it."""
+    nothing in it. Raises OSError, also where this process lacks a descriptor for one of them."""
     return sorted(walk(root, checked(path) if path else ""), key=lambda entry: entry.path)
 
 
@@ -68,8 +70,8 @@ def walk(root: int, path: str) -> Iterator[FileEntry]:
         above = folders.pop()
         try:
             fd = sc.open_beneath(root, above, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            if above == path:
+        except OSError as error:
+            if above == path or error.errno in SHORT:
                 raise
             continue
         try:

@@ -955,7 +955,7 @@ class EnhancedPluginSandbox:
         """Everything in the workspace, or in a folder of it, sorted by path.
 
         Raises:
-            OSError: there is no such folder.
+            OSError: there is no such folder, or this process lacks a descriptor for one in it.
             ValueError, RuntimeError: as for `read_file`.
         """
         with self._workspace() as root:
