@@ -404,7 +404,7 @@ class Zygote:
             self._leaving.cancel()
         self.loop.remove_reader(self.pidfd)
         try:
-            os.waitpid(self.pid, 0)
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)  # by its number we would wait for another child that has it by now
         except ChildProcessError:
             pass  # somebody in this process waits for all children
         os.close(self.pidfd)

@@ -303,6 +303,21 @@ def test_a_warden_is_told_to_end_a_call_once(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
+def test_a_zygotes_number_may_be_another_childs() -> None:
+    """Where something in this process waits for all children, ours is gone before we look."""
+    assert harness.call(IsolationLevel.STANDARD, plugins.give_back, 2) == 2
+    zygotes = list(service.service().zygotes.values())
+    with subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            for zygote in zygotes:
+                zygote.pid = other.pid
+            service.shut_down()
+            assert harness.wait_until(lambda: all(zygote.pidfd < 0 for zygote in zygotes))
+        finally:
+            other.kill()
+    assert harness.call(IsolationLevel.STANDARD, plugins.give_back, 2) == 2
+
+
 def test_a_warden_that_is_told_more_than_its_socket_holds(level: IsolationLevel) -> None:
     """As of the end of a thousand calls at once: it is told the rest when it has read that, and calls begin after it."""
 
