@@ -291,7 +291,7 @@ def aims() -> str:
         for wanted in each["wanted"]:
             value = "-" if wanted["value"] is None else results.number(wanted["value"])
             asked = f"{wanted['relation']} {results.number(wanted['bound'])} {wanted['unit']}"
-            floor = "" if wanted["floor"] is None else results.number(wanted["floor"])
+            floor = results.number(wanted["floor"]) if wanted.get("floor") is not None else ""  # not in results of old
             met = {"met": "yes", "MISSED": "no"}.get(wanted["verdict"], "not measured")
             rows.append([wanted["what"], asked, value, met, floor])
     return table(["what", "wanted", "measured", "met", "the floor"], rows)
