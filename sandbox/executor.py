@@ -169,7 +169,7 @@ class SandboxExecutor(concurrent.futures.Executor):
                 raise RuntimeError("the executor was shut down: make a new one")
             loop = self._started()
             self._waiting.append(Work(future, fn, args, kwargs))
-        loop.call_soon_threadsafe(self._more)
+            loop.call_soon_threadsafe(self._more)  # before a shutdown of another thread's has it done and the loop closed
         if self._max_waiting is not None:
             future.add_done_callback(self._has_ended)
         return future

@@ -791,3 +791,23 @@ def test_an_interrupted_caller_has_its_call_killed() -> None:
     line = [sys.executable, "-c", INTERRUPTED]
     done = subprocess.run(line, cwd=harness.REPOSITORY, capture_output=True, text=True, timeout=60 * harness.PATIENCE)
     assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "interrupted", "")
+
+
+def test_a_shutdown_meanwhile_does_not_make_submit_fail() -> None:
+    """What it has taken is done, so it has not refused it."""
+    executor = SandboxExecutor(1)
+    assert executor.submit(add, 1, 1).result() == 2
+    loop, thread = executor._loop, executor._thread
+    assert loop is not None
+    assert thread is not None
+    carry_on, other = loop.call_soon_threadsafe, threading.Thread(target=executor.shutdown)
+
+    def held_up(*args: Any, **more: Any) -> Any:
+        loop.call_soon_threadsafe = carry_on  # type: ignore[method-assign]
+        other.start()
+        thread.join(1.0)
+        return carry_on(*args, **more)
+
+    loop.call_soon_threadsafe = held_up  # type: ignore[assignment,method-assign]
+    assert executor.submit(add, 2, 3).result(harness.SETTLE) == 5
+    other.join()
