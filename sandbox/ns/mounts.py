@@ -127,15 +127,23 @@ def bind_optional(root: str, source: str, target: str, flags: str) -> None:
 
 def tmpfs(root: str, target: str, flags: str, options: str, keep: list[str]) -> None:
     """A new tmpfs at `target`; the trees at the paths in `keep`, which lie below it, stay visible through it."""
-    kept = [(path, take(root + path, "")) for path in keep if os.path.lexists(root + path)]
     mount_flags = sum(
         {"ro": sc.MS_RDONLY, "nosuid": sc.MS_NOSUID, "nodev": sc.MS_NODEV, "noexec": sc.MS_NOEXEC}[flag]
         for flag in flags.split(",")
         if flag
     )
-    sc.mount("tmpfs", make_point(root, target, directory=True), "tmpfs", mount_flags, options)
-    for path, tree in kept:
-        put(tree, root, path)
+    kept: list[tuple[str, int]] = []
+    try:
+        for path in keep:
+            if os.path.lexists(root + path):
+                kept.append((path, take(root + path, "")))
+        sc.mount("tmpfs", make_point(root, target, directory=True), "tmpfs", mount_flags, options)
+        while kept:
+            path, tree = kept.pop(0)
+            put(tree, root, path)
+    finally:
+        for _, tree in kept:  # a warden serves others, and would keep them for as long as it lives
+            os.close(tree)
 
 
 def scratch(root: str, target: str, options: str, places: dict[str, list[str]]) -> None:
@@ -199,17 +207,22 @@ def cover(root: str, files: dict[str, str]) -> None:
     """Put read-only files of these contents over those at `files`, in this mount namespace only; absent ones stay absent."""
     place = root + "/run"
     sc.mount("tmpfs", place, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC, "mode=755,size=1m,nr_inodes=16")
-    trees = {}
+    trees: list[tuple[str, int]] = []
     try:
-        for number, (path, text) in enumerate(files.items()):
-            file(place, f"/{number}", text)
-            trees[path] = take(f"{place}/{number}", "ro,nosuid,nodev,noexec", recursive=False)
+        try:
+            for number, (path, text) in enumerate(files.items()):
+                file(place, f"/{number}", text)
+                trees.append((path, take(f"{place}/{number}", "ro,nosuid,nodev,noexec", recursive=False)))
+        finally:
+            sc.umount(place)  # what is taken of it stays
+        while trees:
+            path, tree = trees.pop(0)
+            if os.path.isfile(root + path):
+                put(tree, root, os.path.realpath(root + path).removeprefix(root))  # which may be a link into /run
+            else:
+                os.close(tree)
     finally:
-        sc.umount(place)  # what is taken of it stays
-    for path, tree in trees.items():
-        if os.path.isfile(root + path):
-            put(tree, root, os.path.realpath(root + path).removeprefix(root))  # which may be a link into /run
-        else:
+        for _, tree in trees:  # as those of `tmpfs`
             os.close(tree)
 
 
