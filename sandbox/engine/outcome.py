@@ -37,6 +37,7 @@ LIMIT_ERRNO = {
 }
 BYTES = {"memory", "output", "result", "file_size", "disk"}  # limits whose settings are in MB
 MB = 1 << 20
+QUOTED = 8  # names in the message of an exception that may be those of files: of the kernel's refusals there are two at most
 PLACE = 200  # characters of a file's name, of which the end tells most
 NETWORK = {"socket", "socketpair", "accept", "accept4"}
 FILES = {"mknod", "mknodat", "chmod", "fchmod", "fchmodat", "fchmodat2", "creat", "open", "openat"}
@@ -233,11 +234,11 @@ def repeated(answer: Answer, earlier: list[SandboxViolation]) -> list[SandboxVio
         error = failure.decode(answer.reply)
     except channel.Malformed:
         return []
-    names = _names(answer, error)
+    names, quoted = _names(answer, error), _quoted(error.message)
     for violation in reversed(earlier):
         # Where no line of the plugin's is on the way, it may be any.
         is_there = "path" in violation.details or not error.file or bool(names & operations(_operation(violation)))
-        if _comes_from(error, violation) and (is_there or _operation(violation) == "resolve"):
+        if _comes_from(error, quoted, violation) and (is_there or _operation(violation) == "resolve"):
             return [violation]
     return []
 
@@ -246,23 +247,25 @@ def _quoted(message: str) -> list[str]:
     """The names of files in an OSError's message, which are there as repr() gives them, escaped as those of a violation are."""
     import ast
     import re
+    from itertools import islice
 
     from sandbox.text import escape_text
 
     found = []
-    for each in re.findall(r"""b?'(?:[^'\\]|\\.)*'|b?"(?:[^"\\]|\\.)*\"""", message):
+    for each in islice(re.finditer(r"""b?'(?:[^'\\]|\\.)*'|b?"(?:[^"\\]|\\.)*\"""", message), QUOTED):
         try:
-            found.append(escape_text(os.fsdecode(ast.literal_eval(each)), keep=""))
+            found.append(escape_text(os.fsdecode(ast.literal_eval(each.group())), keep=""))
         except (ValueError, SyntaxError):
             continue  # no repr()
     return found
 
 
-def _comes_from(error: failure.Failure, violation: SandboxViolation) -> bool:
-    """Whether an exception is of this kind of refusal: of this file, of a name, or of anything else that answers EPERM."""
+def _comes_from(error: failure.Failure, quoted: list[str], violation: SandboxViolation) -> bool:
+    """Whether an exception is of this kind of refusal: of this file, of a name, or of anything else that answers EPERM.
+    `quoted` are the files in its message: there may be thousands of violations to compare them with."""
     path = str(violation.details.get("path") or "")
     if path:
-        is_about = any(each == path or path.endswith("/" + each.removeprefix("./")) for each in _quoted(error.message))
+        is_about = any(each == path or path.endswith("/" + each.removeprefix("./")) for each in quoted)
         return is_about and errno.errorcode.get(error.errno) == violation.details.get("errno")
     if _operation(violation) == "resolve":
         return error.type.endswith("gaierror")
@@ -531,7 +534,8 @@ def plugin_error(call: Call | Answer, violations: list[SandboxViolation]) -> San
         return _limit(name, limits[key], None, f"the plugin passed its limit of {name}: {error.message}")
     if error.errno == errno.EPERM and violations and violations[-1].details.get("limit") == "network_requests":
         return _limit("network_requests", call.sandbox.recipe.network["max_requests"], None, violations[-1].message)
-    fitting, names = [each for each in reversed(violations) if _comes_from(error, each)], _names(call, error)
+    names, quoted = _names(call, error), _quoted(error.message)
+    fitting = [each for each in reversed(violations) if _comes_from(error, quoted, each)]
     if fitting:
         last = next((each for each in fitting if "path" in each.details or names & operations(_operation(each))), fitting[0])
         text = f"the plugin ended by a refused operation: {last.message}"

@@ -411,6 +411,24 @@ def a_flood_of_notes() -> None:
         os._exit(0)
 
 
+@pytest.mark.parametrize("level", HOST_SIDE)
+def test_many_refusals_and_an_exception_of_many_names(level: IsolationLevel) -> None:
+    """Which refused file an exception is about, its message tells: the host compares it with all of them."""
+
+    def both() -> None:
+        with socket_to_the_caller() as job:
+            file = {"operation": "open", "errno": "13", "count": "1", "file": "f", "line": "1"}
+            for number in range(1000):
+                job.send(b"N" + channel.pack("refused", {**file, "path": f"/{number}"}))
+            told = {"type": "E", "message": "''" * 4000, "traceback": "", "errno": "13", "file": "f", "line": "1", "done": ""}
+            job.send(b"E" + channel.pack("failure", told))
+        os._exit(1)
+
+    outcome = answered(both, level=level)
+    assert isinstance(outcome.error, PluginExecutionError), outcome
+    assert outcome.error.exception_message.startswith("''")
+
+
 @pytest.mark.parametrize("function", [split_frames, repeated_replies, asks_for_memory_again_and_again, a_flood_of_notes])
 @pytest.mark.parametrize("level", HOST_SIDE)
 def test_a_flood_does_not_come_to_the_callers_loop(
