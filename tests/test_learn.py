@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -432,6 +435,30 @@ def test_a_text_is_only_read(tmp_path: Path) -> None:
     (tmp_path / "p.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')")
     static.findings({"p.py": (tmp_path / "p.py").read_bytes()})
     assert not (tmp_path / "made").exists()
+
+
+def test_a_text_that_the_parser_takes_long_for_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is the square of the number of its parts, and no signal of ours interrupts it."""
+    monkeypatch.setattr(static, "SECONDS", 1)
+    source = b"x = f'" + b"{a}" * 340_000 + b"'"
+    before = time.monotonic()
+    got = static.findings({"first.py": b"import socket", "long.py": source})
+    assert time.monotonic() - before < 20
+    assert [(each.file, each.kind) for each in got] == [("first.py", static.MODULE), ("long.py", static.SYNTAX)]
+
+
+def test_warnings_of_the_parser_quote_no_text(tmp_path: Path) -> None:
+    """They show the line that they are about as it is, on the terminal of whoever only wants to know what a plugin does."""
+    path = tmp_path / "p.py"
+    path.write_bytes(b'x = "\\d \x1b]0;title\x07"\n')
+
+    def errors(code: str) -> bytes:
+        prelude = f"import ast, pathlib; from sandbox import static; source = pathlib.Path({str(path)!r}).read_bytes(); "
+        command = [sys.executable, "-W", "always", "-c", f"{prelude}{code}"]
+        return subprocess.run(command, capture_output=True, check=True, timeout=60).stderr
+
+    assert b"\x1b]0;" in errors(f"ast.parse(source, {str(path)!r})")
+    assert errors(f"static.findings({{{str(path)!r}: source}})") == b""
 
 
 # -- names and where they lead -----------------------------------------------------------------------------------------------
