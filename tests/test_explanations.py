@@ -8,6 +8,7 @@ import json
 import pickle
 import tomllib
 import types
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -449,3 +450,15 @@ def test_at_most_five_kinds() -> None:
     assert told[-1] == "and 2 more kinds: see --result-file"
     assert refusals.lines([record(kernel(name)) for name in names[:6]], None)[-1] == "and 1 more kind: see --result-file"
     assert len(refusals.lines([record(kernel(name)) for name in names[:5]], None)) == refusals.MOST
+
+
+def test_names_in_a_message_make_the_parser_warn_of_nothing() -> None:
+    """It would quote a character of the plugin as it is, in the caller's own process."""
+    hostile = "'\\\x0e'"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        ast.literal_eval(hostile)
+        assert len(seen) == 1
+        assert outcome._quoted(f"{hostile} and '/etc/it\\'s\\n' -> b'/\\xff'")[-1] == "/\\udcff"
+        assert outcome._quoted("[Errno 13] Permission denied: '/etc/it\\'s\\x01'") == ["/etc/it's\\x01"]
+        assert len(seen) == 1

@@ -38,6 +38,10 @@ LIMIT_ERRNO = {
 BYTES = {"memory", "output", "result", "file_size", "disk"}  # limits whose settings are in MB
 MB = 1 << 20
 QUOTED = 8  # names in the message of an exception that may be those of files: of the kernel's refusals there are two at most
+# What repr() makes of a text or bytes. Of other escapes the parser would warn, and quote a plugin's character as it is.
+LITERAL = r"""b?'(?:[^'\\]|{0})*'|b?"(?:[^"\\]|{0})*\"""".replace(
+    "{0}", r"\\(?:[\\'\"nrt]|x[\da-f]{2}|u[\da-f]{4}|U[\da-f]{8})"
+)
 PLACE = 200  # characters of a file's name, of which the end tells most
 NETWORK = {"socket", "socketpair", "accept", "accept4"}
 FILES = {"mknod", "mknodat", "chmod", "fchmod", "fchmodat", "fchmodat2", "creat", "open", "openat"}
@@ -252,7 +256,7 @@ def _quoted(message: str) -> list[str]:
     from sandbox.text import escape_text
 
     found = []
-    for each in islice(re.finditer(r"""b?'(?:[^'\\]|\\.)*'|b?"(?:[^"\\]|\\.)*\"""", message), QUOTED):
+    for each in islice(re.finditer(LITERAL, message), QUOTED):
         try:
             found.append(escape_text(os.fsdecode(ast.literal_eval(each.group())), keep=""))
         except (ValueError, SyntaxError):
