@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+    from typing import Any
 
 SYNTAX, PROCESS, NETWORK, LISTEN, NEVER, READ, WRITE, LOCAL, VARIABLE, MODULE = (
     *("syntax", "process", "network", "listen", "never", "read", "write", "local", "variable", "module"),
@@ -96,37 +97,40 @@ class Text:
 
 
 def findings(sources: Mapping[str, bytes]) -> list[Finding]:
-    """Of all files of a plugin, by path: in the order of files and lines, what is found twice in a line once.
+    """Of all files of a plugin, by path: in the order of files and lines, what is found twice in a line once."""
+    each_file = ([list(vars(finding).values()) for finding in of_file(file, source)] for file, source in sources.items())
+    told, found = bounded(each_file), list[Finding]()
+    for number, file in enumerate(sources):
+        each = told[number] if number < len(told) else [[SYNTAX, file, 1, "", TOO_LONG]]
+        found += [Finding(*fields) for fields in each]
+    return list(dict.fromkeys(found))
 
-    They are parsed in a process of its own, which has SECONDS of a CPU: for some texts of 1 MB the parser takes minutes.
-    """
+
+def bounded(work: Iterable[Any]) -> list[Any]:
+    """What comes of it, as JSON has it, within SECONDS of the CPU of a process of its own: for some texts of 1 MB the parser
+    takes minutes, and nothing interrupts it. Nor are its warnings told, which quote a line of the plugin as it is."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         try:
             os.close(reader)
-            _tell(sources, writer)
+            _tell(work, writer)
         finally:
             os._exit(1)
     os.close(writer)
     with open(reader, "rb") as told:
         lines = told.read().split(b"\n")[:-1]
     os.waitpid(child, 0)
-    found: list[Finding] = []
-    for number, file in enumerate(sources):
-        each = json.loads(lines[number]) if number < len(lines) else [[SYNTAX, file, 1, "", TOO_LONG]]
-        found += [Finding(*fields) for fields in each]
-    return list(dict.fromkeys(found))
+    return [json.loads(line) for line in lines]
 
 
-def _tell(sources: Mapping[str, bytes], writer: int) -> None:
-    """A line of JSON for each file. The parser's warnings quote the plugin as it is, also what drives a terminal."""
+def _tell(work: Iterable[Any], writer: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     warnings.simplefilter("ignore")
-    for file, source in sources.items():
+    for each in work:
         with open(writer, "wb", closefd=False) as told:
-            told.write(json.dumps([list(vars(finding).values()) for finding in of_file(file, source)]).encode() + b"\n")
+            told.write(json.dumps(each).encode() + b"\n")
 
 
 def of_file(file: str, source: bytes) -> list[Finding]:

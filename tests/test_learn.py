@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox import learn, static
+from sandbox.cli.plugins import syntax_error
 from sandbox.cli.trial import Result
 from sandbox.config import load_config
 from sandbox.learn import DELETE, HOST, LIMIT, PROCESS, READ, WRITE, Consent, Grant, Peaks, Policy, Seen, Wish
@@ -445,6 +447,10 @@ def test_a_text_that_the_parser_takes_long_for_ends(monkeypatch: pytest.MonkeyPa
     got = static.findings({"first.py": b"import socket", "long.py": source})
     assert time.monotonic() - before < 20
     assert [(each.file, each.kind) for each in got] == [("first.py", static.MODULE), ("long.py", static.SYNTAX)]
+    files: Any = types.SimpleNamespace(files={"first.py": b"import socket", "long.py": source})
+    assert syntax_error(files) == "long.py takes longer than 10 s to look at"
+    files.files["first.py"] = b"import"
+    assert syntax_error(files).startswith("first.py, line 1: ")
 
 
 def test_warnings_of_the_parser_quote_no_text(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import warnings
 
 from sandbox import static
 from sandbox.errors import PluginError, SandboxException
@@ -113,21 +112,24 @@ def signature_state(plugin: PluginFiles, said: Manifest, trusted_keys: str | Non
 
 def syntax_error(plugin: PluginFiles) -> str:
     """Where the first file that is no Python is wrong; "" if all are. They are compiled, never executed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a warning shows a line of the plugin, and nobody has escaped it
-        for path, source in sorted(plugin.files.items()):
-            if not path.endswith(".py"):
-                continue
-            if len(source) > static.MOST:
-                return f"{path} {static.TOO_LARGE}"
-            try:
-                compile(source, path, "exec", dont_inherit=True)
-            except SyntaxError as error:
-                return f"{path}, line {error.lineno}: {error.msg}" if error.lineno else f"{path}: {error.msg}"
-            except ValueError as error:  # a NUL byte
-                return f"{path}: {error}"
-            except (RecursionError, MemoryError, OverflowError):
-                return f"{path}: Python cannot compile it: it is nested too deeply or too large"
+    sources = [(path, source) for path, source in sorted(plugin.files.items()) if path.endswith(".py")]
+    told = static.bounded(error_of(path, source) for path, source in sources)
+    if len(told) < len(sources):
+        told.append(f"{sources[len(told)][0]} {static.TOO_LONG}")
+    return next((each for each in told if each), "")
+
+
+def error_of(path: str, source: bytes) -> str:
+    if len(source) > static.MOST:
+        return f"{path} {static.TOO_LARGE}"
+    try:
+        compile(source, path, "exec", dont_inherit=True)
+    except SyntaxError as error:
+        return f"{path}, line {error.lineno}: {error.msg}" if error.lineno else f"{path}: {error.msg}"
+    except ValueError as error:  # a NUL byte
+        return f"{path}: {error}"
+    except (RecursionError, MemoryError, OverflowError):
+        return f"{path}: Python cannot compile it: it is nested too deeply or too large"
     return ""
 
 
