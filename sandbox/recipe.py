@@ -508,7 +508,7 @@ class _Compiler:
                 uid = pwd.getpwnam(self.permissions.sandbox_user).pw_uid
             except KeyError:
                 raise ValueError(
-                    f"PluginPermissionsV2.sandbox_user is {self.permissions.sandbox_user!r}: no such user"
+                    f"PluginPermissionsV2.sandbox_user is {self.permissions.sandbox_user!r}: no such user: check the name"
                 ) from None
             if uid == 0:
                 raise ValueError("PluginPermissionsV2.sandbox_user is root: give an unprivileged user")

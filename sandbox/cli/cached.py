@@ -72,7 +72,10 @@ def recipe_for(
 
     gathered = settings.Gathered(given, found)
     limits = gathered.limits
-    compiled = recipe.compile(gathered.config, limits, gathered.permissions, host.facts(), read_only=read_only)
+    try:
+        compiled = recipe.compile(gathered.config, limits, gathered.permissions, host.facts(), read_only=read_only)
+    except ValueError as error:
+        raise gathered.located(error) from None
     wire = client.wire_form(compiled)
     asked, calls = dict(vars(limits)), system_calls()
     if not files:

@@ -67,6 +67,7 @@ def host(text: str) -> str:
 DEFAULT = "default"
 KINDS = {"isolation": IsolationConfig, "limits": PluginLimitsV2, "permissions": PluginPermissionsV2}
 Setting = tuple[str, str]  # table and key
+_LETTERS = "abcdefghijklmnopqrstuvwxyz_"  # of keys
 
 
 class Gathered:
@@ -124,6 +125,17 @@ class Gathered:
             if not name:
                 raise
             raise ConfigError(f"{name}: {error}") from None
+
+    def located(self, error: ValueError) -> ValueError:
+        """An error about a setting that was found when the sandbox was planned, with the file or option that has set it."""
+        begin, _, rest = str(error).partition(".")
+        key = rest[: len(rest) - len(rest.lstrip(_LETTERS))]
+        for table, kind in KINDS.items():
+            origin = self.origins.get((table, key), "")
+            if begin == kind.__name__ and origin:
+                said = rest.removeprefix(key) if origin.startswith("--") else f": [{table}] {rest}"
+                return ConfigError(f"{origin}{said}")
+        return error
 
     def objects(self) -> dict[str, Any]:
         return {"isolation": self.config, "limits": self.limits, "permissions": self.permissions}

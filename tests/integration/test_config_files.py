@@ -85,6 +85,18 @@ def test_mistakes(caller: Caller, words: list[str], said: str) -> None:
     assert said in done.err
 
 
+def test_a_setting_that_no_sandbox_can_have_is_told_with_its_file_or_option(caller: Caller) -> None:
+    caller.write("own.toml", "[permissions]\nreadable_paths = ['/gone/x']\n")
+    (caller.folder / "rw" / "inner").mkdir(parents=True)
+    for words, said in (
+        (["--config", "own.toml"], "own.toml: [permissions] readable_paths: '/gone/x' does not exist: make it first, or check"),
+        (["--rw", "rw", "--rw", "rw/inner"], f"--rw: '{caller.folder}/rw/inner' lies in '{caller.folder}/rw', which"),
+    ):
+        done = caller.run("run", "-q", *words, "plugin.py")
+        assert (done.status, done.output, done.err.count("\n")) == (125, b"", 1), done
+        assert done.err.startswith(f"psie: {said}")
+
+
 def test_sources_are_what_a_run_uses(caller: Caller) -> None:
     caller.write("psie.toml", "[limits]\nmax_open_files = 30\nmax_memory_mb = 999\n")
     done = caller.run("explain", "--sources", "--json", "plugin.py", env={"SANDBOX_ISOLATION_LEVEL": "strict"})
