@@ -173,7 +173,9 @@ def make_key(path: str | os.PathLike[str]) -> str:
     except FileExistsError:
         refuse(os.fspath(path), "is there already: give another name, a key is never overwritten")
     except (OSError, ValueError) as error:
-        refuse(os.fspath(path), f"cannot be made: {getattr(error, 'strerror', None) or error}")
+        refuse(
+            os.fspath(path), f"cannot be made ({getattr(error, 'strerror', None) or error}): give a file in a folder of yours"
+        )
     return base64.b64encode(key.public_key().public_bytes_raw()).decode()
 
 
@@ -268,7 +270,7 @@ def _private_key(path: str) -> Ed25519PrivateKey:
         finally:
             os.close(fd)
     except (OSError, ValueError) as error:
-        refuse(path, f"cannot be read: {getattr(error, 'strerror', None) or error}")
+        refuse(path, f"cannot be read ({getattr(error, 'strerror', None) or error}): check the path, and your rights to it")
     try:
         key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it wants a password

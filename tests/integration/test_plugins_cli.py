@@ -209,13 +209,18 @@ def test_mistakes(caller: Caller, folder: Path) -> None:
     assert_refused(plugins(caller, "check", "p", "tow"), "tow is no plugin of p: did you mean two?")
     assert_refused(plugins(caller, "check", "p", "../p/one"), "is no plugin of p")
     assert_refused(plugins(caller, "check", "p", "x\x1b[2J" * 1000), "is no plugin of p")
-    assert_refused(plugins(caller, "sign", "p", "one", "--key", "gone"), "gone cannot be read: No such file")
+    assert_refused(
+        plugins(caller, "sign", "p", "one", "--key", "gone"), "gone cannot be read (No such file or directory): check the path"
+    )
     assert_refused(plugins(caller, "sign", "p", "one"), "--key")
     assert_refused(plugins(caller, "sign", "p", "broken", "--key", "gone"), "broken.toml, line 3: ")
     assert_refused(plugins(caller, "lst", "p"), "lst")
     trust(caller)
     assert_refused(plugins(caller, "keygen", "author"), "author is there already")
-    assert_refused(plugins(caller, "keygen", "gone/author"), "gone/author cannot be made: No such file")
+    assert_refused(
+        plugins(caller, "keygen", "gone/author"),
+        "gone/author cannot be made (No such file or directory): give a file in a folder of yours",
+    )
     (caller.folder / "author").chmod(0o644)
     assert_refused(plugins(caller, "sign", "p", "one", "--key", "author"), "chmod 600 it")
 
