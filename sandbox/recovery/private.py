@@ -23,9 +23,9 @@ def default_folder() -> str:
     try:
         return state.folder("lib")
     except OSError as error:
-        raise ResourceError(
-            f"{error.filename or error}: {error.strerror or 'set XDG_STATE_HOME to a folder of yours'}"
-        ) from None
+        if error.filename is None:  # with its mend
+            raise ResourceError(str(error)) from None
+        raise ResourceError(f"{error.filename}: {error.strerror}: set XDG_STATE_HOME to a folder of yours") from None
 
 
 def open_folder(path: str) -> int:

@@ -227,6 +227,8 @@ def test_gc_where_the_state_is_no_folder(somebody: Caller, tmp_path: Path, damag
     done = somebody.run("gc", env={"XDG_STATE_HOME": str(state)})
     assert_refused(done, str(state / "psie"))
     assert ("is no folder" in done.err) is (damage != "work")
+    if damage != "work":
+        assert somebody.run("history", env={"XDG_STATE_HOME": str(state)}).err == done.err
 
 
 def test_a_full_disk_behind_the_plugins_output(caller: Caller) -> None:
