@@ -37,6 +37,17 @@ def absolute(option: str, path: str) -> str:
     return os.path.realpath(path)
 
 
+def absent(path: str, what: str, mend: str = "check the path") -> str:
+    """Why nothing was found at `path`, with the mend."""
+    try:
+        os.stat(path)
+    except PermissionError:
+        return "you may not look into a folder that it lies in: see to the rights of that one"
+    except (OSError, ValueError):
+        pass
+    return f"there is no such {what}: {mend}"
+
+
 def refuse_own(option: str, path: str, full: str) -> None:
     if full in OWN_PLACES or full.split("/")[1] in ("proc", "sys", "dev"):
         raise UsageError(f"{option} {path}: a sandbox has its own {full}: give a folder of files")
@@ -48,7 +59,7 @@ def writable(paths: tuple[str, ...]) -> tuple[str, ...]:
     for path in paths:
         full = absolute("--rw", path)
         if not os.path.exists(full):
-            raise UsageError(f"--rw {path}: there is no such folder: make it first, or check the path")
+            raise UsageError(f"--rw {path}: {absent(full, 'folder', 'make it first, or check the path')}")
         if not os.path.isdir(full):
             raise UsageError(f"--rw {path}: this is no folder: give the one that it lies in")
         refuse_own("--rw", path, full)
@@ -64,7 +75,7 @@ def readable(paths: tuple[str, ...]) -> list[str]:
     for path in paths:
         full = absolute("--ro", path)
         if not os.path.exists(full):
-            raise UsageError(f"--ro {path}: there is no such file or folder: check the path")
+            raise UsageError(f"--ro {path}: {absent(full, 'file or folder')}")
         if not os.access(full, os.R_OK):
             raise UsageError(f"--ro {path}: you may not read it yourself: chmod it, or leave it out")
         refuse_own("--ro", path, full)
@@ -78,7 +89,7 @@ def start(path: str | None, shown: Sequence[str]) -> str | None:
         return None
     full = absolute("--chdir", path)
     if not os.path.isdir(full):
-        raise UsageError(f"--chdir {path}: there is no such folder: check the path")
+        raise UsageError(f"--chdir {path}: {absent(full, 'folder')}")
     refuse_own("--chdir", path, full)
     if not any(f"{each}/".startswith(full + "/") or full.startswith(each + "/") for each in shown):
         raise UsageError(f"--chdir {path}: the plugin does not see it: show it with --ro {path}, or --rw {path}")

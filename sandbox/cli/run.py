@@ -58,7 +58,9 @@ def plugin_path(file: str) -> str:
     if file == "-":
         raise Failed("-: there is no such file: give /dev/stdin to run what comes on standard input")
     if not os.path.exists(file):
-        raise Failed(f"{file}: there is no such file: check the path")
+        from sandbox.cli.inputs import absent
+
+        raise Failed(f"{file}: {absent(file, 'file')}")
     if os.path.isdir(file):
         raise Failed(f"{file} is a directory: give the Python file in it")
     return os.path.abspath(file)
@@ -73,7 +75,7 @@ def source_of(path: str) -> bytes:
                 raise Failed(f"{path} is no file: give a Python file")
             source = file.read(SOURCE_BYTES + 1)
     except OSError as error:
-        raise Failed(f"{path} cannot be read: {error.strerror}") from None
+        raise Failed(f"{path} cannot be read ({error.strerror}): see to its rights, or give another file") from None
     if len(source) > SOURCE_BYTES:
         raise Failed(f"{path} is larger than {SOURCE_BYTES >> 20} MB: give a Python file")
     return source

@@ -231,6 +231,22 @@ def test_gc_where_the_state_is_no_folder(somebody: Caller, tmp_path: Path, damag
         assert somebody.run("history", env={"XDG_STATE_HOME": str(state)}).err == done.err
 
 
+def test_what_one_may_not_look_at_is_told_from_what_is_not_there(somebody: Caller, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    (locked / "inner").mkdir(parents=True)
+    (locked / "x.py").touch()
+    somebody.write("plugin.py", "pass").chmod(0o755)
+    tmp_path.chmod(0o755)
+    locked.chmod(0o600)
+    inner, script = str(locked / "inner"), str(locked / "x.py")
+    for words in (["run", script], ["call", f"{script}:main"], ["check", script], ["explain", script]):
+        assert_refused(somebody.run(*words), "may not look into a folder that it lies in")
+    for options in (["--ro", script], ["--rw", inner], ["--ro", ".", "--chdir", inner]):
+        assert_refused(somebody.run("run", *options, "plugin.py"), "may not look into a folder that it lies in")
+    (somebody.folder / "mine.py").touch(0o600)
+    assert_refused(somebody.run("run", "mine.py"), "mine.py cannot be read (Permission denied): see to its rights")
+
+
 def test_a_full_disk_behind_the_plugins_output(caller: Caller) -> None:
     with open("/dev/full", "wb") as full:
         done = caller.plugin("print('out')", stdout=full)
