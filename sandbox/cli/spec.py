@@ -66,12 +66,17 @@ def text_of(made: Spec) -> str:
 
 def make_bundle(made: Spec, folder: str) -> None:
     """All of it or nothing: it is put together beside its place. Raises UsageError, OSError."""
+    if not folder:
+        raise UsageError("--bundle is empty: give the name of a new folder, or leave it out")
     target = os.path.abspath(folder)
     if os.path.lexists(target) and not (os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target)):
         raise UsageError(f"--bundle {folder}: there is something already: give the name of a new folder")
     if not os.path.isdir(os.path.dirname(target)):
         raise UsageError(f"--bundle {folder}: there is no folder {os.path.dirname(target)}: make it first")
-    building = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}-", dir=os.path.dirname(target))
+    try:
+        building = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}-", dir=os.path.dirname(target))
+    except OSError as error:
+        raise UsageError(f"--bundle {folder}: this cannot be made ({error.strerror}): give a folder in one of yours") from None
     try:
         os.chmod(building, 0o755)  # its root is another id's too
         fill(made, os.path.join(building, "rootfs"))

@@ -262,6 +262,8 @@ def test_printed(tmp_path: Path) -> None:
         (["no-such-file.py"], "there is no such file"),
         (["--bundle", "{full}"], "there is something already"),
         (["--bundle", "{full}/no/way"], "make it first"),
+        (["--bundle", ""], "--bundle is empty: "),
+        (["--bundle", "/proc/bundle"], "--bundle /proc/bundle: this cannot be made ("),
     ],
 )
 def test_mistakes(words: list[str], why: str, tmp_path: Path) -> None:
