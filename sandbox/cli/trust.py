@@ -20,7 +20,7 @@ def trust(files: tuple[str, ...], as_list: bool, forget: bool) -> int:
                 raise UsageError("--list takes no file, and no --forget")
             return listed()
         if not files:
-            raise UsageError("give the psie.toml or pyproject.toml that is to count, or --list")
+            raise UsageError(f"give the psie.toml or pyproject.toml that is to count{' no more' if forget else ', or --list'}")
         if forget:
             for file in files:
                 known = trusted.forget(os.path.abspath(file))
@@ -43,7 +43,8 @@ def read(file: str) -> beside.Found:
         raise UsageError(f"{file}: only {beside.OWN} and {beside.PROJECT} count beside a plugin: name others by --config")
     content = beside.read(path)
     if content is None:
-        raise UsageError(f"{file}: there is no such file")
+        is_there = os.path.lexists(path)
+        raise UsageError(f"{file}: {'this is no regular file' if is_there else 'there is no such file'}: check the path")
     found = beside.Found(path, content)
     if not found.says_something():
         raise UsageError(f"{file} has no table [tool.psie]: there is nothing to accept")

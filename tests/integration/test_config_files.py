@@ -62,7 +62,9 @@ def test_a_file_beside_a_plugin(caller: Caller) -> None:
     ("words", "said"),
     [
         (["trust"], "give the psie.toml"),
-        (["trust", "missing/psie.toml"], "there is no such file"),
+        (["trust", "missing/psie.toml"], "there is no such file: check the path"),
+        (["trust", "folder/psie.toml"], "folder/psie.toml: this is no regular file: check the path"),
+        (["trust", "--forget"], "give the psie.toml or pyproject.toml that is to count no more"),
         (["trust", "plugin.py"], "only psie.toml and pyproject.toml count beside a plugin"),
         (["trust", "pyproject.toml"], "has no table [tool.psie]"),
         (["trust", "wrong/psie.toml"], "did you mean max_memory_mb?"),
@@ -78,6 +80,7 @@ def test_a_file_beside_a_plugin(caller: Caller) -> None:
 def test_mistakes(caller: Caller, words: list[str], said: str) -> None:
     caller.write("pyproject.toml", "[project]\nname = 'x'\n")
     (caller.folder / "wrong").mkdir()
+    (caller.folder / "folder" / "psie.toml").mkdir(parents=True)
     caller.write("wrong/psie.toml", "[limits]\nmax_memroy_mb = 3\n")
     caller.write("wrong/plugin.py", PLUGIN)
     done = caller.run(*words)
