@@ -26,7 +26,7 @@ SHARED: tuple[tuple[str, str, str, str], ...] = (
         "--chdir",
         VALUE,
         "DIR",
-        "Where it starts: in a folder of yours that it sees, or on the way to what it sees (default: an empty workspace).",
+        "Where it starts: in what --ro or --rw shows, or on the way to that (default: an empty workspace).",
     ),
     ("--env", MANY, "NAME[=VALUE]", "An environment variable, or one of yours to pass on. Repeatable."),
     ("--allow-host", MANY, "HOST[:PORT]", "It may connect there by TCP; without PORT to 80 and 443. Repeatable."),

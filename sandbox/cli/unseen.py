@@ -30,7 +30,8 @@ def lines(arguments: Sequence[str], recipe: Recipe, shown: Sequence[str], start:
 
     `shown`: --ro paths; `start`: where --chdir lets it start, which makes relative names its own business.
     """
-    shown = [*shown, *(grant["path"] for grant in recipe.granted), *(str(mount[1]) for mount in recipe.sandbox_mounts)]
+    named = [*shown, *(grant["path"] for grant in recipe.granted)]  # below which --chdir may lead, whatever the level shows
+    shown = [*named, *(str(mount[1]) for mount in recipe.sandbox_mounts)]
     told = []
     for argument in dict.fromkeys(arguments):
         text = argument.partition("=")[2] if argument.startswith("-") else argument
@@ -41,14 +42,14 @@ def lines(arguments: Sequence[str], recipe: Recipe, shown: Sequence[str], start:
         if text.startswith("/") and is_hidden:
             told.append(f"the plugin does not see {quoted(path)}: {ways(path)}")
         elif not text.startswith("/") and start is None:
-            told.append(relative(text, path, is_hidden))
+            told.append(relative(text, path, is_hidden, is_named=is_below(path, named)))
     return told[:MOST]
 
 
-def relative(text: str, path: str, is_hidden: bool) -> str:
+def relative(text: str, path: str, is_hidden: bool, *, is_named: bool) -> str:
     """How the plugin comes to `path`, which it may have meant by a relative name."""
     if is_below(path, [os.getcwd()]):
-        way = f"{f'show it with --ro {quoted(text)}, and ' if is_hidden else ''}start the plugin here by --chdir ."
+        way = f"{'' if is_named else f'show it with --ro {quoted(text)}, and '}start the plugin here by --chdir ."
     else:
         way = f"give it as {quoted(path)}" + (f", and show it: {ways(path)}" if is_hidden else "")
     return f"the plugin's working directory is a private workspace: if {quoted(path)} is meant by {quoted(text)}, {way}"

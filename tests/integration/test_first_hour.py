@@ -103,6 +103,9 @@ def test_a_relative_path_is_told_from_a_name_in_the_workspace(caller: Caller) ->
     (line,) = told(caller, "data", options=("--ro", "data"))
     assert line.endswith(f"if {folder} is meant by data, start the plugin here by --chdir .")
     assert told(caller, "data", options=("--ro", "data", "--chdir", ".")) == []
+    (line,) = told(caller, "data", options=("--level", "minimal"))  # which sees it, but --chdir wants it to be named
+    assert line.endswith(f"if {folder} is meant by data, show it with --ro data, and start the plugin here by --chdir .")
+    assert told(caller, "data", options=("--level", "minimal", "--ro", "data", "--chdir", ".")) == []
     above = caller.write("other/plugin.py", "raise OSError").parent
     done = caller.run("run", "--chdir", str(above), "--ro", str(above), str(above / "plugin.py"), "data")
     assert "data" not in done.err.replace(str(above), ""), "it knows itself where it starts"
