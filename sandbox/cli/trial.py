@@ -12,7 +12,7 @@ import signal
 from dataclasses import dataclass, field
 from time import monotonic
 
-from sandbox.cli import options
+from sandbox.cli import inputs, options
 from sandbox.cli import run as run_command
 from sandbox.cli.inputs import UsageError
 from sandbox.cli.session import Session, say
@@ -123,6 +123,7 @@ class Runner:
         self.source = run_command.source_of(self.path) if source is None else source
         self.arguments = tuple(arguments)
         self.environment = tuple(environment)
+        inputs.environment(self.environment)  # a mistake there is none of a run's
         self.stdin = stdin
         self.runs = 0
 
