@@ -98,7 +98,8 @@ def guarded(work: Callable[[], int]) -> int:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and error.filename is None:
             return complain(error)
-        return complain(run_command.Failed(f"{error.filename or 'the sandbox'}: {error.strerror}"))
+        mend = f": {client.MENDS[error.errno]}" if error.errno in client.SHORT else ""
+        return complain(run_command.Failed(f"{error.filename or 'the sandbox'}: {error.strerror}{mend}"))
 
 
 def remember(

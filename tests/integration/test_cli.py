@@ -231,6 +231,17 @@ def test_gc_where_the_state_is_no_folder(somebody: Caller, tmp_path: Path, damag
         assert somebody.run("history", env={"XDG_STATE_HOME": str(state)}).err == done.err
 
 
+def test_too_few_open_files_for_psie_itself(caller: Caller) -> None:
+    path = caller.write("plugin.py", "print('out')")
+    shell = ["sh", "-c", 'ulimit -n 20; exec "$@"', "sh", *caller.command("run", "-q", path)]
+    done = subprocess.run(
+        shell, env=caller.environment, cwd=caller.folder, capture_output=True, timeout=cli_harness.SECONDS, check=False
+    )
+    assert (done.returncode, done.stdout) == (125, b"")
+    assert b"Too many open files: raise the limit of open files (ulimit -n), or close" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
 def test_what_one_may_not_look_at_is_told_from_what_is_not_there(somebody: Caller, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     (locked / "inner").mkdir(parents=True)
