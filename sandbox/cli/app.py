@@ -64,7 +64,17 @@ def mistake(error: click.ClickException, arguments: Sequence[str]) -> str:
         text = text.replace(". Did you mean", ": did you mean").removesuffix("?")
         if text.startswith("Got unexpected extra argument"):
             text += f": leave {'them' if text.startswith('Got unexpected extra arguments') else 'it'} out"
+    if isinstance(error, click.NoSuchOption) and is_behind_a_file(error.option_name, arguments):
+        text += "; options of the plugin's own come behind --"
     return f"{text[:1].lower()}{text[1:]}; see {command_of(arguments)} --help"
+
+
+def is_behind_a_file(option: str, arguments: Sequence[str]) -> bool:
+    """Whether it may be meant for the plugin: of a command that takes arguments for one, and behind its file."""
+    if command_of(arguments) not in ("psie run", "psie check", "psie learn", "psie spec"):
+        return False
+    place = next((number for number, word in enumerate(arguments) if word.startswith(option)), 0)
+    return any(os.path.isfile(word) for word in arguments[:place])
 
 
 def command_of(arguments: Sequence[str]) -> str:
@@ -91,6 +101,8 @@ def group() -> None:
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 def run(**given: Any) -> None:
     """Run FILE as `python FILE ARGS` would, in a sandbox.
+
+    Options among ARGS come behind --: psie run FILE -- --verbose.
 
     The exit status is the plugin's own; 124 timed out; 125 psie failed, the command line is wrong or FILE is quarantined;
     126 a security violation ended it; 137 out of memory; 128+n killed by signal n.

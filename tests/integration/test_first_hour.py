@@ -64,6 +64,12 @@ def test_the_list_of_commands_cuts_no_sentence(own: Caller) -> None:
         (["a plugin.py"], "no such command 'a plugin.py': to run this file, psie run 'a plugin.py'; see psie --help"),
         (["help", "nothing"], "no such command 'nothing'; see psie --help"),
         (["completion"], "missing argument '{bash|zsh|fish}': choose from: bash, zsh, fish; see psie completion --help"),
+        (["run", "a plugin.py", "-x"], "no such option '-x'; options of the plugin's own come behind --; see psie run --help"),
+        (
+            ["check", "a plugin.py", "--jso"],
+            "no such option '--jso': did you mean '--json'; options of the plugin's own come behind --; see psie check --help",
+        ),
+        (["call", "a plugin.py", "-x"], "no such option '-x'; see psie call --help"),
         (["audit", "verify", "x"], "got unexpected extra argument (x): leave it out; see psie audit verify --help"),
         (["history", "x", "y"], "got unexpected extra arguments (x y): leave them out; see psie history --help"),
         (["spec", "gone.py"], "gone.py: there is no such file: check the path"),
