@@ -1405,8 +1405,11 @@ class Call:
         self._finish()
 
     def fail(self, error: SandboxException) -> None:
+        """It ends with `error`, or rather its own copy: others may end with the same one, and whoever raises it adds to it."""
+        from copy import copy
+
         if self.error is None:
-            self.error = error
+            self.error = copy(error)
         self._finish()
 
     def _finish(self) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,24 @@ def test_a_killed_part_ends_the_call(level: IsolationLevel, victim: str) -> None
     with harness.nothing_left():
         asyncio.run(main())
     assert harness.call(level, plugins.give_back, 2) == 2  # a new one is not hurt
+
+
+def test_calls_that_end_together_have_an_error_of_their_own_each(level: IsolationLevel) -> None:
+    """A traceback that all of them add to would be as long as there are calls, and keep what they work with."""
+
+    async def main() -> list[BaseException | None]:
+        async with harness.open_sandbox(level) as sandbox:
+            calls = [asyncio.create_task(sandbox.execute_plugin_safe(time.sleep, 20)) for _ in range(20)]
+            await harness.wait_for(lambda: sandbox._running == 20)
+            os.kill(harness.zygote_of(sandbox), signal.SIGKILL)
+            await asyncio.wait(calls)
+            return [call.exception() for call in calls]
+
+    errors = asyncio.run(main())
+    assert {type(error) for error in errors} == {ResourceError}
+    assert {str(error) for error in errors} == {"the zygote has died: its sandboxes are gone; open new ones"}
+    assert len({id(error) for error in errors}) == len(errors)
+    assert all(error is not None and len(traceback.extract_tb(error.__traceback__)) < 10 for error in errors)
 
 
 def test_workers_that_come_up_as_their_warden_is_killed_tell_the_caller_nothing(
