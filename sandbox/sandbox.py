@@ -139,6 +139,7 @@ class EnhancedPluginSandbox:
         self._sandbox: client.Sandbox | None = None
         self._wire: dict[str, Any] = {}
         self._opened = 0.0
+        self._is_opening = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()  # by the engine's thread, to the loop
         self._standby: _Run | None = None
@@ -191,14 +192,17 @@ class EnhancedPluginSandbox:
             ValueError: settings contradict each other.
             RuntimeError: it has been opened before, or `network` is not enabled.
         """
-        if self._sandbox is not None:
+        if self._sandbox is not None or self._is_opening:
             raise RuntimeError(f"sandbox {self.sandbox_id} has been opened before: use a new EnhancedPluginSandbox")
+        self._is_opening = True
         try:
             await self._opens()
         except SandboxException as error:
             if observers.active:
                 observers.tell("refused", self, error)
             raise
+        finally:
+            self._is_opening = False
         if observers.active:
             self._is_told = True
             observers.tell("opened", self)

@@ -570,6 +570,21 @@ def test_only_an_open_sandbox_can_be_used(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
+def test_of_two_that_open_one_sandbox_at_once_one_is_refused(level: IsolationLevel) -> None:
+    """Else there are two, of which only one is ever closed."""
+
+    async def main() -> None:
+        sandbox = harness.open_sandbox(level)
+        first, second = await asyncio.gather(sandbox.__aenter__(), sandbox.__aenter__(), return_exceptions=True)
+        assert first is sandbox
+        assert "opened before" in str(second)
+        assert await sandbox.execute_plugin_safe(plugins.give_back, 1) == 1
+        assert await sandbox.cleanup_sandbox() is True
+
+    with harness.nothing_left():
+        asyncio.run(main())
+
+
 def test_cleanup_by_hand(level: IsolationLevel) -> None:
     async def main() -> None:
         async with harness.open_sandbox(level) as sandbox:
