@@ -36,6 +36,7 @@ SYSCALLS = (
 
 
 PROBE_TRIES = 2
+SHORT = errno.EMFILE, errno.ENFILE  # which tells nothing of what the host can do
 
 
 @dataclass(frozen=True)
@@ -93,31 +94,34 @@ def in_child(action: Callable[[], None], seconds: float = 10.0) -> str:
     """Run `action` in a forked child; "" if it returned, else the text of its OSError. It has so many seconds for it.
 
     A fork of a process with threads may find a lock taken that nobody in it will ever release: then it is killed, and another
-    one is tried.
+    one is tried. Raises OSError where it was short of descriptors, which tells nothing of the host.
     """
     for _ in range(PROBE_TRIES):
         told = _forked(action, seconds)
+        if told and told[0]:
+            raise OSError(told[0], os.strerror(told[0]))
         if told:
             return told[1:].decode()
     return "the probe did not finish"
 
 
 def _forked(action: Callable[[], None], seconds: float) -> bytes:
-    """What a child says of `action`, after a byte that tells that it has said something; nothing if it did not in time."""
+    """What a child says of `action`, after a byte that is 0, or what it was SHORT of; nothing if it did not in time."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     pid = os.fork()
     if pid == 0:
-        text = b"the probe did not finish"
+        text, short = b"the probe did not finish", 0
         try:
             action()
             text = b""
         except OSError as error:
             text = (error.strerror or str(error)).encode()
+            short = error.errno if error.errno in SHORT else 0
         except BaseException as error:
             text = repr(error).encode()
         finally:
-            os.write(writer, b"\0" + text)
+            os.write(writer, bytes([short]) + text)
             os._exit(0)
     os.close(writer)
     try:
@@ -245,7 +249,7 @@ def _sysctl_hints() -> str:
 
 
 def probe() -> HostFacts:
-    """Find out everything now. Raises OSError if libseccomp is missing."""
+    """Find out everything now. Raises OSError if libseccomp is missing, or this process is short of descriptors."""
     from sandbox.seccomp import landlock
 
     uname = os.uname()
@@ -282,7 +286,10 @@ def probe() -> HostFacts:
 
 
 def facts() -> HostFacts:
-    """The facts of this boot, user, namespaces and interpreter, from the cache if they are there."""
+    """The facts of this boot, user, namespaces and interpreter, from the cache if they are there.
+
+    Raises OSError as probe().
+    """
     import json
 
     cache = state.Cache("facts")

@@ -1468,13 +1468,19 @@ def compiled(
 ) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
     """The recipe for these settings, its wire form, and the limits as plain data; equal settings have one and the same.
 
-    Raises what compile() does.
+    Raises what compile() does, and ResourceError.
     """
     key = repr((config, limits, permissions, read_only, state.distrusted))
     if key not in _compiled:
         if len(_compiled) >= COMPILED:
             _compiled.clear()
-        made = recipe.compile(config, limits, permissions, host.facts(), read_only=read_only)
+        try:
+            facts = host.facts()
+        except OSError as error:
+            if error.errno not in host.SHORT:
+                raise
+            raise no_start(error) from None
+        made = recipe.compile(config, limits, permissions, facts, read_only=read_only)
         _compiled[key] = made, client.wire_form(made), _plain(asdict(limits))
     return _compiled[key]
 

@@ -610,6 +610,34 @@ def test_without_descriptors_one_sentence_says_what_is_short() -> None:
     assert any(each[1].startswith("ResourceError") for each in told)
 
 
+def test_a_caller_without_descriptors_says_nothing_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it would say is stored, and believed by all that come after."""
+    known, stored = host.facts(), []
+    monkeypatch.setattr(state.Cache, "read", lambda *_: None)
+    monkeypatch.setattr(state.Cache, "write", lambda *_: stored.append("facts"))
+    monkeypatch.setattr("sandbox.sandbox._compiled", {})
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STANDARD):
+            pass
+
+    for count in range(8):
+        with harness.descriptors_left(count):
+            try:
+                assert host.facts() == known
+            except OSError as error:
+                said = str(error)
+                assert count < 6
+            else:
+                continue
+        assert "Too many open files" in said
+        assert not stored
+    loop = asyncio.new_event_loop()
+    with harness.descriptors_left(2), pytest.raises(ResourceError, match="raise the limit of open files"):
+        loop.run_until_complete(main())
+    loop.close()
+
+
 def test_the_ledger_adds_up_memory(ledger: list[userids.Slot]) -> None:
     ledger += [userids.claim(40 * MB, 100 * MB) for _ in range(2)]
     with pytest.raises(ResourceError, match="claim 80 MB and this one wants 21 MB of 100 MB"):
