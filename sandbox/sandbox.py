@@ -276,13 +276,12 @@ class EnhancedPluginSandbox:
             return
         try:
             worker = self._service.open(self.recipe, wire, self._resolved, holder)
-        except ResourceError as error:
-            if again and self._service.give_way(lambda: self._open(wire, standby, holder, again=False)):
+        except Exception as raised:  # whatever it is, the caller waits for a word
+            error = no_start(raised)
+            is_short = isinstance(error, ResourceError)
+            if is_short and again and self._service.give_way(lambda: self._open(wire, standby, holder, again=False)):
                 return  # what stood ready for others has gone to make room
             self._refuse(standby, error)
-            return
-        except Exception as error:  # whatever it is, the caller waits for a word
-            self._refuse(standby, no_start(error))
             return
         self._sandbox = worker.sandbox
         self._wire = wire

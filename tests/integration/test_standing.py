@@ -22,6 +22,7 @@ from sandbox import (
     SandboxExecutor,
 )
 from sandbox.engine import client, service
+from sandbox.sandbox import compiled
 
 from . import harness
 
@@ -179,6 +180,22 @@ def test_it_gives_way_at_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(ResourceError, match="PSIE_MAX_MEMORY_MB"):
                 async with open_one(IsolationLevel.STANDARD, **fields):
                     pass
+
+    asyncio.run(main())
+
+
+def test_it_gives_way_where_descriptors_are_short() -> None:
+    settings = PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig()
+
+    async def main() -> None:
+        assert await EnhancedPluginSandbox.prewarm(8, *settings) == 8
+        for count in range(12):
+            sandbox = open_one(IsolationLevel.STANDARD, limits={"max_open_files": 30 + count})
+            compiled(sandbox.config, sandbox.limits, sandbox.permissions)
+            with harness.descriptors_left(count):
+                async with sandbox:
+                    assert await sandbox.execute_plugin_safe(int, "1") == 1
+            await EnhancedPluginSandbox.prewarm(8, *settings)
 
     asyncio.run(main())
 
