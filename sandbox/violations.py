@@ -107,7 +107,7 @@ class SandboxViolation:
         message: one sentence; it may quote the plugin, so escape it before showing it.
         timestamp: when it was seen; kept in UTC. A datetime without a zone is taken as local time.
         severity: "warning" unless the detector says otherwise.
-        details: further facts.
+        details: further facts. A `count` is told again whenever it has doubled: it may be up to twice as many by the end.
         resolved: whether a recovery settled it.
         auto_recovery_attempted: whether one was tried.
         explanation: which protection it was and what would allow it; None where the detector does not say.

@@ -431,8 +431,8 @@ def test_equal_refusals_are_one_line() -> None:
         record(explain("sockets", file="p.py", line=3), count=4),
     ]
     assert refusals.lines(violations, None) == [
-        f"2 times: {kernel('bpf')}",
-        f"5 times: {explain('sockets', file='p.py', line=3)}",
+        f"at least 2 times: {kernel('bpf')}",
+        f"at least 5 times: {explain('sockets', file='p.py', line=3)}",
     ]
 
 

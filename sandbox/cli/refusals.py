@@ -18,7 +18,10 @@ MOST = 5  # kinds that are shown
 
 
 def lines(violations: Sequence[SandboxViolation], error: SandboxException | None) -> list[str]:
-    """A line for each kind of refusal and passed limit, in the order in which they came; warnings are left out."""
+    """A line for each kind of refusal and passed limit, in the order in which they came; warnings are left out.
+
+    Of what is refused again and again each doubling is told, not each time.
+    """
     counts: dict[Explanation, int] = {}  # by the explanation without its place
     places: dict[Explanation, Explanation] = {}
     for violation in violations:
@@ -32,7 +35,10 @@ def lines(violations: Sequence[SandboxViolation], error: SandboxException | None
         kind = replace(limit, file=None, line=None)
         counts.setdefault(kind, 1)
         places.setdefault(kind, limit)
-    told = [places[kind].text() if count == 1 else f"{count} times: {places[kind].text()}" for kind, count in counts.items()]
+    told = [
+        places[kind].text() if count == 1 else f"at least {count} times: {places[kind].text()}"
+        for kind, count in counts.items()
+    ]
     left = len(told) - MOST
     if left > 0:
         told[MOST:] = [f"and {left} more {'kind' if left == 1 else 'kinds'}: see --result-file"]
