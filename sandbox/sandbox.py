@@ -46,7 +46,7 @@ from sandbox.recovery.commit import journals, recover
 from sandbox.recovery.granted import GrantedChanges, deletion_violation, refuse_direct
 from sandbox.remembered import Remembered
 from sandbox.session import Conversation, Session
-from sandbox.telemetry import SandboxTelemetry
+from sandbox.telemetry import KEPT, SandboxTelemetry
 from sandbox.text import TerminalEscaper
 from sandbox.violations import SandboxViolation
 
@@ -210,6 +210,7 @@ class EnhancedPluginSandbox:
 
     async def _opens(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._gone, self._is_given_up = None, False
         holder = self.network.holder if self.network is not None else None
         self.recipe, wire, self._plain_limits = compiled(self.config, self.limits, self.permissions, self.read_only)
         if holder is not None and holder.in_user_namespace and not self.recipe.outer_user_namespace:
@@ -224,6 +225,8 @@ class EnhancedPluginSandbox:
             await asyncio.to_thread(recover)
         if self.recipe.network["looks"]:
             self._resolved = await asyncio.to_thread(network.resolve, self.recipe.network["access"])
+        if self._is_given_up:
+            raise ResourceError(client.CLOSED)
         self._telemetry.start_time, self._opened = datetime.now(UTC), monotonic()
         self._service = service()
         self._gone = promise()
@@ -387,6 +390,7 @@ class EnhancedPluginSandbox:
     def _sampled(self, sample: dict[str, Any]) -> None:
         if self.config.telemetry_enabled:
             self._telemetry.resource_samples.append(sample)
+            del self._telemetry.resource_samples[:-KEPT]
         self._notify("on_resource_sample", sample)
 
     def _seen(self, violation: SandboxViolation) -> None:
@@ -453,6 +457,7 @@ class EnhancedPluginSandbox:
 
     async def _close(self) -> bool:
         if self._gone is None or self._service is None:
+            self._is_given_up = self._is_opening
             return True
 
         def close() -> None:
@@ -1277,7 +1282,12 @@ class _Run:
         if self.call.done:
             self._tell_caller()
             return
-        self._recorded = self.owner._recording_begins(self.call)
+        try:
+            self._recorded = self.owner._recording_begins(self.call)
+        except Exception as error:  # whatever it is, the caller waits for a word
+            self.call.kill("failed")
+            self.call.fail(no_start(error))
+            return
         if conversation is None:
             self.call.on_reply = self._on_reply
             self.call.send_job(instruction, payload)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 else:
     Any = object  # so that typing.get_type_hints works without typing being loaded here
 
+KEPT = 10_000  # samples, and processes: the oldest go
+
 
 @dataclass
 class SandboxTelemetry:
@@ -31,8 +33,8 @@ class SandboxTelemetry:
         file_operations_count: file operations counted.
         network_operations_count: network operations counted.
         violations: the violations, oldest first.
-        resource_samples: the samples, oldest first.
-        process_hierarchy: the processes seen, one dict for each.
+        resource_samples: the last 10,000 samples, oldest first.
+        process_hierarchy: the last 10,000 processes seen, one dict for each.
         exit_code: exit status of the plugin's process; None while there is none.
         exit_reason: why it ended, in words.
         cleanup_successful: whether nothing of the sandbox was left behind.

@@ -412,7 +412,7 @@ class Session:
             self.recorder.watch()
         watch = self.watch = SandboxWatch(self.call.sandbox)
         watch.on_violation = self._seen
-        watch.on_sample = self.samples.append
+        watch.on_sample = self._sampled
         run, recorded = watch.begin(), self.call.on_done
 
         def end(call: client.Call) -> None:
@@ -422,6 +422,12 @@ class Session:
                 recorded(call)
 
         self.call.on_done = end
+
+    def _sampled(self, sample: dict[str, Any]) -> None:
+        from sandbox.telemetry import KEPT
+
+        self.samples.append(sample)
+        del self.samples[:-KEPT]
 
     def _violation(self, call: client.Call, fields: dict[str, str]) -> None:
         threshold = self.recipe.monitoring["violation_threshold"]

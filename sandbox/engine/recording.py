@@ -53,6 +53,7 @@ class Recorder:
         self.on_violation: Callable[[SandboxViolation], None] | None = None
         self.running: list[Recorded] = []
         self.trees: list[FileTree] = []  # the workspace first
+        self.is_whole = False  # nothing is missing among them
         self.seen: object = None  # what showed at the last look
 
     def begin(self, call: Call) -> Recorded:
@@ -115,6 +116,7 @@ class Recorder:
         for tree in self.trees:
             tree.close(look=False)
         self.trees.clear()
+        self.is_whole = False
 
     # -- what the host does itself -----------------------------------------------------------------------------------
 
@@ -136,29 +138,37 @@ class Recorder:
 
     def open(self) -> None:
         """See what there is before the first call, which does it otherwise."""
-        if not self.trees:
+        if not self.is_whole:
             self._open()
 
     def _open(self) -> None:
         sandbox = self.sandbox
+        kinds = sandbox.granted_kinds.split(",") if sandbox.layers is not None else []
+        layers = [number for number, kind in enumerate(kinds) if kind in LAYERS]
         try:
-            root = sandbox.open_workspace()
-            self._add(str(sandbox.recipe.workspace["path"]).replace("{folder}", sandbox.folder or ""), root)
-            for number, kind in enumerate(sandbox.granted_kinds.split(",")):
-                if kind in LAYERS and sandbox.layers is not None:
-                    from sandbox.ns import syscalls as sc
-
-                    granted = sandbox.granted[number]
-                    root = sc.open_beneath(sandbox.layers, f"{number}/upper", os.O_RDONLY | os.O_DIRECTORY)
-                    try:
-                        lower = os.dup(granted.fd) if kind == "overlay" else None
-                    except OSError:
-                        os.close(root)
-                        raise
-                    self._add(granted.path, root, lower)
+            if not self.trees:
+                root = sandbox.open_workspace()
+                self._add(str(sandbox.recipe.workspace["path"]).replace("{folder}", sandbox.folder or ""), root)
+            for number in layers[len(self.trees) - 1 :]:
+                self._add_layer(number, kinds[number])
         except OSError:
-            return  # a sandbox that is at its end, or a host without descriptors: what is open already is watched
+            return  # a sandbox at its end, or a caller without descriptors: the next call opens what is missing
+        self.is_whole = True
         self.seen = self._showing()
+
+    def _add_layer(self, number: int, kind: str) -> None:
+        """What the plugin has changed in a granted folder."""
+        from sandbox.ns import syscalls as sc
+
+        granted, layers = self.sandbox.granted[number], self.sandbox.layers
+        assert layers is not None
+        root = sc.open_beneath(layers, f"{number}/upper", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            lower = os.dup(granted.fd) if kind == "overlay" else None
+        except OSError:
+            os.close(root)
+            raise
+        self._add(granted.path, root, lower)
 
     def _add(self, place: str, root: int, lower: int | None = None) -> None:
         place = escape_text(place, keep="")

@@ -14,6 +14,7 @@ from time import monotonic
 
 from sandbox import explanations
 from sandbox.monitor.sources import MB, STALL_USEC, STALL_WINDOW_USEC, Reading, describe
+from sandbox.telemetry import KEPT
 from sandbox.violations import SandboxViolation, SandboxViolationType
 
 TYPE_CHECKING = False
@@ -237,7 +238,8 @@ class Watch:
         pids = set(self.source.pids())
         if pids - self.seen_pids:
             self.hierarchy += describe(sorted(pids - self.seen_pids))
-            self.seen_pids |= pids
+            del self.hierarchy[:-KEPT]
+        self.seen_pids = pids
         if self.on_sample is not None:
             self.on_sample(sample)
         for violation in self.warnings(sample, passed):

@@ -37,9 +37,11 @@ from sandbox import (
     SandboxTelemetry,
     SandboxViolation,
     SandboxViolationType,
+    network,
 )
 from sandbox.engine import channel, client
 from sandbox.engine.loop import PollLoop
+from sandbox.engine.recording import Recorder
 from sandbox.engine.streams import Streams
 from sandbox.recovery import private
 from sandbox.recovery.store import Store
@@ -595,6 +597,46 @@ def test_cleanup_by_hand(level: IsolationLevel) -> None:
                 await task
             assert sandbox.get_telemetry().cleanup_successful
             assert await sandbox.cleanup_sandbox() is True
+
+    asyncio.run(main())
+
+
+def test_closed_before_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While something is looked up for it; the same one can be opened then, as after an opening that failed."""
+    permissions = {"allow_network_access": True, "allowed_hosts": ["localhost:1"]}
+    resolve, looks = network.resolve, threading.Event()
+
+    def slowly(access: Any) -> Any:
+        looks.set()
+        time.sleep(0.3)
+        return resolve(access)
+
+    async def main() -> None:
+        sandbox = harness.open_sandbox(IsolationLevel.STRICT, permissions=permissions)
+        with monkeypatch.context() as patch:
+            patch.setattr(network, "resolve", slowly)
+            opening = asyncio.create_task(sandbox.__aenter__())
+            await harness.wait_for(looks.is_set)
+            assert await sandbox.cleanup_sandbox()
+            with pytest.raises(ResourceError, match="was closed"):
+                await opening
+        async with sandbox:
+            assert await sandbox.execute_plugin_safe(plugins.give_back, 1) == 1
+
+    asyncio.run(main())
+
+
+def test_a_mistake_of_the_recorders_is_told_to_the_caller(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("of the recorder")
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            with monkeypatch.context() as patch:
+                patch.setattr(Recorder, "begin", fail)
+                with pytest.raises(SandboxInitializationError, match="of the recorder"):
+                    await sandbox.execute_plugin_safe(plugins.give_back, 1)
+            assert await sandbox.execute_plugin_safe(plugins.give_back, 1) == 1
 
     asyncio.run(main())
 

@@ -375,7 +375,9 @@ def test_granted_folders(level: IsolationLevel, seconds: float, tmp_path: Path) 
 
 
 @rootless
-def test_without_a_descriptor_for_a_granted_folder_none_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_descriptor_for_a_granted_folder_none_is_lost_and_the_next_call_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "granted"
     folder.mkdir()
 
@@ -393,6 +395,9 @@ def test_without_a_descriptor_for_a_granted_folder_none_is_lost(tmp_path: Path, 
                 with monkeypatch.context() as patched:
                     patched.setattr(os, "dup", refuse)
                     recorder.open()
+                assert len(recorder.trees) == 1
+                recorder.open()  # as the next call does
+                assert len(recorder.trees) == 2
                 recorder.close(look=False)
                 return len(os.listdir("/proc/self/fd")) - before
 

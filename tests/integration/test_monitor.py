@@ -31,6 +31,7 @@ from sandbox.monitor.sources import ProcessSource, Reading, describe
 from sandbox.monitor.watch import Thresholds, Watch
 
 from . import harness
+from .test_bad_input import can_fork
 
 pytestmark = pytest.mark.rootless
 FIELDS = {
@@ -134,6 +135,33 @@ def test_of_a_call_that_psie_ends_the_memory_is_told(level: IsolationLevel) -> N
             return sandbox.get_telemetry().peak_memory_mb
 
     assert 60 < asyncio.run(main()) < 120
+
+
+def fork_one_after_the_other(count: int) -> None:
+    for _ in range(count):
+        if os.fork() == 0:
+            time.sleep(0.25)
+            os._exit(0)
+        os.wait()
+
+
+def test_of_ever_new_processes_the_last_are_kept(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So of the samples: a plugin could fill the memory of its caller."""
+    monkeypatch.setattr("sandbox.sandbox.KEPT", 4)
+    monkeypatch.setattr("sandbox.monitor.watch.KEPT", 4)
+
+    async def main() -> None:
+        limits, permissions = {"max_subprocess_count": 4}, {"allow_subprocess_execution": True}
+        async with harness.open_sandbox(level, limits=limits, permissions=permissions, config=CONFIG) as sandbox:
+            await sandbox.execute_plugin_safe(fork_one_after_the_other, 8)
+            telemetry = sandbox.get_telemetry()
+        pids = [each["pid"] for each in telemetry.process_hierarchy]
+        assert len(pids) == len(telemetry.resource_samples) == 4
+        assert len(set(pids)) == 4
+
+    if not can_fork(level):
+        pytest.skip("it has no processes at this level here")
+    asyncio.run(main())
 
 
 def test_without_telemetry_nothing_is_stored(level: IsolationLevel) -> None:
