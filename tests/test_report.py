@@ -81,7 +81,7 @@ def result(samples: list[dict[str, Any]], seconds: float, **more: Any) -> dict[s
     ]
     return {
         **{"psie": "0.1.0", "kernel": "6.12.0", "uid": 0, "plugin": "/plugins/plugin.py", "sha256": "ab" * 32},
-        **{"exit_code": 0, "outcome": "ok", "reason": "exited", "level": "strict", "seconds": seconds},
+        **{"exit_code": 0, "outcome": "ok", "reason": "exited with status 0", "level": "strict", "seconds": seconds},
         "began": START.isoformat(),
         "limits": vars(PluginLimitsV2()),
         "max_tasks": 5,

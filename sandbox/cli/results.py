@@ -9,7 +9,7 @@ import os
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 
-from sandbox.cli.remembered import outcome_of
+from sandbox.cli.remembered import outcome_of, reason_of
 from sandbox.engine import outcome
 from sandbox.recipe_data import MISSING, OWN_PROCESSES
 from sandbox.telemetry import SandboxTelemetry
@@ -40,7 +40,7 @@ def result_of(
     assert call is not None
     assert remembered is not None
     remembered.hash()
-    reason = str(error).splitlines()[0] if error is not None else "exited"
+    reason = str(error).splitlines()[0] if error is not None else reason_of(session, status)
     telemetry = telemetry_of(session, reason, violations).to_dict()
     watch = session.watch
     result = {

@@ -581,7 +581,7 @@ def test_the_result_file_tells_everything(everywhere: Caller) -> None:
     ]
     assert result["plugin"] == str(everywhere.folder / "plugin.py")
     assert result["sha256"] == hashlib.sha256((everywhere.folder / "plugin.py").read_bytes()).hexdigest()
-    assert (result["level"], result["reason"], result["violations"]) == (everywhere.level, "exited", [])
+    assert (result["level"], result["reason"], result["violations"]) == (everywhere.level, "exited with status 7", [])
     assert result["telemetry"]["plugin_id"] == "plugin.py"
     assert result["telemetry"]["exit_code"] == 7
     assert result["telemetry"]["cleanup_successful"] is True
@@ -1012,13 +1012,15 @@ def test_a_reader_of_a_table_that_leaves_is_no_failure(twice: Caller, words: lis
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT"])
 def test_a_signal_ends_it(twice: Caller, name: str) -> None:
     number = getattr(signal, name)
-    with twice.start(*twice.plugin_line(WAITING)) as process:
+    with twice.start(*twice.plugin_line(WAITING, options=["--result-file", "result.json"])) as process:
         read_until(fd_of(process.stdout), READY)
         process.send_signal(number)
         assert process.wait(10) == 128 + number
         assert process.stderr is not None
         assert process.stderr.read() == b""
     assert harness.wait_until(cli_harness.engine_is_gone, harness.SOON)
+    result = json.loads((twice.folder / "result.json").read_text())
+    assert result["reason"] == f"psie was ended by signal {int(number)}"
 
 
 HANDLER = """

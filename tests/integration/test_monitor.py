@@ -282,8 +282,8 @@ def test_a_monitor_leaves_nothing() -> None:
 
 
 def test_a_monitor_that_is_short_of_descriptors_says_so_and_leaves_nothing() -> None:
-    """And can be started when there are some."""
-    for count in range(10):
+    """And can be started when there are some; of a cgroup it reads more files than of processes."""
+    for count in range(16):
         watch, said = monitor(), ""
         with harness.nothing_left():
             with harness.descriptors_left(count):
@@ -292,7 +292,7 @@ def test_a_monitor_that_is_short_of_descriptors_says_so_and_leaves_nothing() -> 
                 except ResourceError as error:
                     said = str(error)
                 watch.stop_monitoring()
-            assert count < 5 or not said
+            assert count < 12 or not said
             assert count > 1 or "(Too many open files): raise the limit of open files" in said
             watch.start_monitoring(os.getppid())
             watch.stop_monitoring()
