@@ -140,11 +140,10 @@ def source_of(pid: int, process: int) -> Source:
     Takes over `process`, its pidfd: its number may be another's when it has ended. Raises OSError.
     """
 
-    ended = select.poll()  # select(2) knows no descriptors above 1023, which a process with many sandboxes has
-    ended.register(process, select.POLLIN)
-
     def tree() -> list[int]:
         pids = processes.tree(pid)
+        ended = select.poll()  # for this thread alone; select(2) knows no descriptors above 1023
+        ended.register(process, select.POLLIN)
         return pids if not ended.poll(0) else []
 
     try:

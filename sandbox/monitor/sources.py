@@ -6,6 +6,7 @@ A source is asked for a Reading; what has ended or is not there reads as None. M
 from __future__ import annotations
 
 import os
+import threading
 from time import monotonic
 
 from sandbox.cgroups.controllers import Cpu, Folder, Io, Memory, Tasks, V2Controller
@@ -146,8 +147,13 @@ class ProcessSource:
         self.name = "psutil"
         self.known: dict[int, psutil.Process] = {}  # of the last reading: making them again takes as long as asking them
         self.cpu_of: dict[int, float] = {}  # seconds, also of those that have ended since
+        self.turn = threading.Lock()  # a monitor's thread reads, and whoever asks for the numbers of this moment
 
     def read(self) -> Reading | None:
+        with self.turn:
+            return self._read()
+
+    def _read(self) -> Reading | None:
         pids = self.pids()
         if not pids:
             return None

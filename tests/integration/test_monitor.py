@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -296,6 +297,33 @@ def test_a_monitor_that_is_short_of_descriptors_says_so_and_leaves_nothing() -> 
             assert count > 1 or "(Too many open files): raise the limit of open files" in said
             watch.start_monitoring(os.getppid())
             watch.stop_monitoring()
+
+
+def test_several_threads_may_ask_for_the_numbers_of_this_moment() -> None:
+    """While the monitor's own looks as well."""
+    watch, mistakes = monitor(), []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        watch.start_monitoring()
+
+        def ask() -> None:
+            try:
+                for _ in range(200):
+                    assert watch.get_current_stats()["pids"] >= 1
+                    watch._watch.source.pids()  # type: ignore[union-attr]  # as at each sample
+            except Exception as mistake:
+                mistakes.append(mistake)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+        watch.stop_monitoring()
+    assert mistakes == []
 
 
 # -- the watch, with a source that says what we want ----------------------------------------------------------------------
