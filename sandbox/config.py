@@ -658,6 +658,8 @@ def _read_file(path: str | os.PathLike[str]) -> tuple[str, bytes]:
     given = os.fspath(path)
     if not isinstance(given, str):
         raise TypeError(f"load_config takes a str or Path, not {show(given)}: decode it with os.fsdecode")
+    if not given:
+        raise ConfigError("the name of the settings file is empty: give the path of a TOML file")
     name = escape_text(given, keep="")
     try:
         with open(given, "rb") as file:

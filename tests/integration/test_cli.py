@@ -748,7 +748,7 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "empty ro": (["run", "--ro", "", "plugin.py"], ("--ro is empty", "give a path")),
     "empty rw": (["run", "--rw", "", "plugin.py"], ("--rw is empty", "give a path")),
     "empty chdir": (["run", "--chdir", "", "plugin.py"], ("--chdir is empty", "give a path")),
-    "empty config": (["run", "--config", "", "plugin.py"], ("there is no such file",)),
+    "empty config": (["run", "--config", "", "plugin.py"], ("the name of the settings file is empty: give the path",)),
     "check of a pipe": (["check", "--run", "--config", "/dev/stdin", "plugin.py"], ("--config /dev/stdin", "a regular file")),
     "unknown option": (["run", "--levle", "strict", "plugin.py"], ("--levle", "--level")),
     "option without its value": (["run", "plugin.py", "--level"], ("--level",)),
