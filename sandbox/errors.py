@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from sandbox.violations import Explanation, SandboxViolation
 
+# What this process is short of: such a failure tells nothing of the host, or of the files that it was about.
+SHORT = errno.EMFILE, errno.ENFILE, errno.ENOMEM
+
 
 class SandboxException(Exception):
     """Base exception for sandbox operations."""

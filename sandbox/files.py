@@ -11,13 +11,12 @@ import os
 import stat
 from dataclasses import dataclass
 
+from sandbox.errors import SHORT
 from sandbox.ns import syscalls as sc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-SHORT = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # what tells nothing of the files
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from sandbox import state
 from sandbox.cgroups import place
-from sandbox.errors import ResourceError
+from sandbox.errors import SHORT, ResourceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ SYSCALLS = (
 
 
 PROBE_TRIES = 2
-SHORT = errno.EMFILE, errno.ENFILE  # which tells nothing of what the host can do
 
 
 @dataclass(frozen=True)

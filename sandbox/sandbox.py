@@ -32,6 +32,7 @@ from sandbox.engine import board, channel, client, codec, outcome
 from sandbox.engine.recording import Recorder
 from sandbox.engine.service import Service, Worker, service
 from sandbox.errors import (
+    SHORT,
     CommitError,
     PluginExecutionError,
     ResourceError,
@@ -1263,7 +1264,7 @@ class _Run:
         self.owner._output_tail += data
         del self.owner._output_tail[:-TAIL_BYTES]
         stream: TextIO | None = sys.stdout if fd == 1 else sys.stderr
-        if stream is None:
+        if stream is None or getattr(stream, "closed", False):
             return
         is_terminal, flush = getattr(stream, "isatty", None), getattr(stream, "flush", None)  # it may be anybody's
         shown = self._escapers[fd].feed(data) if is_terminal is not None and is_terminal() else data
@@ -1462,7 +1463,7 @@ def no_start(error: Exception) -> SandboxException:
     if isinstance(error, OSError):
         text = f"a sandbox could not be opened: {error.strerror or error}"
         mend = client.mend_of(error.errno or 0)
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC):
+        if error.errno in (*SHORT, errno.ENOSPC):
             return ResourceError(f"{text}; {mend}")
         return SandboxInitializationError(text, line="caller: start", errno=error.errno, path=error.filename, mend=mend)
     return SandboxInitializationError(f"a sandbox could not be opened: {type(error).__name__}: {error}")
@@ -1486,7 +1487,7 @@ def compiled(
         try:
             facts = host.facts()
         except OSError as error:
-            if error.errno not in host.SHORT:
+            if error.errno not in SHORT:
                 raise
             raise no_start(error) from None
         made = recipe.compile(config, limits, permissions, facts, read_only=read_only)

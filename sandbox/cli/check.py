@@ -71,6 +71,8 @@ def _check(given: dict[str, Any]) -> int:
     source = run_command.source_of(path)
     if given["args"] and not given["run"]:
         raise UsageError("arguments are for a run: give --run before them, or leave them out")
+    if given["env"] and not given["run"]:
+        raise UsageError("--env: a variable is for a run: give --run too, or leave it out")
     if given["run"] and given["config"] is not None and os.path.exists(given["config"]) and not os.path.isfile(given["config"]):
         raise UsageError(f"--config {given['config']}: it is read for each run: give a regular file")
     config, limits, permissions = settings.settings({"level": given["level"], "config": given["config"], "file": path})

@@ -109,6 +109,8 @@ def export(plugin_id: str, target: str) -> int:
         found = newest(store, plugin_id)
         if os.path.lexists(target):
             raise UsageError(f"{target} is there already: give a folder that is not")
+        if not os.path.isdir(os.path.dirname(os.path.abspath(target))):
+            raise UsageError(f"{target}: the folder that it is to be in is not there: make that first")
         try:
             if found.evidence is None:
                 os.mkdir(target, 0o700)

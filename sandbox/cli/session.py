@@ -18,7 +18,7 @@ from sandbox.cli import cached, inputs, remembered
 from sandbox.cli import run as run_command
 from sandbox.engine import channel, client, spawn
 from sandbox.engine.loop import PollLoop
-from sandbox.errors import ResourceLimitExceededError, SandboxException, SandboxKilledError, SecurityViolationError
+from sandbox.errors import SHORT, ResourceLimitExceededError, SandboxException, SandboxKilledError, SecurityViolationError
 from sandbox.recipe_data import Protection, confirm
 from sandbox.text import TerminalEscaper, escape_text
 
@@ -98,7 +98,7 @@ def guarded(work: Callable[[], int]) -> int:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and error.filename is None:
             return complain(error)
-        mend = f": {client.MENDS[error.errno]}" if error.errno in client.SHORT else ""
+        mend = f": {client.MENDS[error.errno]}" if error.errno in SHORT else ""
         return complain(run_command.Failed(f"{error.filename or 'the sandbox'}: {error.strerror}{mend}"))
 
 
@@ -142,8 +142,7 @@ class Session:
             raise inputs.UsageError(f"--report {given['report']}: this is the result file too: give another one")
         self.recipe, self.wire, self.limits, self.numbers, self.notes = cached.recipe_for(given, [*read_only, *folders])
         self.settled: Settled | None = None  # what became of changes in granted folders
-        if self.recipe.granted:
-            self._check_granted()
+        self._check_granted()
         self.loop = PollLoop()
         self.zygote = self._zygote(started)
         self.call: client.Call | None = None
@@ -270,14 +269,17 @@ class Session:
 
     def _check_granted(self) -> None:
         """Before anything runs: what dead runs have left half-done there, and options that make no sense here."""
+        looks = [option for option in ("--dry-run", "--ask") if self.given.get(option[2:].replace("-", "_"))]
+        if not self.recipe.granted:
+            if looks:
+                raise inputs.UsageError(f"{looks[0]}: there is no folder that it may change: give one with --rw FOLDER")
+            return
         from sandbox.recovery import commit
 
         for line in commit.recover():
             say(line)
-        wants_a_look = [name for name in ("dry_run", "ask") if self.given.get(name)]
-        if wants_a_look and self.recipe.granted[0]["kind"] == "direct":
-            name = wants_a_look[0].replace("_", "-")
-            raise inputs.UsageError(f"--{name}: level minimal writes to folders directly: use level standard or above")
+        if looks and self.recipe.granted[0]["kind"] == "direct":
+            raise inputs.UsageError(f"{looks[0]}: level minimal writes to folders directly: use level standard or above")
         if self.given.get("ask") and not os.isatty(2):
             raise inputs.UsageError("--ask: there is no terminal to ask on: look with --dry-run, then run without it")
 

@@ -21,6 +21,7 @@ from sandbox.cgroups import leaf, place
 from sandbox.engine import board, channel, spawn, sweep
 from sandbox.engine import loop as loops
 from sandbox.errors import (
+    SHORT,
     ResourceError,
     ResourceLimitExceededError,
     SandboxException,
@@ -73,8 +74,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "closed": ("sandbox",),
 }
 WATCH_AFTER = 0.05  # seconds that a call must have run to be watched: of shorter ones the counters are read at their end
-
-SHORT = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # what the caller is short of tells nothing of what the host has
 
 MENDS = {
     errno.ENOSPC: "close other sandboxes, or raise what is used up of user.max_*_namespaces: psie doctor says what, and how",
@@ -748,7 +747,11 @@ class Sandbox:
             channel.instruct(self.hub, instruction, fds)
         except BlockingIOError:
             return False
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                mend = mend_of(error.errno or 0)
+                self.fail(ResourceError(f"the sandbox's warden could not be told what to do ({error.strerror}): {mend}"))
+                return True
             while self.error is None and not self.closing and self._hub_readable():
                 pass  # why it has gone may be unread still
             self.fail(ResourceError("the sandbox's warden has gone: open a new sandbox"))

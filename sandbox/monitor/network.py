@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import threading
+import weakref
 
 from sandbox import host
 from sandbox.config import IsolationConfig, IsolationLevel
@@ -30,6 +31,7 @@ class Holder:
 
     def __init__(self, *, has_link: bool) -> None:
         """Raises OSError or ResourceError where it cannot be had."""
+        self.made_by = os.getpid()
         self.in_user_namespace = not host.facts().root
         request = client.link_request() if has_link else None
         self.pid, control = spawn.spawn_holder(sys.executable, user_namespace=self.in_user_namespace)
@@ -53,6 +55,10 @@ class Holder:
         self._end()
 
     def _end(self) -> None:
+        if os.getpid() != self.made_by:  # a fork, whose parent still has it
+            self.control.close()
+            client.close_fds([self.pidfd] if self.pidfd >= 0 else [])
+            return
         client.hang_up(self.control)
         if self.pidfd >= 0:
             sc.pidfd_send_signal(self.pidfd, signal.SIGKILL)  # it may be stopped
@@ -86,6 +92,7 @@ class NetworkIsolationManager:
         self.config = config
         self.reason = ""
         self._holder: Holder | None = None
+        self._dropped: weakref.finalize[..., Any] | None = None
         self._records: list[dict[str, Any]] = []
         self._lock = threading.Lock()
 
@@ -98,17 +105,21 @@ class NetworkIsolationManager:
                 self.reason = "enable_network_isolation is False"
                 return False
             try:
-                self._holder = Holder(has_link=self.config.level is IsolationLevel.MAXIMUM)
+                self._holder = holder = Holder(has_link=self.config.level is IsolationLevel.MAXIMUM)
             except (OSError, ResourceError) as error:
                 self.reason = getattr(error, "strerror", None) or str(error)
                 return False
+            self._dropped = weakref.finalize(self, holder.close)
+            self._dropped.atexit = False  # it ends with this process in any case
             self.reason = ""
             return True
 
     def disable_isolation(self) -> None:
-        """Let go of the namespace, if there is one: it vanishes with the last sandbox that is in it, its link at once."""
+        """Let go of the namespace, if there is one: it vanishes with the last sandbox that is in it, its link at once. So does
+        one whose manager nobody has any more."""
         with self._lock:
-            if self._holder is not None:
+            if self._holder is not None and self._dropped is not None:
+                self._dropped.detach()
                 self._holder.close()
                 self._holder = None
 

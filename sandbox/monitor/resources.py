@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from sandbox.cgroups import place
 from sandbox.config import IsolationConfig, PluginLimitsV2
-from sandbox.engine.client import SHORT, close_fds, mend_of
+from sandbox.engine.client import close_fds, mend_of
 from sandbox.engine.loop import PollLoop
-from sandbox.errors import ResourceError
+from sandbox.errors import SHORT, ResourceError
 from sandbox.monitor.sources import CgroupSource, ProcessSource
 from sandbox.monitor.watch import Thresholds, Watch, Watched
 from sandbox.ns import processes

@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 
+from sandbox.errors import SHORT
 from sandbox.text import escape_text
 
 TYPE_CHECKING = False
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 
 DEPTH = 256  # folders in folders; a plugin could make them until a path fills the memory
 PIECE = 1000  # characters, of up to 4 bytes, of a path that are opened at once: PATH_MAX is 4096 bytes
-# What keeps a look from a folder for now: this process is short of something, or the folder has just gone, or been moved away.
-SHORT = errno.EMFILE, errno.ENFILE, errno.ENOMEM
+# What keeps a look from a folder for now, as what this process is SHORT of does: it has just gone, or been moved away.
 GONE = errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE, errno.EXDEV
 
 CREATE, MODIFY, DELETE, MOVE, ATTRIBUTES = "create", "modify", "delete", "move", "attributes"

@@ -203,7 +203,7 @@ class EnhancedPluginFramework:
         try:
             os.close(files.open_folder(self.plugin_dir))
         except PluginError as error:
-            raise ValueError(f"EnhancedPluginFramework: {error}") from None
+            raise ValueError(str(error)) from None
         self._most = self._count_places()
         self._records = Records(state_folder, "framework")
         self._open: Counter[str] = Counter()  # loads that have a sandbox, by level

@@ -297,18 +297,18 @@ def test_a_flood_of_harmless_questions_is_bounded(level: IsolationLevel) -> None
     """Each is answered by the supervisor, whose time is nobody's limit."""
 
     def flood() -> int:
+        import contextlib
         import socket
         import struct
 
         ours, theirs = socket.socketpair()
         with ours, theirs:
             for _ in range(1 << 20):
-                ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+                with contextlib.suppress(PermissionError):  # minimal without root: nobody may read what it asks for
+                    ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
         return 1 << 20
 
     _unless_closed(level)
-    if level is IsolationLevel.MINIMAL and not ROOT:
-        pytest.skip("the supervisor cannot read such a plugin's memory, and refuses each")
     outcome = trial.run_inside(flood, level=level, limits={"max_execution_time_seconds": 60.0 * PATIENCE})
     assert isinstance(outcome.error, SecurityViolationError), outcome
     assert "setsockopt" in str(outcome.error)

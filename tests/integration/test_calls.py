@@ -11,6 +11,7 @@ import decimal
 import fractions
 import functools
 import importlib
+import io
 import math
 import os
 import pathlib
@@ -413,6 +414,16 @@ def test_text_that_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, encoding: 
         harness.call(IsolationLevel.STRICT, speaks)
     sign = "\u20ac" if encoding in ("utf-8", None) else "\\u20ac"
     assert shown.text == "x" + sign * 100_000 + "\\xe2\\x82"
+
+
+def test_what_stands_for_stdout_may_be_closed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is shown then, and nothing is said of each piece of what is not."""
+    closed = io.StringIO()
+    closed.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        assert harness.call(IsolationLevel.STRICT, plugins.speak, 3)
+    assert not caplog.records
 
 
 def test_an_exception_of_the_plugin(level: IsolationLevel) -> None:

@@ -749,6 +749,8 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "empty rw": (["run", "--rw", "", "plugin.py"], ("--rw is empty", "give a path")),
     "empty chdir": (["run", "--chdir", "", "plugin.py"], ("--chdir is empty", "give a path")),
     "empty config": (["run", "--config", "", "plugin.py"], ("the name of the settings file is empty: give the path",)),
+    "check of a variable": (["check", "--env", "A=1", "plugin.py"], ("--env", "give --run too")),
+    "plugins nowhere": (["plugins", "run", "nowhere"], ("psie: nowhere cannot be opened as a plugin folder", "check the path")),
     "check of a pipe": (["check", "--run", "--config", "/dev/stdin", "plugin.py"], ("--config /dev/stdin", "a regular file")),
     "unknown option": (["run", "--levle", "strict", "plugin.py"], ("--levle", "--level")),
     "option without its value": (["run", "plugin.py", "--level"], ("--level",)),

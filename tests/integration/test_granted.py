@@ -693,6 +693,9 @@ def test_mistakes_on_the_command_line(folder: Path, plugin: str) -> None:
     assert (done.returncode, "level minimal" in done.stderr) == (125, True)
     done = run(IsolationLevel.STRICT, folder, plugin, 0, "--ask")
     assert (done.returncode, "no terminal" in done.stderr) == (125, True)
+    for option in ("--dry-run", "--ask"):
+        done = psie("run", option, plugin)
+        assert (done.returncode, f"{option}: there is no folder" in done.stderr) == (125, True)
     done = psie("run", "--rw", str(folder / "nowhere"), plugin)
     assert (done.returncode, "there is no such folder" in done.stderr) == (125, True)
     done = psie("run", "--rw", str(folder), "--rw", str(folder / "sub"), plugin)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -299,6 +301,25 @@ def test_a_warden_is_told_to_end_a_call_once(level: IsolationLevel) -> None:
                 await harness.wait_for(lambda: call.refusals > client.REFUSALS + 1000)
             await ends_with(SecurityViolationError, "threshold", task)
             assert await sandbox.execute_plugin_safe(plugins.give_back, 1) == 1
+
+    asyncio.run(main())
+
+
+def test_what_keeps_a_warden_from_being_told_is_named(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has not gone, as its sandbox's caller was told; but what it did not hear cannot be left out."""
+    instruct = channel.instruct
+
+    def refused(sock: socket.socket, instruction: dict[str, object], fds: Sequence[int] = ()) -> None:
+        if instruction.get("op") == "call":
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        instruct(sock, instruction, fds)
+
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            assert await sandbox.execute_plugin_safe(plugins.give_back, 1) == 1
+            monkeypatch.setattr(channel, "instruct", refused)
+            told = r"warden could not be told what to do \(No buffer space available\): "
+            await ends_with(ResourceError, told, sandbox.execute_plugin_safe(plugins.give_back, 1))
 
     asyncio.run(main())
 

@@ -315,6 +315,8 @@ def test_the_evidence_is_exported(caller: Caller, store: Store, here: Path) -> N
     assert target.stat().st_mode & 0o777 == 0o700
     subprocess.run(["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"], cwd=target, check=True)
     assert_refused(caller.run("quarantine", "export", "bad", target), "is there already")
+    assert_refused(caller.run("quarantine", "export", "bad", target.parent / "no" / "such"), "make that first")
+    assert not (target.parent / "no").exists()
 
 
 def test_an_export_without_evidence(caller: Caller, store: Store, here: Path) -> None:
@@ -327,7 +329,7 @@ def test_an_export_without_evidence(caller: Caller, store: Store, here: Path) ->
     store.quarantine("gone", None, "why", [], "manager", evidence=here / "nowhere")
     other = caller.folder / "other"
     assert_refused(caller.run("quarantine", "export", "gone", other), "not there any more")
-    assert_refused(caller.run("quarantine", "export", "bad", caller.folder / "no" / "such"), "No such file")
+    assert_refused(caller.run("quarantine", "export", "bad", caller.folder / "no" / "such"), "make that first")
     assert_refused(caller.run("quarantine", "export", "nobody", other), "nobody")
     assert not other.exists()
 

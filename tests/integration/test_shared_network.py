@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -114,6 +115,28 @@ def test_a_holder_that_is_stopped_keeps_nobody() -> None:
             os.kill(holder, signal.SIGCONT)
             ending.join()
         assert not is_kept
+
+
+def test_a_manager_that_is_dropped_leaves_nothing() -> None:
+    manager = NetworkIsolationManager(IsolationConfig())
+    with harness.nothing_left():
+        assert manager.enable_isolation(), manager.reason
+        del manager
+        gc.collect()
+
+
+def test_a_fork_does_not_end_its_parents(level: IsolationLevel, manager: NetworkIsolationManager) -> None:
+    pid = os.fork()
+    if pid == 0:
+        manager.disable_isolation()
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+    async def main() -> None:
+        async with harness.open_sandbox(level, network=manager) as sandbox:
+            assert "lo" in (await sandbox.execute_plugin_safe(look))[1]
+
+    asyncio.run(main())
 
 
 def test_it_says_why_not() -> None:
