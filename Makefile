@@ -16,7 +16,7 @@ demo: .venv/ready
 	@echo
 	@echo "It works. '. .venv/bin/activate' puts psie on your path; 'psie doctor' says what this machine can do."
 
-# Without ALL=1 in two of four levels, and without what takes long.
+# Without ALL=1 each test in one level, and without what takes long.
 test: .venv/ready
 	PACKAGES="$(PEERS)" ./tools/apt-install || echo "without $(PEERS): they cannot be installed"
 	$(BIN)/python tools/run_tests.py $(if $(ALL),,--quick)

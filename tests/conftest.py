@@ -7,7 +7,8 @@ processes run none that opens sandboxes of this user.
 
 With `--two-levels`, as the virtual machine has it without ALL=1, of integration tests with a level for each of the four those
 of standard and strict are left out: minimal has no namespaces, maximum has all. With `--quick`, as `make test` has it without
-ALL=1, what is marked `long` is left out as well. Continuous integration has all of it outside the virtual machine.
+ALL=1, of any test with several levels one is left, for each test always the same, and what is marked `long` is left out.
+Continuous integration has all of it outside the virtual machine.
 
 Sandboxes and frameworks that tests open themselves record nothing where a person's records are.
 """
@@ -20,6 +21,8 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -27,6 +30,7 @@ from sandbox import state
 from sandbox.recovery import private
 
 ENDS, MIDDLE = {"minimal", "maximum"}, {"standard", "strict"}
+LEVELS = ("minimal", "standard", "strict", "maximum")
 PARTS = ("library", "rootless", "rest")
 # Integration tests that are in other parts, so that each part takes about as long.
 ELSEWHERE = {
@@ -39,7 +43,7 @@ ELSEWHERE = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", choices=PARTS, help="run only this part of the tests")
     parser.addoption("--two-levels", action="store_true", help="leave out the two levels in the middle")
-    parser.addoption("--quick", action="store_true", help="that, and leave out long tests")
+    parser.addoption("--quick", action="store_true", help="one level for each test, and no long ones")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,12 +58,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def in_the_middle(items: list[pytest.Item]) -> list[pytest.Item]:
     """What --two-levels leaves out."""
-    with_ends = {(item.path, item.originalname) for item in items if words_of(item) & ENDS}  # type: ignore[attr-defined]
+    with_ends = {name_of(item) for item in items if words_of(item) & ENDS}
     return [
         item
         for item in items
-        if item.path.parent.name == "integration" and words_of(item) & MIDDLE and (item.path, item.originalname) in with_ends  # type: ignore[attr-defined]
+        if item.path.parent.name == "integration" and words_of(item) & MIDDLE and name_of(item) in with_ends
     ]
+
+
+def of_other_levels(items: list[pytest.Item]) -> list[pytest.Item]:
+    """What --quick leaves out: of a test with several levels, and else the same parameters, all but one, chosen by its name."""
+    groups: dict[tuple[Path, str, str], dict[str, list[pytest.Item]]] = {}
+    for item in items:
+        words = words_of(item)
+        levels = [level for level in LEVELS if level in words]
+        if len(levels) == 1:
+            groups.setdefault((*name_of(item), " ".join(sorted(words - {*levels}))), {}).setdefault(levels[0], []).append(item)
+    others = []
+    for (_, name, rest), by_level in groups.items():
+        levels = [level for level in LEVELS if level in by_level]
+        chosen = levels[crc32(f"{name} {rest}".encode()) % len(levels)]
+        others += [item for level in levels if level != chosen for item in by_level[level]]
+    return others
+
+
+def name_of(item: pytest.Item) -> tuple[Path, str]:
+    return item.path, item.originalname  # type: ignore[attr-defined]
 
 
 def words_of(item: pytest.Item) -> set[str]:
@@ -77,7 +101,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for item in items if wanted is not None and part_of(item) != wanted]
     if config.getoption("--quick"):
         others += [item for item in items if item.get_closest_marker("long")]
-    if config.getoption("--quick") or config.getoption("--two-levels"):
+        others += of_other_levels(items)
+    elif config.getoption("--two-levels"):
         others += in_the_middle(items)
     if others:
         left = dict.fromkeys(others)

@@ -276,6 +276,7 @@ def test_where_nobody_can_look_nothing_is_thrown_away(case: Case, own_state: Pat
     assert tree(case.lower) == new
 
 
+@pytest.mark.long
 def test_one_commit_at_a_time(case: Case) -> None:
     case.work()
     refused = pytest.raises(CommitError, match="another commit")
@@ -313,6 +314,7 @@ def test_a_step_that_fails_undoes_the_others(case: Case, monkeypatch: pytest.Mon
     assert tree(case.lower) == before
 
 
+@pytest.mark.long
 def test_a_killed_commit_is_the_old_or_the_new_state(tmp_path: Path, own_state: Path) -> None:
     """At random moments of a commit, and of the recovery itself."""
     seen = set()
@@ -380,6 +382,7 @@ def test_holes_are_compared_without_reading_them(
         assert is_same(folder.upper, folder.lower, "file") is same
 
 
+@pytest.mark.long
 def test_holes_that_would_take_too_long_are_not_hashed(case: Case) -> None:
     for number in range(3):
         sparse(case.upper / f"hole-{number}", HOLES // 2, (0, b"x"))

@@ -24,6 +24,7 @@ def test_what_it_says() -> None:
     assert "ValueError" in host.in_child(fail)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("hanging", "told"), [(1, ""), (2, "the probe did not finish")])
 def test_one_that_hangs_is_killed_and_another_one_is_tried(hanging: int, told: str) -> None:
     reading, writing = os.pipe()

@@ -572,6 +572,7 @@ def test_threads(store: Store) -> None:
     assert sorted(map(int, ids(store.runs(limit=1000)))) == list(range(80))
 
 
+@pytest.mark.long
 def test_forks_go_on_with_files_of_their_own(here: Path, store: Store) -> None:
     """Also while another thread is at work: a fork must not believe that it has its parent's locks."""
     store.add_runs([a_run(0)])

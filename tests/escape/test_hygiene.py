@@ -81,6 +81,7 @@ def has_numpy() -> bool:
     return subprocess.run([sys.executable, "-c", "import numpy"], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.long
 def test_calls_draw_different_numbers(level: IsolationLevel) -> None:
     """Outside, two forks of a process that has imported numpy draw the same from it."""
     preload = PRELOAD if has_numpy() else PRELOAD[1:]

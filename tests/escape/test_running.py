@@ -128,6 +128,7 @@ def ids() -> set[str]:
     return {each.id for each in running.list_running()}
 
 
+@pytest.mark.long
 def test_an_entry_that_a_plugin_makes(level: IsolationLevel) -> None:
     with forger() as (owner, _):
         (forged,) = [each for each in running.list_running() if each.id == FORGED]  # who may do all of it is believed
@@ -206,6 +207,7 @@ def hide(seconds: float) -> None:
     time.sleep(seconds)
 
 
+@pytest.mark.long
 def test_a_sandbox_that_hides(level: IsolationLevel) -> None:
     with forger() as (owner, _):
         assert FORGED in ids()

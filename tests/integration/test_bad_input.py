@@ -193,6 +193,7 @@ def nothing_runs() -> bool:
     return not found["worker"] and not found["other"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("level", "name"), every_case())
 def test_each_ends_in_its_error_in_time(level: IsolationLevel, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     case = CASES[name]

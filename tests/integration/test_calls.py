@@ -123,6 +123,7 @@ def test_a_large_value_round_trips(level: IsolationLevel, size: int) -> None:
     assert harness.call(level, plugins.give_back, value, limits={"max_file_size_mb": 1.0}) == value
 
 
+@pytest.mark.long
 def test_a_hundred_megabytes_go_each_way(level: IsolationLevel) -> None:
     value = bytes(100 << 20)
     assert harness.call(level, plugins.give_back, value, limits={"max_memory_mb": 512.0, "max_result_mb": 101.0}) == value
@@ -235,6 +236,7 @@ def test_concurrent_calls_in_one_sandbox(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.long
 def test_a_storm_of_calls_waits_its_turn(level: IsolationLevel) -> None:
     """More than the warden's socket holds, and workers than would fit at once; the first that came are served first."""
     count, begun = 400, []

@@ -325,6 +325,7 @@ def test_names_in_a_locale_without_unicode(caller: Caller, tmp_path: Path) -> No
     assert (done.status, "caf\u00e9" in done.err) == (0, True), done
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("line", [("history",), ("levels",), ("run", "--level", "high", "x")], ids=lambda line: line[0])
 def test_an_early_interrupt_is_no_traceback(caller: Caller, line: tuple[str, ...]) -> None:
     """At whatever moment of psie's start it comes; before that it is Python's to say something."""
@@ -1056,6 +1057,7 @@ def test_an_interrupted_call_is_told_from_one_that_failed(twice: Caller) -> None
         assert process.wait(10) == 130
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
 def test_doctor_leaves_nothing_whenever_it_ends(caller: Caller, tmp_path: Path, number: signal.Signals) -> None:
     for tenths in range(1, 9, 2):

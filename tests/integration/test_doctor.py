@@ -84,6 +84,7 @@ def test_no_user_namespaces(who: str, user: User) -> None:
     assert "user.max_user_namespaces is 0" in found["summary"]
 
 
+@pytest.mark.long
 @ROOT
 @pytest.mark.parametrize("name", ["mnt", "pid", "ipc", "uts", "cgroup", "net"])
 def test_each_other_kind_of_namespace(name: str, user: User) -> None:

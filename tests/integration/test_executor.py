@@ -422,6 +422,7 @@ for number in range(4):
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     (3, 12) <= sys.version_info < (3, 12, 3), reason="this CPython starts no thread and no process then: python/cpython#113964"
 )

@@ -54,6 +54,7 @@ def run_script(name: str, *arguments: str) -> subprocess.Popen[str]:
 # -- many --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_500_calls_do_not_add_up(level: IsolationLevel) -> None:
     """125 a level: most in one sandbox, some each in a sandbox of its own."""
 
@@ -73,6 +74,7 @@ def test_500_calls_do_not_add_up(level: IsolationLevel) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.long
 @pytest.mark.alone
 @pytest.mark.timeout(60 * harness.PATIENCE)
 def test_a_short_soak() -> None:
@@ -146,6 +148,7 @@ def test_a_warden_has_nothing_of_other_sandboxes(level: IsolationLevel, monkeypa
     asyncio.run(main())
 
 
+@pytest.mark.long
 @rootless
 def test_wardens_that_are_killed_as_soon_as_they_are_there(level: IsolationLevel) -> None:
     """A new one shares its zygote's descriptors for a moment: neither it nor the zygote may be left hanging."""
@@ -569,6 +572,7 @@ print("all")
 """
 
 
+@pytest.mark.long
 def test_recipes_that_are_no_more_used_cost_a_zygote_no_descriptor() -> None:
     done = subprocess.run([sys.executable, "-c", FOLDERS], capture_output=True, text=True, timeout=110, check=False)
     assert done.stdout == "all\n", done.stderr[-2000:]
@@ -599,6 +603,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 """
 
 
+@pytest.mark.long
 def test_without_descriptors_one_sentence_says_what_is_short() -> None:
     """At whichever step they run out: nothing else is thrown, and nothing believed of the host that is not so."""
     told = []

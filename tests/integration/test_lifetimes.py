@@ -669,6 +669,7 @@ def test_the_command_does_not_wait_for_a_stopped_warden(plugin: Path) -> None:
     assert f"warden did not answer for {WAIT} s" in line
 
 
+@pytest.mark.long
 def test_the_command_that_is_ended_lets_a_stopped_zygote_clean_up(plugin: Path) -> None:
     code = "from sandbox.cli import main; main()"
     with psie(code, "run", "--quiet", str(plugin)) as process:

@@ -143,6 +143,7 @@ def test_it_is_taken_away_before_what_comes_next(caller: Caller) -> None:
 QUIET = f"import time; print('x', flush=True); time.sleep({LONG})"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "env"),
     [(("-q",), {}), (("--raw",), {}), ((), {"TERM": "dumb"})],
@@ -178,6 +179,7 @@ def run_with_streams(caller: Caller, env: dict[str, str], stdout: str, stderr: s
         os.close(slave)
 
 
+@pytest.mark.long
 def test_none_where_another_process_may_write_to_the_terminal(caller: Caller) -> None:
     assert_none(run_with_streams(caller, {}, "pipe", "terminal"))
     assert_none(run_with_streams(caller, {}, "terminal", "pipe"))

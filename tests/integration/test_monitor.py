@@ -146,6 +146,7 @@ def fork_one_after_the_other(count: int) -> None:
         os.wait()
 
 
+@pytest.mark.long
 def test_of_ever_new_processes_the_last_are_kept(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
     """So of the samples: a plugin could fill the memory of its caller."""
     monkeypatch.setattr("sandbox.sandbox.KEPT", 4)

@@ -275,6 +275,7 @@ def test_what_ends_after_a_late_answer_is_told_as_what_it_is(level: IsolationLev
     run(level, work, limits={"max_execution_time_seconds": seconds})
 
 
+@pytest.mark.long
 def test_who_answers_when_told_to_end_costs_the_next_one_nothing(level: IsolationLevel) -> None:
     seconds = 1.0 * harness.PATIENCE
 

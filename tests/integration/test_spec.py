@@ -204,6 +204,7 @@ def passes(rules: list[dict[str, Any]], name: str, arguments: tuple[int, ...]) -
     return False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("profile", profiles.PROFILES)
 @pytest.mark.parametrize("is_open", [False, True], ids=["closed", "open"])
 def test_seccomp_is_the_same(profile: str, is_open: bool) -> None:
