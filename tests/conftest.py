@@ -87,9 +87,9 @@ def name_of(item: pytest.Item) -> tuple[Path, str]:
 
 
 def words_of(item: pytest.Item) -> set[str]:
-    """Of its parameters."""
+    """Of its parameters; a level is one word, whichever way it is written."""
     callspec = getattr(item, "callspec", None)
-    return set(callspec.id.split("-")) if callspec is not None else set()
+    return set(callspec.id.lower().replace("isolationlevel.", "").split("-")) if callspec is not None else set()
 
 
 def part_of(item: pytest.Item) -> str:

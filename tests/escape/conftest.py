@@ -40,7 +40,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """The rootless session runs beside this one, if its test was chosen."""
     chosen = any(item.path == Path(__file__).with_name("test_rootless.py") for item in session.items)
     if chosen and not session.config.option.collectonly:
-        rootless.start()
+        rootless.start(is_quick=session.config.getoption("--quick"))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

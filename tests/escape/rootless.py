@@ -90,10 +90,11 @@ class Session:
             text=True,
         )
 
-    def start(self) -> None:
+    def start(self, *, is_quick: bool) -> None:
         executable = self.interpreter()
         if executable is not None:
             options = ["-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "--color=no", f"--basetemp={self.home}/pytest"]
+            options += ["--quick"] if is_quick else []
             self.process = self._popen([executable, "-m", "pytest", *options, "tests/escape"])
 
     def result(self) -> tuple[int, str]:
@@ -116,11 +117,11 @@ class Session:
 _session: Session | None = None
 
 
-def start() -> None:
+def start(*, is_quick: bool) -> None:
     global _session
     if attacks.ROOT and _session is None:
         _session = Session()
-        _session.start()
+        _session.start(is_quick=is_quick)
 
 
 def current() -> Session | None:

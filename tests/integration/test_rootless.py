@@ -24,8 +24,8 @@ FILES = [
     "test_framework.py",
     "test_recovery.py",
     "test_lifetimes.py",
-    "test_documentation.py",
 ]
+LONG = ["test_documentation.py", "test_faults.py"]
 UNITS = ["test_landlock.py", "test_refusals.py", "test_seccomp.py", "test_state.py"]
 
 # Where each level takes a second or more and what is done does not depend on it: once without namespaces, once with all.
@@ -33,7 +33,7 @@ TWO_LEVELS = {"test_recovery.py", "test_lifetimes.py", "test_faults.py", "test_s
 
 
 @pytest.mark.timeout(120 * harness.PATIENCE)
-@pytest.mark.parametrize("file", [*FILES, pytest.param("test_faults.py", marks=pytest.mark.long)])
+@pytest.mark.parametrize("file", [*FILES, *(pytest.param(file, marks=pytest.mark.long) for file in LONG)])
 def test_as_a_user_without_rights(user: User, file: str, pytestconfig: pytest.Config) -> None:
     is_quick = pytestconfig.getoption("--quick")
     options = ["--quick"] if is_quick else ["--two-levels"] if file in TWO_LEVELS else []
