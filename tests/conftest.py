@@ -34,7 +34,9 @@ LEVELS = ("minimal", "standard", "strict", "maximum")
 PARTS = ("library", "rootless", "rest")
 # Integration tests that are in other parts, so that each part takes about as long.
 ELSEWHERE = {
-    **dict.fromkeys(("test_rootless.py", "test_faults.py", "test_framework.py", "test_plugins_cli.py"), "rootless"),
+    **dict.fromkeys(
+        ("test_rootless.py", "test_faults.py", "test_framework.py", "test_plugins_cli.py", "test_doctor.py"), "rootless"
+    ),
     **dict.fromkeys(("test_bad_input.py", "test_lifetimes.py", "test_recovery.py"), "rootless"),
     **dict.fromkeys(("test_cli.py", "test_start.py"), "rest"),
 }

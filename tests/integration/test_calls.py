@@ -1004,6 +1004,7 @@ def test_a_large_value_without_a_descriptor_for_it(level: IsolationLevel) -> Non
     asyncio.run(main())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 1 << 20])
 def test_a_caller_whose_loop_is_busy_gets_its_value(level: IsolationLevel, size: int) -> None:
     """The worker does not wait for it: also where its value needs memory of the host's, its time is not used up by that."""

@@ -208,6 +208,7 @@ HIDING: dict[str, Callable[[], None]] = {
 }
 
 
+@pytest.mark.long
 @rootless
 @TWO
 @pytest.mark.parametrize("way", HIDING)

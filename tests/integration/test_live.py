@@ -185,12 +185,14 @@ def test_none_where_another_process_may_write_to_the_terminal(caller: Caller) ->
     assert_none(run_with_streams(caller, {}, "terminal", "pipe"))
 
 
+@pytest.mark.long
 def test_it_is_there_where_only_stderr_is_a_terminal(caller: Caller) -> None:
     seen = run_with_streams(caller, {}, "null", "terminal")
     assert LIVE.search(drawn(seen).stood[-1]), seen
     assert seen.endswith(CLEAR)
 
 
+@pytest.mark.long
 def test_a_terminal_that_was_stopped_stops_nothing(caller: Caller) -> None:
     """By Ctrl-S, which tcflow(3) does as well."""
     master, slave = os.openpty()
@@ -229,6 +231,7 @@ def test_what_a_plugin_writes_cannot_disturb_it(caller: Caller) -> None:
     assert any(LIVE.match(line) for line in screen.stood)
 
 
+@pytest.mark.long
 def test_a_call_has_it_too(caller: Caller) -> None:
     path = caller.write("plugin.py", f"import time\ndef main():\n    time.sleep({LONG})\n    return 'value'")
     with Session(caller, "call", "--level", caller.level, f"{path}:main") as session:
