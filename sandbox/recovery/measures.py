@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 
 from sandbox.cgroups import leaf
 from sandbox.engine.watching import source_of
+from sandbox.errors import SHORT
 from sandbox.monitor.sources import CgroupSource
 from sandbox.ns import processes
 from sandbox.violations import SandboxViolationType
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 MB = 1 << 20
 SOON = 0.005  # seconds between two looks at what the kernel does at once
 ANSWER = 2.0  # seconds that a part of the sandbox gets for an answer
+BATCH = 64  # processes that are held at once
 LOOKS = 3  # in a row that find nobody running
 LOW = 0.9  # of the warning threshold: what memory is brought below while the plugin stands still
 RECLAIM_BYTES = 8 * MB  # at a time, so that the engine's thread is soon free again
@@ -229,29 +231,39 @@ class Recovery:
             return int(not (yield from self._until(self._is_frozen, ANSWER)))
         running = looks = 0
         for _ in range(int(ANSWER / SOON)):  # who was still running may have woken others, or made one and ended
-            pids = self._pids()
-            running = sum(not processes.is_stopped(pid) for pid in pids)
+            running = sum(not processes.is_stopped(pid) for pid in self._pids())
             looks = 0 if running else looks + 1
             if looks == LOOKS:
                 break
-            self._signal_all(pids, signal.SIGSTOP)
+            self._signal_all(signal.SIGSTOP)
             yield SOON
         return running
 
-    @staticmethod
-    def _signal_all(pids: list[int], number: int) -> None:
-        for pid in pids:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue  # it has just ended
+    def _signal_all(self, number: int) -> None:
+        """By descriptors older than a look in which the number is still ours; since the first it may be another one's."""
+        pids = self._pids()
+        for start in range(0, len(pids), BATCH):
+            with ExitStack() as opened:
+                pidfds = {}
+                for pid in pids[start : start + BATCH]:
+                    with suppress(ProcessLookupError):  # it has just ended, as below
+                        try:
+                            pidfds[pid] = os.pidfd_open(pid)
+                            opened.callback(os.close, pidfds[pid])
+                        except OSError as error:
+                            if error.errno not in SHORT:
+                                raise
+                            os.kill(pid, number)  # else it would stay stopped because of us
+                for pid in pidfds.keys() & set(self._pids()):
+                    with suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(pidfds[pid], number)
 
     def _is_frozen(self) -> bool:
         return "frozen 1" in self._get("cgroup.events")
 
     def _thaw(self) -> None:
         if self.sandbox.leaf_fd < 0:
-            self._signal_all(self._pids(), signal.SIGCONT)
+            self._signal_all(signal.SIGCONT)
         else:
             leaf.write(self.sandbox.leaf_fd, "cgroup.freeze", "0")
 

@@ -34,7 +34,8 @@ from sandbox import (
     SecurityViolationError,
     host,
 )
-from sandbox.recovery.measures import SLOW_SECONDS
+from sandbox.ns import processes
+from sandbox.recovery.measures import SLOW_SECONDS, Recovery
 from sandbox.recovery.store import Store
 
 from . import cli_harness, harness
@@ -623,6 +624,19 @@ def test_recovery_ends_with_the_sandbox_though_its_caller_does_something_else() 
     assert isinstance(tasks[0].exception(), Exception)
     loop.run_until_complete(sandbox.cleanup_sandbox())
     loop.close()
+
+
+def test_who_has_got_a_number_since_the_first_look_is_not_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["sleep", "60"]) as other, subprocess.Popen(["sleep", "60"]) as ours:
+        looks = [[other.pid, ours.pid], [ours.pid]]
+        monkeypatch.setattr(Recovery, "_pids", lambda _: looks.pop(0))
+        try:
+            Recovery._signal_all(Recovery.__new__(Recovery), signal.SIGSTOP)
+            assert harness.wait_until(lambda: processes.is_stopped(ours.pid))
+            assert not processes.is_stopped(other.pid)
+        finally:
+            other.kill()
+            ours.kill()
 
 
 def test_who_has_got_the_number_of_an_ended_process_is_left_alone() -> None:
