@@ -45,6 +45,7 @@ KEPT = 16
 RETRY_SECONDS = 0.001
 LOCK_BYTES = 192  # struct file_lock, linux/filelock.h
 LOCKS = 10_000  # of one call, which are too many in any case; of all that there are we look at twice as many, each time anew
+LONGEST_MS = 1 << 30  # of one wait: poll(2) takes an int, and a call may have a year
 SAMPLE_SECONDS = 0.1  # between looks at the memory of running calls, where no memory controller does it
 
 
@@ -571,7 +572,7 @@ class Warden:
             return REST_MS if self.kept else None
         if self.recipe["memory_sampled"] is not None:
             deadlines.append(self.sample_at)
-        return int(1000 * max(0.0, min(deadlines) - monotonic())) + 1
+        return min(int(1000 * max(0.0, min(deadlines) - monotonic())) + 1, LONGEST_MS)
 
     def serve(self) -> None:
         hub = self.hub.fileno()

@@ -22,6 +22,7 @@ import pytest
 
 from sandbox import EnhancedPluginSandbox, IsolationLevel, ResourceError, ResourceLimitExceededError, SecurityViolationError
 from sandbox.engine import channel, client, loop, service
+from sandbox.engine.clock import FIRST_LOOK
 
 from . import cli_harness, harness, hostile, plugins, stopped_caller
 from .test_life import gone, run_script
@@ -259,6 +260,21 @@ def test_what_stands_ready_goes_by_the_same_clock(clock: Clock, monkeypatch: pyt
         assert all_gone()
 
     asyncio.run(main())
+
+
+def test_a_call_may_have_a_year(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In milliseconds that is more than poll(2) takes at once. Where the memory controller counts its memory, its warden wakes
+    for nothing before that."""
+    wire_form = client._wire_form
+    monkeypatch.setattr(client, "_wire_form", lambda recipe: {**wire_form(recipe), "memory_sampled": None})
+    year = 365.0 * 86400
+    assert harness.call(level, lasts, limits={"max_execution_time_seconds": year})
+
+
+def lasts() -> bool:
+    """Beyond the warden's first look."""
+    time.sleep(3 * FIRST_LOOK)
+    return True
 
 
 # -- parts that do not answer ------------------------------------------------------------------------------------------
