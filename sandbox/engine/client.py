@@ -736,7 +736,9 @@ class Sandbox:
 
     def _instruct(self, instruction: dict[str, object]) -> None:
         """Tell the warden, where it has not read what came before as soon as it has: of a thousand calls that are to end at
-        once its socket holds a few hundred."""
+        once its socket holds a few hundred. In a sandbox that is at its end there is nobody to be told."""
+        if self.closing:
+            return
         if self._untold or not self._tell(instruction):
             self._untold.append(instruction)
             self.loop.add_writer(self.hub.fileno(), self._go_on)

@@ -6,6 +6,7 @@ What needs a memory, cpu or pids controller runs in the VM; here its substitute 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -35,6 +36,7 @@ from sandbox import (
     host,
 )
 from sandbox.ns import processes
+from sandbox.recovery import measures
 from sandbox.recovery.measures import SLOW_SECONDS, Recovery
 from sandbox.recovery.store import Store
 
@@ -832,6 +834,28 @@ def test_of_a_closed_sandbox_nothing_is_left_to_act_on() -> None:
     history = manager.get_recovery_history()
     assert {step["note"] for step in history if step["success"]} == {"contained: the sandbox is gone"}
     assert len(history) == len(Kind)
+
+
+def test_a_measure_that_comes_too_late_is_no_error_of_its_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its warden cannot be told any more, because it was closed meanwhile: whoever calls is told that it is not open."""
+    monkeypatch.setattr(measures, "ANSWER", 0.1)
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STANDARD) as sandbox:
+            opened, worked = sandbox._sandbox, concurrent.futures.Future[bool]()
+            assert opened is not None
+
+            def recover() -> None:
+                sandbox._recoveries(opened).recover(violation(sandbox, Kind.NETWORK_VIOLATION), worked.set_result)
+                opened.close()
+
+            sandbox._post(recover)
+            assert await asyncio.wrap_future(worked) is False
+            assert actions(sandbox.get_recovery_history()) == [("cut off", False)]
+        with pytest.raises(RuntimeError, match="is not open"):
+            await sandbox.execute_plugin_safe(return_it, 1)
+
+    asyncio.run(main())
 
 
 def test_without_auto_recovery_it_only_records() -> None:
