@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sandbox.engine.client import Call, Sandbox
-    from sandbox.engine.loop import Loop
+    from sandbox.engine.loop import Loop, Timer
     from sandbox.violations import SandboxViolation
 
     Steps = Generator[float, None, bool]
@@ -89,6 +89,7 @@ class Recovery:
         self.waiting: list[tuple[SandboxViolation, Callable[[bool], object], str]] = []
         self.is_busy = False
         self.settings: dict[str, str] = {}  # of the cgroup, as they were before a measure
+        self.slowed: Timer | None = None  # until its calls have all of their CPU again
         self.evidence_of: tuple[int, tuple[int, ...]] | None = None  # the calls that there were, and ran, when it was kept last
         self.squeezed: SandboxViolation | None = None  # the warning of memory that was acted on in the calls that run
 
@@ -120,6 +121,7 @@ class Recovery:
         if not self._running():
             self.squeezed = None
             self._relieve()
+            self._forget_slowed()
 
     # -- one after the other -----------------------------------------------------------------------------------------
 
@@ -380,9 +382,16 @@ class Recovery:
             if restored:
                 self._tell(violation, "relieve", after, restored, True)
 
-        self.sandbox.loop.call_later(SLOW_SECONDS, later)
+        self._forget_slowed()
+        self.slowed = self.sandbox.loop.call_later(SLOW_SECONDS, later)
         yield 0
         return self._tell(violation, "slow down", before, after, after != before)
+
+    def _forget_slowed(self) -> None:
+        """Its time is over, or begins anew."""
+        if self.slowed is not None:
+            self.slowed.cancel()
+            self.slowed = None
 
     def _processes(self, violation: SandboxViolation) -> Steps:
         """No further process or thread of the calls that run now.
