@@ -225,8 +225,9 @@ class FileWatch(FileTree):
             return
         self.exchanged = None
         node, other = old_folder.inner.get(old), new_folder.inner.get(new)
-        if node is not None and any(each is node for each in ancestors(new_folder)):
-            self.look()  # an event is missing: no folder goes into itself
+        goes_into_itself = node is not None and any(each is node for each in ancestors(new_folder))
+        if goes_into_itself or (other is not None and any(each is other for each in ancestors(old_folder))):
+            self.look()  # an event is missing: none does so, nor takes what is in one its place
             return
         if node is not None and other is not None and node is not other and self._is_at(old_folder, old, other):
             place(other, old_folder, old)
