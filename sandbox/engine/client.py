@@ -22,6 +22,7 @@ from sandbox.engine import board, channel, spawn, sweep
 from sandbox.engine import loop as loops
 from sandbox.errors import (
     SHORT,
+    PluginExecutionError,
     ResourceError,
     ResourceLimitExceededError,
     SandboxException,
@@ -1124,6 +1125,10 @@ class Call:
         """The session is to do this next; nothing if it has ended. What was asked before must have been answered."""
         if self.awaits and not self.done:
             self.kill("cancelled")  # its answer would be taken for that of this request
+        elif not self.done and self.job.fileno() < 0:
+            text = "the session's process has closed the socket that it is asked by, or sent too much there unasked"
+            self.error = self.error or PluginExecutionError(text)
+            self.kill("failed")
         elif not self.done:
             self._begin_time()
             self.expect("a call was to end", self.seconds)

@@ -14,7 +14,7 @@ import pytest
 from escape import kit
 from sandbox import SandboxException
 from sandbox.config import IsolationLevel
-from sandbox.errors import ResourceLimitExceededError
+from sandbox.errors import PluginExecutionError, ResourceLimitExceededError
 from sandbox.selftest import trial
 from sandbox.selftest.attacks import ALL, MINIMAL, ROOT, SECRET, STRICT, given, scrambled, socket_to_the_caller
 from sandbox.selftest.process import inherited_descriptors, memory_of_the_caller
@@ -131,6 +131,35 @@ def test_who_answers_and_goes_on_is_stopped_at_the_next_call(level: IsolationLev
         with pytest.raises(ResourceLimitExceededError, match="ran longer"):
             await session.call(give_back, 1)
         assert time.monotonic() - start < 4
+        assert await session.call(give_back, 1) == 1
+
+    talk(level, work)
+
+
+@pytest.mark.parametrize("level", HOST_SIDE)
+@pytest.mark.parametrize("how", ["closes", "floods"])
+def test_who_does_not_listen_is_to_blame(level: IsolationLevel, how: str) -> None:
+    """And not the host, whose owner would look there for what it lacks: the socket of a session that lives is the plugin's."""
+
+    def answer_and_be_deaf(how: str) -> None:
+        from sandbox.engine import codec
+
+        reply = b"V" + codec.encode("forged")
+        job = socket_to_the_caller()
+        for _ in range(1 if how == "closes" else 10_000):
+            try:
+                job.send(reply)
+            except OSError:
+                break
+        job.close()
+        while True:
+            time.sleep(10)
+
+    async def work(session: Any) -> None:
+        assert await session.call(answer_and_be_deaf, how) == "forged"
+        await asyncio.sleep(0.3)
+        with pytest.raises(PluginExecutionError, match="has closed the socket"):
+            await session.call(give_back, 1)
         assert await session.call(give_back, 1) == 1
 
     talk(level, work)
