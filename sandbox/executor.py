@@ -243,7 +243,8 @@ class SandboxExecutor(concurrent.futures.Executor):
         self._check()
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # it has ended, and so has the call
-                self._loop.call_soon_threadsafe(self._cancel, future)
+                # A turn later: its task is being made perhaps, and one that is cancelled before it begins has no end.
+                self._loop.call_soon_threadsafe(self._loop.call_soon, self._cancel, future)
 
     def _has_ended(self, future: concurrent.futures.Future[Any]) -> None:
         if future.cancelled() and self._loop is not None and os.getpid() == self._pid:

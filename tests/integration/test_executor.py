@@ -194,6 +194,23 @@ def test_who_is_cancelled_again_and_again_is_gone_all_the_same(executor: Sandbox
     assert not any(call.is_running for one in sandboxes for call in one.calls.values())
 
 
+def test_who_is_cancelled_just_when_it_begins_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs by then, and there is no task yet that could be cancelled."""
+    begin = SandboxFuture.set_running_or_notify_cancel
+
+    def begin_and_cancel(future: SandboxFuture[int]) -> bool:
+        return begin(future) and future.cancel()
+
+    monkeypatch.setattr(SandboxFuture, "set_running_or_notify_cancel", begin_and_cancel)
+    executor = SandboxExecutor(1, level=IsolationLevel.MINIMAL)
+    future = executor.submit(add, 1)
+    has_ended = bool(concurrent.futures.wait([future], harness.SETTLE).done)
+    executor._running.clear()  # who ends the interpreter waits for them
+    executor.shutdown()
+    assert has_ended
+    assert future.cancelled()
+
+
 def test_a_cancellation_just_before_the_end_is_none_or_is_one() -> None:
     future: SandboxFuture[int] = SandboxFuture(lambda _: None)
     assert future.set_running_or_notify_cancel()
