@@ -579,13 +579,18 @@ class EnhancedPluginSandbox:
         try:
             return await self._run_job(remembered, file, instruction, payload, conversation)
         except SecurityViolationError as error:
-            self._tainted = str(error).splitlines()[0]
+            self._taint(error)
             raise
         finally:
             self._running -= 1
             if self._tainted and not self._running and self._has_layers():
                 await self._busy_with("changes are being discarded", self._discard_tainted())
                 self._tainted = ""
+
+    def _taint(self, error: SandboxException | None) -> None:
+        """A call has ended so."""
+        if isinstance(error, SecurityViolationError):
+            self._tainted = str(error).splitlines()[0]
 
     async def _discard_tainted(self) -> None:
         if self._on_taint is not None:
@@ -626,7 +631,11 @@ class EnhancedPluginSandbox:
                 run.then(lambda: self._tell_end(run))
             else:
                 outcome.locate(run.call, run.violations)
-                self._record(run, remembered)
+                try:
+                    self._record(run, remembered)
+                except Exception:  # a handler's of the caller's, who is told that in place of how the call ended
+                    self._taint(outcome.judge(run.call, run.violations) if run.call.outcome is not None else None)
+                    raise
         if run.has_value:
             return run.call
         self._was_beyond = self._was_beyond or run.call.cause == "violations"

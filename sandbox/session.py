@@ -14,7 +14,7 @@ from functools import partial
 
 from sandbox import transport
 from sandbox.engine import channel, codec, outcome
-from sandbox.errors import PluginExecutionError, SandboxException, SecurityViolationError
+from sandbox.errors import PluginExecutionError, SandboxException
 from sandbox.integrations import observers
 from sandbox.remembered import Asked, Remembered
 
@@ -290,11 +290,10 @@ class Session:
             outcome.locate(answer, violations, self._conversation.violations[:before])
             self._conversation.violations.extend(violations[told:])
             violations = violations or outcome.repeated(answer, self._conversation.violations)
+            error = outcome.reply_error(answer, violations)
+            self._sandbox._taint(error)  # before the caller's handlers are told, which may raise
             if self._conversation.run is not None:
                 self._sandbox._see_violations(self._conversation.run)
-            error = outcome.reply_error(answer, violations)
-            if isinstance(error, SecurityViolationError):
-                self._sandbox._tainted = str(error).splitlines()[0]
             if error is not None:
                 raise error
         try:

@@ -23,6 +23,7 @@ from sandbox import (
     FileChange,
     IsolationLevel,
     SandboxInitializationError,
+    SandboxViolation,
     SecurityViolationError,
     host,
 )
@@ -463,6 +464,36 @@ def test_a_copy_that_does_not_fit_says_so(level: IsolationLevel, folder: Path, m
     with pytest.raises(SandboxInitializationError, match="larger than the disk limit"):
         asyncio.run(main())
     sandbox_module._compiled.clear()
+
+
+@pytest.mark.parametrize("in_session", [False, True])
+def test_what_a_violation_ended_is_discarded_also_where_a_handler_raises(folder: Path, *, in_session: bool) -> None:
+    class Broken:
+        def on_violation_detected(self, violation: SandboxViolation) -> None:
+            raise ValueError("of the handler")
+
+    def write_and_connect(path: str) -> None:
+        import socket
+
+        with open(f"{path}/new", "w") as file:
+            file.write("new")
+        socket.create_connection(("192.0.2.1", 443))
+
+    async def call(sandbox: EnhancedPluginSandbox) -> None:
+        if not in_session:
+            await sandbox.execute_plugin_safe(write_and_connect, str(folder))
+            return
+        async with sandbox.session() as session:
+            await session.call(write_and_connect, str(folder))
+
+    async def main() -> list[FileChange]:
+        async with granted(IsolationLevel.STANDARD, folder) as sandbox:
+            sandbox.monitoring_handler = Broken()
+            with pytest.raises(ValueError, match="of the handler"):
+                await call(sandbox)
+            return sandbox.changes()
+
+    assert asyncio.run(main()) == []
 
 
 def test_at_level_minimal_nothing_is_discarded(folder: Path) -> None:
