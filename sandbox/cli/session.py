@@ -355,6 +355,8 @@ class Session:
             inside = self.streams.inside
         self._catch_signals()
         self.call = call = sandbox.call(inside, tty=tty)
+        if self.ended_by is not None:
+            self._kill("interrupt")  # a signal that came when there was no call yet
         (self.terminal or self.streams).close_inside()  # type: ignore[union-attr]
         workspace = str(self.recipe.workspace["path"]).replace("{folder}", sandbox.folder or "")
         environment = {name: value.replace("{folder}", sandbox.folder or "") for name, value in self.recipe.environment.items()}
@@ -371,6 +373,8 @@ class Session:
         def send(sealed: client.Call) -> None:
             self.job_sent, self.job_time = monotonic(), time()
             sealed.send_job(instruction, payload)
+            if self.terminal is not None:
+                self.terminal.begun = True
             if self.recipe.monitoring["real_time"]:
                 self.loop.call_later(client.WATCH_AFTER, self._begin_watch)
             if self._may_show():
@@ -530,13 +534,14 @@ class Session:
         signal.alarm(int(client.GRACE))
 
     def _catch_signals(self) -> None:
-        """Ctrl-C once for the plugin, twice to kill; the others end the sandbox. What is ignored, as by nohup, stays so."""
+        """Ctrl-C once for the plugin, twice to kill; the others end the sandbox. What is ignored, as by nohup, stays so.
+
+        Where no plugin runs yet that could take it, the first Ctrl-C is the end, too.
+        """
 
         def interrupt(number: int, frame: object) -> None:
             self.interrupts += 1
-            if self.call is None:
-                return
-            if self.interrupts == 1 and not self.call.done:
+            if self.interrupts == 1 and self.call is not None and self.call.is_running:
                 self.call.signal(signal.SIGINT)
             else:
                 self._interrupt_again()

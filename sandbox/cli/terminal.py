@@ -25,8 +25,8 @@ INTERRUPT = 0x03  # Ctrl-C
 class Terminal:
     """The pty of one call.
 
-    `on_interrupts()` at a second Ctrl-C in a row, `on_excess()` after `limit` bytes of output, `on_end()` when nothing
-    can be typed any more.
+    `on_interrupts()` at a second Ctrl-C in a row, and at the first while no plugin has `begun` that could take it,
+    `on_excess()` after `limit` bytes of output, `on_end()` when nothing can be typed any more.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Terminal:
         for fd in (self.master, slave):
             os.set_inheritable(fd, False)
         self.inside = [slave, os.dup(slave), os.dup(slave)]
+        self.begun = False
         self.interrupts = 0
         self.pending = b""
         self.saved = termios.tcgetattr(0)
@@ -82,7 +83,7 @@ class Terminal:
             return
         for byte in data:
             self.interrupts = self.interrupts + 1 if byte == INTERRUPT else 0
-            if self.interrupts == 2:
+            if self.interrupts == 2 or (self.interrupts and not self.begun):
                 self.on_interrupts()
         self.pending += data
         self._pass_on()

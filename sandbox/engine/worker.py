@@ -70,6 +70,9 @@ def run(
         if received is None:
             os._exit(0)
         status = serve(job, *received)
+    except KeyboardInterrupt:  # in code of ours, before the plugin's: a traceback would tell nobody anything
+        die_of_interrupt()
+        status = 130
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
@@ -311,8 +314,7 @@ def guarded(job: _socket.socket, action: Callable[[], None]) -> int:
         set_traceback(error, traceback)
         sys.excepthook(type(error), error, traceback)
         finalize()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+        die_of_interrupt()
         return 130
     except BaseException as error:
         set_traceback(error, own_frames_off(traceback_of(error)))
@@ -323,6 +325,12 @@ def guarded(job: _socket.socket, action: Callable[[], None]) -> int:
             return exit_status(stop.code)
         return 1
     return 0
+
+
+def die_of_interrupt() -> None:
+    """So that a caller can tell it from an exit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 # As the interpreter itself does it: a plugin's class may have attributes of its own there, or allow none to be set.

@@ -1049,6 +1049,17 @@ def test_an_interrupt_reaches_the_plugin_and_a_second_one_kills(everywhere: Call
         assert process.stderr.read() == b""
 
 
+def test_no_interrupt_is_lost_while_a_sandbox_comes_up(caller: Caller) -> None:
+    """Whoever is there to take it: the command alone, a worker that is set up, or the plugin."""
+    for milliseconds in range(12, 66, 2):
+        with caller.start(*caller.plugin_line("import time\ntime.sleep(20)")) as process:
+            time.sleep(milliseconds / 1000)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=10)
+        assert process.returncode in (130, -signal.SIGINT), milliseconds
+        assert b"/sandbox/" not in errors, milliseconds
+
+
 def test_an_interrupted_call_is_told_from_one_that_failed(twice: Caller) -> None:
     path = twice.write("plugin.py", WAITING + "\n    def main():\n        pass\n")
     with twice.start("call", "-q", "--level", twice.level, f"{path}:main") as process:
@@ -1192,6 +1203,15 @@ def test_ctrl_c_twice_kills(at_terminal: Caller) -> None:
         session.type(b"\x03\x03")
         assert session.status() == 130
         assert session.settings() == session.before
+
+
+def test_no_ctrl_c_is_lost_while_a_sandbox_comes_up(at_terminal: Caller) -> None:
+    for milliseconds in range(12, 66, 2):
+        with Session(at_terminal, *at_terminal.plugin_line("import time\ntime.sleep(20)")) as session:
+            time.sleep(milliseconds / 1000)
+            session.type(b"\x03")
+            assert session.status() in (130, -signal.SIGINT), milliseconds
+            assert b"/sandbox/" not in session.rest(), milliseconds
 
 
 def test_ctrl_d_ends_the_input(at_terminal: Caller) -> None:
