@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import subprocess
 from typing import Any
 
 from sandbox import doctor
 from sandbox.causes import Mend
+from sandbox.cli import endings
 from sandbox.cli.session import FAILED, complain, say
 from sandbox.cli.table import print_table
 from sandbox.errors import SandboxException
@@ -31,9 +31,7 @@ def run(as_json: bool, fix: bool, yes: bool) -> int:
     if fix and not yes and not has_terminal():
         say("--fix asks before each change, and there is no terminal: run it on one, or add --yes")
         return FAILED
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, leave)
+    endings.by_exception()
     try:
         found, other = doctor.report()
     except (SandboxException, OSError) as error:
@@ -48,11 +46,6 @@ def run(as_json: bool, fix: bool, yes: bool) -> int:
         except (SandboxException, OSError) as error:
             return complain(error)
     return 0 if found.healthy else 1
-
-
-def leave(number: int, frame: object) -> None:
-    """By an exception: what was made to try this host is removed."""
-    raise SystemExit(128 + number)
 
 
 def has_terminal() -> bool:

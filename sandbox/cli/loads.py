@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import sys
 from contextlib import redirect_stdout
 
-from sandbox.cli import settings
+from sandbox.cli import endings, settings
 from sandbox.cli.call import jsonable
 from sandbox.cli.plugins import complain
 from sandbox.errors import SandboxException
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
 def run(
     folder: str, ids: tuple[str, ...], level: str | None, config: str | None, as_json: bool, trusted_keys: str | None
 ) -> int:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, leave)
+    endings.by_exception()
     try:
         logs.to_stderr()
         isolation, limits, permissions = settings.settings({"level": level, "config": config})
@@ -49,11 +46,6 @@ def run(
         return int(not all(each["success"] for each in documents))
     print_loads(loads)
     return int(any(load.outcome != OK for load in loads))
-
-
-def leave(number: int, frame: object) -> None:
-    """By an exception: sandboxes are closed, and the folder with the plugins as they were read is removed."""
-    raise SystemExit(128 + number)
 
 
 def told(load: Load) -> dict[str, Any]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
 from collections import Counter
 
-from sandbox.cli import settings, words
+from sandbox.cli import endings, settings, words
 from sandbox.cli.session import complain, say
 from sandbox.cli.table import print_table
 from sandbox.errors import SandboxException
@@ -34,18 +33,11 @@ def counted(results: Iterator[Result]) -> Iterator[Result]:
         sys.stderr.flush()
 
 
-def leave(number: int, frame: object) -> None:
-    """By an exception: what the attacks have made on this host is removed."""
-    raise SystemExit(128 + number)
-
-
 def run(level: str | None, names: tuple[str, ...], as_json: bool) -> int:
     """Print what came of each attack; 0 if none got through, 1 if one did, 125 if the test could not be made."""
     os.environ["PSIE_STANDING"] = "0"  # what stands ready is for a next caller, of whom there is none
     start = time.monotonic()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, leave)
+    endings.by_exception()
     try:
         chosen = settings.settings({"level": level or "strict", "config": None})[0].level
         from sandbox.selftest import run as selftest  # heavy

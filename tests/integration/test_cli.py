@@ -1695,6 +1695,23 @@ def test_a_killed_selftest_leaves_nothing_to_the_next(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_the_end_of_a_command_by_a_signal_says_nothing(number: signal.Signals) -> None:
+    """Also where it comes while a coroutine runs, as of psie selftest, doctor, and plugins run."""
+    code = f"""
+import asyncio, signal
+from sandbox.cli import endings
+
+async def work():
+    signal.raise_signal({int(number)})
+
+endings.by_exception()
+asyncio.run(asyncio.wait_for(work(), 5))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert (ended.returncode, ended.stderr) == (128 + number, b"")
+
+
 def test_a_killed_selftest_takes_along_what_it_tries_outside(
     twice: Caller, temporary: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
