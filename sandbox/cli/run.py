@@ -55,6 +55,8 @@ def spawn_early(level: str | None, promised: spawn.Early | None = None) -> spawn
 
 def plugin_path(file: str) -> str:
     """The absolute path of the plugin. Raises Failed for what is no readable file."""
+    if not file:
+        raise Failed("the name of the plugin is empty: give the path of a Python file")
     if file == "-":
         raise Failed("-: there is no such file: give /dev/stdin to run what comes on standard input")
     if not os.path.exists(file):

@@ -137,7 +137,7 @@ class Session:
         self.environment = inputs.environment(given["env"])
         folders = inputs.readable(given["ro"])
         self.directory = inputs.start(given["chdir"], [*folders, *self.given["rw"]])
-        self.result_file, self.report = target("--result-file", given), target("--report", given)
+        self.result_file, self.report = (target(option, given, read_only) for option in ("--result-file", "--report"))
         if self.result_file is not None and self.report is not None and self.result_file.path == self.report.path:
             raise inputs.UsageError(f"--report {given['report']}: this is the result file too: give another one")
         self.recipe, self.wire, self.limits, self.numbers, self.notes = cached.recipe_for(given, [*read_only, *folders])
@@ -704,14 +704,17 @@ def is_pipe(fd: int) -> bool:
     return not os.isatty(fd) and stat.S_IFMT(os.fstat(fd).st_mode) not in (stat.S_IFREG, stat.S_IFCHR)
 
 
-def target(option: str, given: dict[str, Any]) -> Target | None:
-    """The file that an option names, if it was given."""
+def target(option: str, given: dict[str, Any], plugin: list[str]) -> Target | None:
+    """The file that an option names, if it was given; none of the plugin's, which would be lost."""
     path = given[option.lstrip("-").replace("-", "_")]
     if path is None:
         return None
     from sandbox.cli.target import Target
 
-    return Target(option, path)
+    found = Target(option, path)
+    if found.replaces(plugin):
+        raise inputs.UsageError(f"{option} {path}: this is a file of the plugin: give another one")
+    return found
 
 
 def write_some(fd: int, view: memoryview) -> int:

@@ -35,6 +35,10 @@ class Target:
         if kind not in (stat.S_IFREG, stat.S_IFLNK):  # a link is replaced, not followed
             raise UsageError(unfit)
 
+    def replaces(self, files: list[str]) -> bool:
+        """Whether it is one of them, which are real paths. Where a link leads is no matter: only the link is replaced."""
+        return os.path.join(os.path.realpath(os.path.dirname(self.path)), self.name) in files
+
     def write(self, text: str) -> None:
         """Replace the file. OSError, with its path, where that cannot be done; then the old one is still there."""
         temporary = f".{os.urandom(8).hex()}.tmp"

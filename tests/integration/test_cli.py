@@ -742,6 +742,12 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no pids": (["run", "--pids", "0", "plugin.py"], ("--pids",)),
     "half pids": (["run", "--pids", "1.5", "plugin.py"], ("--pids 1.5", "whole number")),
     "very negative pids": (["run", "--pids", "--5", "plugin.py"], ("--pids --5", "whole number")),
+    "report over the plugin": (["run", "--report", "plugin.py", "plugin.py"], ("--report plugin.py", "give another one")),
+    "result over the plugin": (
+        ["run", "--result-file", "./plugin.py", "plugin.py"],
+        ("--result-file ./plugin.py", "of the plugin"),
+    ),
+    "empty plugin": (["run", ""], ("the name of the plugin is empty", "give the path")),
     "missing ro": (["run", "--ro", "missing", "plugin.py"], ("--ro missing", "no such")),
     "ro of proc": (["run", "--ro", "/proc", "plugin.py"], ("--ro /proc",)),
     "ro below proc": (["run", "--ro", "/proc/self/fd", "plugin.py"], ("--ro /proc/self/fd",)),
