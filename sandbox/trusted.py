@@ -30,6 +30,15 @@ def _place() -> str:
     return os.path.join(private.default_folder(), FOLDER)
 
 
+def _is_missing(place: str) -> bool:
+    """Not so where nobody can tell: opening it says why."""
+    try:
+        os.stat(place)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
+
+
 def _name(path: str) -> str:
     return sha256(os.fsencode(path))
 
@@ -65,7 +74,7 @@ def is_accepted(path: str, content: bytes) -> bool:
 def accepted() -> list[Accepted]:
     """All that were accepted, by path. Raises ResourceError."""
     place = _place()
-    if not os.path.isdir(place):
+    if _is_missing(place):
         return []
     with private.folder(place) as folder:
         found = [_read(folder, name, place) for name in os.listdir(folder)]
@@ -75,13 +84,15 @@ def accepted() -> list[Accepted]:
 def forget(path: str) -> bool:
     """It counts no more. False if it was not accepted. Raises ResourceError."""
     place = _place()
-    if not os.path.isdir(place):
+    if _is_missing(place):
         return False
     with private.folder(place) as folder:
         try:
             os.unlink(_name(os.path.abspath(path)), dir_fd=folder)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise ResourceError(f"{place} cannot be changed ({error.strerror}): see to the disk and its rights") from None
     return True
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from sandbox.cgroups import place
-from sandbox.cli.session import complain, say
+from sandbox.cli.session import complain, in_words, say
 from sandbox.engine import sweep
 from sandbox.errors import ResourceError
 from sandbox.plugins import stage
@@ -43,7 +43,7 @@ def remove() -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        return complain(ResourceError(f"{error.filename}: {error.strerror}" if error.filename else str(error)))
+        return complain(ResourceError(in_words(error)))
     except ResourceError as error:
         return complain(error)
     counts = f"{len(leaves)} cgroups, {len(folders)} workspace folders and {len(stages)} folders of staged plugins"

@@ -98,8 +98,15 @@ def guarded(work: Callable[[], int]) -> int:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and error.filename is None:
             return complain(error)
-        mend = f": {client.MENDS[error.errno]}" if error.errno in SHORT else ""
-        return complain(run_command.Failed(f"{error.filename or 'the sandbox'}: {error.strerror}{mend}"))
+        return complain(run_command.Failed(in_words(error)))
+
+
+def in_words(error: OSError) -> str:
+    """What the system has refused, in one sentence."""
+    if error.strerror is None:
+        return str(error)  # one of ours, with its mend
+    mend = client.MENDS[error.errno] if error.errno in SHORT else "see to its rights" if error.errno == errno.EACCES else ""
+    return f"{error.filename or 'the sandbox'}: {error.strerror}{mend and f': {mend}'}"
 
 
 def remember(

@@ -15,7 +15,7 @@ from time import monotonic
 from sandbox.cli import inputs, options
 from sandbox.cli import run as run_command
 from sandbox.cli.inputs import UsageError
-from sandbox.cli.session import Session, say
+from sandbox.cli.session import Session, in_words, say
 from sandbox.errors import SandboxException
 
 TYPE_CHECKING = False
@@ -182,7 +182,7 @@ class Runner:
         except (run_command.Failed, UsageError, SandboxException, ValueError, TypeError, ImportError) as error:
             return {"failed": str(error)}
         except OSError as error:
-            return {"failed": f"{error.filename or 'the sandbox'}: {error.strerror}"}
+            return {"failed": in_words(error)}
 
     @staticmethod
     def _told(trial: Trial, status: int, seconds: float) -> dict[str, Any]:

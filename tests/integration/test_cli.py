@@ -231,6 +231,43 @@ def test_gc_where_the_state_is_no_folder(somebody: Caller, tmp_path: Path, damag
         assert somebody.run("history", env={"XDG_STATE_HOME": str(state)}).err == done.err
 
 
+@pytest.mark.parametrize("what", ["run folder that is no folder", "work folder without rights"])
+def test_a_folder_of_psies_own_that_cannot_be_used_is_said_with_the_mend(somebody: Caller, what: str) -> None:
+    folder = somebody.folder / "own"
+    (folder / "psie").mkdir(parents=True)
+    if what.startswith("run"):
+        (folder / "psie").rmdir()
+        (folder / "psie").write_text("")
+        variable, mend = "XDG_RUNTIME_DIR", "psie is no folder: remove it, or set XDG_RUNTIME_DIR"
+    else:
+        (folder / "psie").chmod(0)
+        variable, mend = "XDG_STATE_HOME", "psie/work: Permission denied: see to its rights"
+    for made in (folder, folder / "psie"):
+        os.chown(made, somebody.uid, somebody.uid)
+    path = somebody.write("plugin.py", "print('out')")
+    assert_refused(somebody.run("run", "-q", "--level", "minimal", path, env={variable: str(folder)}), mend)
+    assert_refused(somebody.run("gc", env={variable: str(folder)}), mend)
+    (folder / "psie").chmod(0o700)
+
+
+def test_accepted_files_that_cannot_be_read_or_forgotten(somebody: Caller) -> None:
+    """Nothing is said of what nobody can tell."""
+    state = {"XDG_STATE_HOME": str(somebody.folder / "state")}
+    (somebody.folder / "state").mkdir()
+    os.chown(somebody.folder / "state", somebody.uid, somebody.uid)
+    own = somebody.write("psie.toml", "[limits]\nmax_open_files = 60\n")
+    assert somebody.run("trust", own, env=state).status == 0
+    records = somebody.folder / "state" / "psie"
+    (records / "trusted").chmod(0o500)
+    assert_refused(somebody.run("trust", "--forget", own, env=state), "trusted cannot be changed (Permission denied)")
+    records.chmod(0)
+    for line in (["--list"], ["--forget", own]):
+        assert_refused(somebody.run("trust", *line, env=state), "trusted cannot be used as a folder (Permission denied)")
+    records.chmod(0o700)
+    (records / "trusted").chmod(0o700)
+    assert somebody.run("trust", "--forget", own, env=state).status == 0
+
+
 def test_too_few_open_files_for_psie_itself(caller: Caller) -> None:
     path = caller.write("plugin.py", "print('out')")
     shell = ["sh", "-c", 'ulimit -n 20; exec "$@"', "sh", *caller.command("run", "-q", path)]
