@@ -202,6 +202,20 @@ def test_what_is_no_file_of_settings(kind: str, tmp_path: Path, write: Write) ->
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "mend"),
+    [
+        ('[tool.psie]\nlevel = "strict"\n', r"put it into \[tool.psie.isolation\]"),
+        ("[tool.psie]\nlimits = 3\n", r"make it a table, \[tool.psie.limits\]"),
+        ("[tool.psie.limits]\nallowed_ports = [3]\n", r"in \[tool.psie.limits\]: put it into \[tool.psie.permissions\]"),
+    ],
+)
+def test_a_mend_for_a_project_names_tables_that_are_read_there(tmp_path: Path, write: Write, content: str, mend: str) -> None:
+    write("pyproject.toml", content)
+    with pytest.raises(ConfigError, match=mend):
+        gathered(tmp_path)
+
+
 def test_a_pyproject_of_others_is_not_read(tmp_path: Path, write: Write) -> None:
     """One without [tool.psie] may be whatever it likes."""
     write("pyproject.toml", "this is no TOML at all [")

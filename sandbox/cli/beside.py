@@ -68,7 +68,16 @@ class Found:
             document = tools.get("psie", {}) if isinstance(tools, dict) else {}
             if not isinstance(document, dict):
                 raise config.ConfigError(f"{self.name} is no table: give it [tool.psie.limits] and the like")
-        return config.tables_of(self.name, document)
+        try:
+            return config.tables_of(self.name, document)
+        except config.ConfigError as error:
+            raise config.ConfigError(self._as_named_here(str(error))) from None
+
+    def _as_named_here(self, text: str) -> str:
+        """A sentence about tables, which in a pyproject.toml have longer names: under others nobody would look at them."""
+        for table in ("isolation", "limits", "permissions") if self.is_project else ():
+            text = text.replace(f"[{table}]", f"[tool.psie.{table}]")
+        return text
 
 
 def shown_path(path: str) -> str:
