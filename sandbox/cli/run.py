@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FAILED = 125
 SOURCE_BYTES = 64 << 20
+ZIP_END = b"PK\x05\x06"  # of every archive; what is before one may be anything
 TEXT_BYTES = 1 << 20  # of a module that are looked through for names
 
 
@@ -80,6 +81,8 @@ def source_of(path: str) -> bytes:
         raise Failed(f"{path} cannot be read ({error.strerror}): see to its rights, or give another file") from None
     if len(source) > SOURCE_BYTES:
         raise Failed(f"{path} is larger than {SOURCE_BYTES >> 20} MB: give a Python file")
+    if b"\0" in source and ZIP_END in source:
+        raise Failed(f"{path} is a zip archive: unpack it, and give the __main__.py that is in it")
     return source
 
 

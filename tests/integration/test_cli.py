@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import time
+import zipapp
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,13 @@ def test_a_folder_of_psies_own_that_cannot_be_used_is_said_with_the_mend(somebod
     assert_refused(somebody.run("run", "-q", "--level", "minimal", path, env={variable: str(folder)}), mend)
     assert_refused(somebody.run("gc", env={variable: str(folder)}), mend)
     (folder / "psie").chmod(0o700)
+
+
+@pytest.mark.parametrize("line", [["run"], ["check"], ["learn", "--dry-run"]], ids=lambda line: line[0])
+def test_a_zipapp_is_told_from_a_broken_file(caller: Caller, line: list[str]) -> None:
+    caller.write("app/__main__.py", "print('out')")
+    zipapp.create_archive(caller.folder / "app", caller.folder / "app.pyz", "/usr/bin/python3")
+    assert_refused(caller.run(*line, "app.pyz"), "app.pyz is a zip archive: unpack it")
 
 
 def test_accepted_files_that_cannot_be_read_or_forgotten(somebody: Caller) -> None:
