@@ -13,7 +13,7 @@ from time import monotonic
 
 from sandbox import learn as learning
 from sandbox import trusted
-from sandbox.cli import beside, settings, trial
+from sandbox.cli import beside, forget, lost, settings, trial
 from sandbox.cli import run as run_command
 from sandbox.cli.inputs import UsageError
 from sandbox.cli.remembered import Remembered
@@ -231,8 +231,14 @@ class Learning:
     def write(self, text: str, proof: Result) -> int:
         worked = f"a run under it ended with status {proof.status}, as it should; it tells nothing of ways that it did not take"
         if self.output is None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            try:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                forget(1)
+                return 1
+            except OSError as error:
+                return lost(error)
             say(f"not written anywhere; {worked}")
             return 0
         put(self.output, text, is_new=not self.given["force"])

@@ -33,12 +33,12 @@ def spec(file: str | None, args: Sequence[str], level: str | None, config: str |
             path = plugin_path(file)
             plugin = os.path.basename(path), source_of(path)
         made = spec_of(compiled, facts, args, plugin)
-        if bundle is None:
-            print(text_of(made))
-        else:
+        if bundle is not None:
             make_bundle(made, bundle)
     except (Failed, SandboxException, ValueError, TypeError, OSError) as error:
         return complain(error)
+    if bundle is None:
+        print(text_of(made))
     for sentence in made.lost:
         print(f"psie: not in an OCI container: {escape_text(sentence, keep='')}", file=sys.stderr)
     gate = recipe.unwalkable(os.path.join(os.path.abspath(bundle), "rootfs")) if bundle is not None and facts.root else None

@@ -203,6 +203,25 @@ def test_a_full_disk_behind_stdout(caller: Caller, line: tuple[str, ...]) -> Non
     assert (done.status, done.err) == (125, "psie: standard output cannot be written: No space left on device\n")
 
 
+@pytest.mark.parametrize("command", ["spec", "learn"])
+def test_what_a_command_has_made_and_stdout_does_not_take(caller: Caller, command: str) -> None:
+    """It is no failure of a sandbox."""
+    options = ["--dry-run"] if command == "learn" else []
+    line = [command, *options, str(caller.write("plugin.py", "print('out')"))]
+    with open("/dev/full", "wb") as full:
+        done = caller.run(*line, stdout=full)
+    assert done.status == 125
+    assert [text for text in done.err.splitlines() if "space" in text] == [
+        "psie: standard output cannot be written: No space left on device"
+    ]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as nobody:
+        done = caller.run(*line, stdout=nobody)
+    assert done.status == 1
+    assert "pipe" not in done.err.lower()
+
+
 @pytest.mark.parametrize("file", ["nope.py", "folder", "-", ""])
 def test_explain_looks_at_its_file(caller: Caller, file: str) -> None:
     (caller.folder / "folder").mkdir()
