@@ -23,7 +23,7 @@ from concurrent.futures._base import CANCELLED_AND_NOTIFIED, LOGGER, RUNNING
 from dataclasses import replace
 from typing import overload
 
-from sandbox import transport
+from sandbox import parcels, transport
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, level_of
 from sandbox.sandbox import Condition, EnhancedPluginSandbox, checked_environment, prewarmed
 
@@ -309,7 +309,7 @@ class SandboxExecutor(concurrent.futures.Executor):
 
 def _of_chunks(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A function of a list of arguments; those in here travel by value. Called and answered as `fn` itself would be."""
-    is_async, wants_env = inspect.iscoroutinefunction(fn), transport.first_wish(fn) == "env"
+    is_async, wants_env = parcels.is_async(fn), transport.first_wish(fn) == "env"
 
     def each(chunk: list[tuple[Any, ...]]) -> list[Any]:
         return [fn(*item) for item in chunk]
@@ -370,7 +370,7 @@ class Sandboxed:
         functools.update_wrapper(self, function)
         self._function = function
         self._settings = settings
-        self._is_async = inspect.iscoroutinefunction(function)
+        self._is_async = parcels.is_async(function)
         self._executor: SandboxExecutor | None = None
         self._lock, self._pid = threading.Lock(), os.getpid()
         if self._is_async:

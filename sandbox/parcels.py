@@ -27,6 +27,11 @@ OF_MODULE = ("__name__", "__package__", "__path__", "__file__")  # globals that 
 MISSING = object()
 
 
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether what it returns is to be awaited: of an object its class tells."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
 class Parcel:
     """What is known about a function that travels.
 
@@ -45,7 +50,7 @@ class Parcel:
         self.wish = wish
         self.name: str = getattr(function, "__qualname__", type(function).__name__)
         self.file: str = getattr(getattr(function, "__code__", None), "co_filename", "")
-        self.is_coroutine = inspect.iscoroutinefunction(function)
+        self.is_coroutine = is_async(function)
         self._functions: list[Watched] = []  # itself first
 
     def watch(self, function: types.FunctionType, by_value: Callable[[str], bool]) -> bool:

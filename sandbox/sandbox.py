@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from sandbox.recovery.changes import FileChange
 
     T = TypeVar("T")
+    K = TypeVar("K")
+    V = TypeVar("V")
 
     from sandbox.engine.loop import Timer
     from sandbox.engine.recording import Recorded
@@ -399,17 +401,21 @@ class EnhancedPluginSandbox:
         self._react(violation)
         self._tell(self._violated, violation)
 
-    def _violated(self, violation: SandboxViolation) -> None:
-        violation.details["sandbox_id"] = self.sandbox_id
-        self._telemetry.violations.append(violation)
-        if observers.active:
-            observers.tell("violation", self, violation)
-        self._notify("on_violation_detected", violation)
+    def _violated(self, *violations: SandboxViolation) -> None:
+        """All are on record before the first is told: a handler may raise."""
+        for violation in violations:
+            violation.details["sandbox_id"] = self.sandbox_id
+            self._telemetry.violations.append(violation)
+            if observers.active:
+                observers.tell("violation", self, violation)
+        for violation in violations:
+            self._notify("on_violation_detected", violation)
 
     def _network_operation(self, fields: dict[str, str]) -> None:
         if fields["operation"] != "resolve":  # those come from the interpreter, and go nowhere
-            self._operations[fields["call"]] = int(fields["count"])
-            self._telemetry.network_operations_count = sum(self._operations.values())
+            count = int(fields["count"])
+            self._telemetry.network_operations_count += count - self._operations.get(fields["call"], 0)
+            remember(self._operations, fields["call"], count)
         record = outcome.activity(fields)
         if len(self._activity) < ACTIVITIES:
             self._activity.append(record)
@@ -620,7 +626,7 @@ class EnhancedPluginSandbox:
                 self._post(run.give_up)
             raise
         remembered.call = run.call
-        self._plugins[run.call.number] = remembered.name
+        remember(self._plugins, run.call.number, remembered.name)
         run.call.sandbox.line.is_about(remembered.name)
         run.call.source_file = file
         try:
@@ -741,8 +747,7 @@ class EnhancedPluginSandbox:
             telemetry.link_counters[name] = telemetry.link_counters.get(name, 0) + value
         self._count_operations()
         if run._watched is None:
-            for violation in outcome.counted(run.call):
-                self._violated(violation)
+            self._violated(*outcome.counted(run.call))
         telemetry.peak_memory_mb = max(telemetry.peak_memory_mb, *peaks)
 
     def _count_operations(self) -> None:
@@ -751,9 +756,7 @@ class EnhancedPluginSandbox:
 
     def _see_violations(self, run: _Run) -> None:
         known = {id(violation) for violation in self._telemetry.violations}
-        for violation in run.violations:
-            if id(violation) not in known:
-                self._violated(violation)
+        self._violated(*(violation for violation in run.violations if id(violation) not in known))
 
     def _notify(self, name: str, value: object) -> None:
         handler = getattr(self.monitoring_handler, name, None)
@@ -1155,6 +1158,13 @@ def prewarmed(
     standing.set_running_or_notify_cancel()
     service().post(service().prewarm, made, wire, count, standing.set_result)
     return standing
+
+
+def remember(of_calls: dict[K, V], call: K, value: V) -> None:
+    """Of a call; of calls that are long past nobody asks any more."""
+    of_calls[call] = value
+    if len(of_calls) > KEPT:
+        del of_calls[next(iter(of_calls))]
 
 
 def carry_out(granted: GrantedChanges, paths: list[str] | None) -> list[FileChange]:

@@ -300,7 +300,7 @@ class Zygote:
         """
         poll = select.poll()
         poll.register(self.control.fileno(), select.POLLOUT)
-        for _ in range(2):
+        while True:
             try:
                 channel.instruct(self.control, instruction, fds)
             except BlockingIOError:
@@ -600,9 +600,9 @@ class Sandbox:
         """A descriptor of the workspace's root, for reading. Raises OSError before the sandbox is open, and at its end."""
         if self.workspace is None and self.folder is None:
             raise OSError(errno.ENOENT, "the sandbox is not open")
-        path = "." if self.folder is None else self.folder + "/files"
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(path, flags, dir_fd=self.workspace if self.folder is None else None)
+        path, place = (".", self.workspace) if self.folder is None else (self.folder + "/files", None)
+        flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        return workspace.readable(lambda how: os.open(path, flags | how, dir_fd=place))
 
     def _make_folder(self, owner: list[int]) -> int:
         """The workspace as a folder on disk; returns an fd of its parent."""

@@ -158,11 +158,11 @@ class Recorder:
 
     def _add_layer(self, number: int, kind: str) -> None:
         """What the plugin has changed in a granted folder."""
-        from sandbox.ns import syscalls as sc
+        from sandbox.ns import workspace
 
         granted, layers = self.sandbox.granted[number], self.sandbox.layers
         assert layers is not None
-        root = sc.open_beneath(layers, f"{number}/upper", os.O_RDONLY | os.O_DIRECTORY)
+        root = workspace.open_upper(layers, number)
         try:
             lower = os.dup(granted.fd) if kind == "overlay" else None
         except OSError:

@@ -193,7 +193,11 @@ def take_on(job: _socket.socket, instruction: dict[str, Any]) -> None:
 
     The zygote has set an environment already, that of the recipe; a job without another says None.
     """
-    os.chdir(instruction["cwd"])
+    try:
+        os.chdir(instruction["cwd"])
+    except PermissionError:  # an earlier call has taken all rights from its own folder
+        os.chmod(instruction["cwd"], 0o700)
+        os.chdir(instruction["cwd"])
     wanted = instruction["environment"]
     if wanted is not None:
         for name in os.environ.keys() - wanted.keys():

@@ -1,4 +1,5 @@
-"""The workspace where it is a folder on disk (no mount namespace): its place in a recipe, and the removal of a plugin's files.
+"""A plugin's folders, as the host opens them; and the workspace where it is a folder on disk (no mount namespace): its place in
+a recipe, and the removal of a plugin's files.
 
 What lies in such a folder is a plugin's, so nothing in it is followed or believed. Upper layers and stages of commits are
 removed in the same way. Must be light: the zygote and the warden use it. Elsewhere the workspace is a tmpfs, a mount line like
@@ -11,7 +12,29 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
+
+
+def readable(opened: Callable[[int], int]) -> int:
+    """What `opened(flags)` opens, a folder that is a plugin's, for reading. A plugin may have taken the right to read it from
+    everybody: its owner has it again then. Raises OSError."""
+    try:
+        return opened(os.O_RDONLY)
+    except PermissionError:
+        fd = opened(os.O_PATH)
+        try:
+            os.chmod(f"/proc/self/fd/{fd}", 0o700)
+        finally:
+            os.close(fd)
+        return opened(os.O_RDONLY)
+
+
+def open_upper(layers: int, number: int) -> int:
+    """What a plugin has changed in a granted folder; `layers` is a descriptor of all. Raises OSError."""
+    from sandbox.ns import syscalls as sc
+
+    return readable(lambda how: sc.open_beneath(layers, f"{number}/upper", how | os.O_DIRECTORY))
 
 
 def place(recipe: dict[str, Any], folder: str) -> dict[str, Any]:

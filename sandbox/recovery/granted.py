@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from sandbox import explanations
 from sandbox.errors import CommitError
-from sandbox.ns import syscalls as sc
+from sandbox.ns import workspace
 from sandbox.recovery import changes, commit
 from sandbox.recovery.changes import ADDED, DELETED, Comparison, Difference, FileChange
 from sandbox.text import escape_text
@@ -40,7 +40,7 @@ class GrantedChanges:
                     continue
                 lower = os.dup(granted.fd)
                 try:
-                    upper = sc.open_beneath(sandbox.layers, f"{number}/upper", os.O_RDONLY | os.O_DIRECTORY)
+                    upper = workspace.open_upper(sandbox.layers, number)
                 except OSError:
                     os.close(lower)
                     raise

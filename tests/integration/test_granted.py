@@ -249,6 +249,32 @@ def test_what_cannot_be_committed(level: IsolationLevel, folder: Path) -> None:
     assert os.path.exists(os.fsencode(folder) + b"/line\nfeed \xff\x1b[31m")
 
 
+@namespaced
+def test_who_takes_all_rights_from_the_folder_itself_keeps_nobody_out(level: IsolationLevel, folder: Path) -> None:
+    """The granted folder, and the workspace: the call is told nothing, and whoever looks then can."""
+
+    def close(folder: str) -> None:
+        with open(f"{folder}/made", "w") as file:
+            file.write("made")
+        open("mine", "w").close()
+        os.chmod(folder, 0)
+        os.chmod(".", 0)
+
+    async def main() -> None:
+        async with granted(level, folder) as sandbox:
+            await sandbox.execute_plugin_safe(close, str(folder))
+            assert [entry.path for entry in sandbox.list_files()] == ["mine"]
+            assert ("added", "made") in kinds(sandbox.changes(), folder)
+            await sandbox.execute_plugin_safe(os.chmod, ".", 0)
+            assert await sandbox.execute_plugin_safe(os.listdir, ".") == ["mine"]
+            await sandbox.commit_changes()
+        assert (folder / "made").read_text() == "made"
+
+    mode = folder.stat().st_mode
+    asyncio.run(main())
+    assert folder.stat().st_mode == mode
+
+
 @pytest.mark.parametrize("level", [IsolationLevel.STRICT])
 def test_a_folder_that_cannot_be_looked_into_is_a_reason(level: IsolationLevel, folder: Path) -> None:
     if harness.ROOT:
