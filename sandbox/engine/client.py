@@ -602,7 +602,7 @@ class Sandbox:
             raise OSError(errno.ENOENT, "the sandbox is not open")
         path, place = (".", self.workspace) if self.folder is None else (self.folder + "/files", None)
         flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        return workspace.readable(lambda how: os.open(path, flags | how, dir_fd=place))
+        return workspace.readable(lambda how: os.open(path, flags | how, dir_fd=place), place)
 
     def _make_folder(self, owner: list[int]) -> int:
         """The workspace as a folder on disk; returns an fd of its parent."""

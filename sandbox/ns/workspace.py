@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def readable(opened: Callable[[int], int]) -> int:
-    """What `opened(flags)` opens, a folder that is a plugin's, for reading. A plugin may have taken the right to read it from
-    everybody: its owner has it again then. Raises OSError."""
+def readable(opened: Callable[[int], int], place: int | None = None) -> int:
+    """What `opened(flags)` opens, a folder that is a plugin's, for reading; `place` is a descriptor of it as a place, where
+    there is one. A plugin may have taken the right to read it from everybody: its owner has it again then. Raises OSError."""
     try:
         return opened(os.O_RDONLY)
     except PermissionError:
-        fd = opened(os.O_PATH)
+        fd = opened(os.O_PATH) if place is None else os.dup(place)
         try:
             os.chmod(f"/proc/self/fd/{fd}", 0o700)
         finally:

@@ -1280,8 +1280,12 @@ def test_no_ctrl_c_is_lost_while_a_sandbox_comes_up(at_terminal: Caller) -> None
         with Session(at_terminal, *at_terminal.plugin_line("import time\ntime.sleep(20)")) as session:
             time.sleep(milliseconds / 1000)
             session.type(b"\x03")
-            assert session.status() in (130, -signal.SIGINT), milliseconds
-            assert b"/sandbox/" not in session.rest(), milliseconds
+            status, said = session.status(), session.rest()
+            is_pythons = (
+                status == 1 and b"Fatal Python error" in said
+            )  # on a slow machine it has not come to anything of psie's
+            assert is_pythons or status in (130, -signal.SIGINT), (milliseconds, status, said)
+            assert b"/sandbox/" not in said, milliseconds
 
 
 def test_ctrl_d_ends_the_input(at_terminal: Caller) -> None:

@@ -151,7 +151,7 @@ def completed(caller: Caller, *words: str) -> list[str]:
     quoted = " ".join(f"'{word}'" for word in ("psie", *words))
     code = COMPLETE.format(words=quoted, number=len(words), command=command)
     done = subprocess.run(
-        ["bash", "--norc", "-c", code],
+        [*caller.prefix[:-1], "bash", "--norc", "-c", code],  # where its records are
         input=script.output,
         capture_output=True,
         cwd=caller.folder,
