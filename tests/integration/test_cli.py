@@ -1119,6 +1119,11 @@ def test_an_interrupt_reaches_the_plugin_and_a_second_one_kills(everywhere: Call
         assert process.stderr.read() == b""
 
 
+def is_pythons_own(status: int, said: bytes) -> bool:
+    """Whether it ended before anything of psie's had begun, as it does on a slow machine."""
+    return status == 1 and b"KeyboardInterrupt" in said and b"/sandbox/" not in said
+
+
 def test_no_interrupt_is_lost_while_a_sandbox_comes_up(caller: Caller) -> None:
     """Whoever is there to take it: the command alone, a worker that is set up, or the plugin."""
     for milliseconds in range(12, 66, 2):
@@ -1126,7 +1131,7 @@ def test_no_interrupt_is_lost_while_a_sandbox_comes_up(caller: Caller) -> None:
             time.sleep(milliseconds / 1000)
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=10)
-        assert process.returncode in (130, -signal.SIGINT), milliseconds
+        assert is_pythons_own(process.returncode, errors) or process.returncode in (130, -signal.SIGINT), (milliseconds, errors)
         assert b"/sandbox/" not in errors, milliseconds
 
 
@@ -1281,10 +1286,7 @@ def test_no_ctrl_c_is_lost_while_a_sandbox_comes_up(at_terminal: Caller) -> None
             time.sleep(milliseconds / 1000)
             session.type(b"\x03")
             status, said = session.status(), session.rest()
-            is_pythons = (
-                status == 1 and b"Fatal Python error" in said
-            )  # on a slow machine it has not come to anything of psie's
-            assert is_pythons or status in (130, -signal.SIGINT), (milliseconds, status, said)
+            assert is_pythons_own(status, said) or status in (130, -signal.SIGINT), (milliseconds, status, said)
             assert b"/sandbox/" not in said, milliseconds
 
 
