@@ -1120,14 +1120,15 @@ def test_an_interrupt_reaches_the_plugin_and_a_second_one_kills(everywhere: Call
 
 
 def is_pythons_own(status: int, said: bytes) -> bool:
-    """Whether it ended before anything of psie's had begun, as it does on a slow machine."""
-    return status == 1 and b"KeyboardInterrupt" in said and b"/sandbox/" not in said
+    """Whether the interrupt came before anything of psie's had begun, as on a slow machine: Python ends by it then, or tells it
+    and goes on (status 0: "Failed checking if argv[0] is an import path entry")."""
+    return status in (0, 1) and b"KeyboardInterrupt" in said and b"/sandbox/" not in said
 
 
 def test_no_interrupt_is_lost_while_a_sandbox_comes_up(caller: Caller) -> None:
     """Whoever is there to take it: the command alone, a worker that is set up, or the plugin."""
     for milliseconds in range(12, 66, 2):
-        with caller.start(*caller.plugin_line("import time\ntime.sleep(20)")) as process:
+        with caller.start(*caller.plugin_line("import time\ntime.sleep(5)")) as process:
             time.sleep(milliseconds / 1000)
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=10)
@@ -1282,7 +1283,7 @@ def test_ctrl_c_twice_kills(at_terminal: Caller) -> None:
 
 def test_no_ctrl_c_is_lost_while_a_sandbox_comes_up(at_terminal: Caller) -> None:
     for milliseconds in range(12, 66, 2):
-        with Session(at_terminal, *at_terminal.plugin_line("import time\ntime.sleep(20)")) as session:
+        with Session(at_terminal, *at_terminal.plugin_line("import time\ntime.sleep(5)")) as session:
             time.sleep(milliseconds / 1000)
             session.type(b"\x03")
             status, said = session.status(), session.rest()
