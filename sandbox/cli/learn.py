@@ -13,7 +13,7 @@ from time import monotonic
 
 from sandbox import learn as learning
 from sandbox import trusted
-from sandbox.cli import beside, forget, lost, settings, trial
+from sandbox.cli import beside, settings, trial, written
 from sandbox.cli import run as run_command
 from sandbox.cli.inputs import UsageError
 from sandbox.cli.remembered import Remembered
@@ -231,16 +231,10 @@ class Learning:
     def write(self, text: str, proof: Result) -> int:
         worked = f"a run under it ended with status {proof.status}, as it should; it tells nothing of ways that it did not take"
         if self.output is None:
-            try:
-                sys.stdout.write(text)
-                sys.stdout.flush()
-            except BrokenPipeError:
-                forget(1)
-                return 1
-            except OSError as error:
-                return lost(error)
-            say(f"not written anywhere; {worked}")
-            return 0
+            status = written(lambda: sys.stdout.write(text) and 0)
+            if not status:
+                say(f"not written anywhere; {worked}")
+            return status
         put(self.output, text, is_new=not self.given["force"])
         say(f"{self.output} is written; {worked}")
         environment = [word for entry in self.given["env"] for word in ("--env", entry)]  # which no file of settings has

@@ -322,6 +322,38 @@ def test_cpu_is_given_back_after_a_while() -> None:
     asyncio.run(main())
 
 
+@limited
+@pytest.mark.parametrize("in_another_call", [False, True])
+def test_who_is_slowed_down_anew_is_so_for_the_whole_time(*, in_another_call: bool) -> None:
+    """What was to end the first time does not end the second."""
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STANDARD) as sandbox:
+            task = await running_call(sandbox, ready_then, "wait", 60 * harness.PATIENCE)
+            await Manager().auto_recovery_violation(violation(sandbox, Kind.RESOURCE_EXCEEDED, "cpu"))
+            first = time.monotonic()
+            await asyncio.sleep(SLOW_SECONDS / 2)
+            if in_another_call:
+                go(sandbox)
+                await task
+                for name in ("go", "ready"):
+                    sandbox.temp_directory.joinpath(name).unlink()
+                task = await running_call(sandbox, ready_then, "wait", 60 * harness.PATIENCE)
+            await Manager().auto_recovery_violation(violation(sandbox, Kind.RESOURCE_EXCEEDED, "cpu"))
+            second = time.monotonic()
+            await asyncio.sleep(first + 1.2 * SLOW_SECONDS - second)
+            limit = Path(f"/proc/self/fd/{sandbox._opened_sandbox().leaf_fd}/cpu.max").read_text().strip()
+            slow, again = sandbox.get_recovery_history()
+            assert limit == slow["after"]["cpu.max"] == again["after"]["cpu.max"]
+            await harness.wait_for(lambda: len(sandbox.get_recovery_history()) == 3, SLOW_SECONDS + harness.SETTLE)
+            assert sandbox.get_recovery_history()[-1]["action"] == "relieve"
+            assert time.monotonic() - second > 0.9 * SLOW_SECONDS
+            go(sandbox)
+            await task
+
+    asyncio.run(main())
+
+
 def test_network_is_cut_off(level: IsolationLevel) -> None:
     """Connections end for whoever holds them, none can be made, and a sandbox's own links are down."""
 
