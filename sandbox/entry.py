@@ -75,9 +75,15 @@ def _word(number: int) -> bytes:
 gc.disable()  # nothing here lives long enough for a collection to pay
 sys.meta_path.insert(0, Finder)
 if sys.argv[1:2] == ["--zygote"]:
-    from sandbox.engine.zygote import come as main
+    from sandbox.engine import meeting
+
+    caller = int(sys.argv[2])
+    listener = meeting.listen(caller)  # before anything else: what it is to set up can wait there
+    from sandbox.engine.zygote import come
 
     sys.meta_path.remove(Finder)  # the plugins' own imports are to be any Python's
+    come(listener, caller)
 else:
     from sandbox.cli import main
-main()
+
+    main()

@@ -13,10 +13,13 @@ from sandbox.cli import run as run_command
 from sandbox.cli.inputs import UsageError
 from sandbox.cli.session import Session, guarded, remember, say
 from sandbox.engine import channel, codec
+from sandbox.engine.client import VALUE_MODULES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from sandbox.engine.client import Call
 
 
 def call(given: dict[str, Any]) -> int:
@@ -44,7 +47,7 @@ def call(given: dict[str, Any]) -> int:
                 "max_bytes": int(session.recipe.limits["result_bytes"]),
             }
 
-        return remember(given, None, f"{path}:{function}", path, source, job, print_reply)
+        return remember(given, None, f"{path}:{function}", path, source, job, Calling)
 
     return guarded(work)
 
@@ -65,9 +68,17 @@ def keyword(text: str) -> tuple[str, object]:
     return name, from_json(f"--kwarg {text}", value)
 
 
-def print_reply(session: Session) -> int:
-    call = session.call
-    assert call is not None
+class Calling(Session):
+    """A session whose worker sends a value."""
+
+    modules = VALUE_MODULES
+
+    def reply(self) -> int:
+        assert self.call is not None
+        return print_reply(self.call)
+
+
+def print_reply(call: Call) -> int:
     if call.reply_kind in (channel.REPLY_ERROR, channel.REPLY_UNFIT):
         return 1  # it has been told
     if call.reply_kind != channel.REPLY_VALUE or not call.reply_complete:

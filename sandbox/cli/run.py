@@ -45,7 +45,7 @@ def spawn_early(level: str | None, promised: spawn.Early | None = None) -> spawn
     level = level or os.environ.get("SANDBOX_ISOLATION_LEVEL") or "standard"
     outer = os.getuid() != 0 and level.lower() != "minimal"
     if promised is not None:
-        if promised.outer == outer and promised.listen():
+        if promised.outer == outer:
             return promised
         promised.leave()
     try:

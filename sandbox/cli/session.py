@@ -1,7 +1,8 @@
 """One sandbox for the command line, from its options to its exit status, on a loop of its own.
 
 Must not import click, asyncio or anything else that the start path cannot afford; what only an ending needs (violations
-in words, the result file, the report) is imported there, and the live line when a run has lasted for a second.
+in words, the result file, the report) is imported there, and the live line when a run has lasted for a second. The engine's
+client is imported while the zygote sets itself up, which has been told what to do before: so nothing here may need it earlier.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from time import monotonic, time
 
 from sandbox.cli import cached, inputs, remembered
 from sandbox.cli import run as run_command
-from sandbox.engine import channel, client, spawn
-from sandbox.engine.loop import PollLoop
+from sandbox.engine import channel, spawn
 from sandbox.errors import SHORT, ResourceLimitExceededError, SandboxException, SandboxKilledError, SecurityViolationError
 from sandbox.recipe_data import Protection, confirm
 from sandbox.text import TerminalEscaper, escape_text
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from sandbox.cli.live import Live
     from sandbox.cli.target import Target
     from sandbox.cli.terminal import Terminal
+    from sandbox.engine import client
+    from sandbox.engine.loop import PollLoop
     from sandbox.engine.recording import Recorder
     from sandbox.engine.streams import Streams
     from sandbox.engine.watching import SandboxWatch
@@ -105,6 +107,8 @@ def in_words(error: OSError) -> str:
     """What the system has refused, in one sentence."""
     if error.strerror is None:
         return str(error)  # one of ours, with its mend
+    from sandbox.engine import client
+
     mend = client.MENDS[error.errno] if error.errno in SHORT else "see to its rights" if error.errno == errno.EACCES else ""
     return f"{error.filename or 'the sandbox'}: {error.strerror}{mend and f': {mend}'}"
 
@@ -116,16 +120,16 @@ def remember(
     path: str,
     source: bytes,
     job: Callable[[Session], dict[str, object]],
-    reply: Callable[[Session], int] = lambda session: 0,
+    kind: type[Session] | None = None,
 ) -> int:
-    """A run from the look at the quarantines to its row; `reply` is what there is to do after status 0."""
+    """A run from the look at the quarantines to its row."""
     files = run_command.siblings(path, source)
     run = remembered.Remembered(given, plugin_id, path, source, files[1:], say)
     try:
         run.refuse_quarantined()
-        session = run.session = Session(given, started, read_only=files)
+        session = run.session = (kind or Session)(given, started, read_only=files)
         session.remembered, session.meanwhile = run, run.hash
-        status = session.finish(job(session), source) or reply(session)
+        status = session.finish(job(session), source) or session.reply()
     except Exception as error:
         run.failed(error)
         raise
@@ -150,8 +154,7 @@ class Session:
         self.recipe, self.wire, self.limits, self.numbers, self.notes = cached.recipe_for(given, [*read_only, *folders])
         self.settled: Settled | None = None  # what became of changes in granted folders
         self._check_granted()
-        self.loop = PollLoop()
-        self.zygote = self._zygote(started)
+        self.zygote, self.loop = self._zygote(started)
         self.call: client.Call | None = None
         self.streams: Streams | None = None
         self.terminal: Terminal | None = None
@@ -183,21 +186,39 @@ class Session:
         self.found: list[SandboxViolation] = []
         self.lost: list[str] = []  # what it has written to the workspace, which goes with the sandbox
 
-    def _zygote(self, started: spawn.Early | None) -> client.Zygote:
-        """The one that was started early, if it was started as this recipe needs it."""
+    def _zygote(self, started: spawn.Early | None) -> tuple[client.Zygote, PollLoop]:
+        """The one that was started early, if it was started as this recipe needs it. It is told what to set up."""
         outer = self.recipe.outer_user_namespace
-        executable = str(self.recipe.interpreter["executable"])
-        if started is not None:
-            control = started.connection() if started.outer == outer else None
-            if control is not None:
-                return client.Zygote(self.loop, started.pid, control)
+
+        def another() -> spawn.Early:
+            executable = str(self.recipe.interpreter["executable"])
+            return spawn.Early(*spawn.spawn_zygote(executable, outer_user_namespace=outer), outer=outer)
+
+        settings = spawn.settings(self.recipe, self.modules, single=True, calls=self.numbers)
+        if started is not None and started.outer != outer:
             started.leave()
-        return client.Zygote(self.loop, *spawn.spawn_zygote(executable, outer_user_namespace=outer))
+            started = None
+        started = started or another()
+        started.set_up(settings)
+        from sandbox.engine import client
+        from sandbox.engine.loop import PollLoop
+
+        control = started.connection()
+        if control is None:  # it has died
+            started.leave()
+            started = another()
+            control = started.connection()
+            assert control is not None
+        loop = PollLoop()
+        zygote = client.Zygote(loop, started.pid, control, is_warden=True)
+        if not started.is_set_up:
+            zygote.set_up(settings)
+        return zygote, loop
 
     def finish(self, job: dict[str, object], payload: bytes) -> int:
         """Set up, run, tear down; the exit status."""
-        modules = client.VALUE_MODULES if job["kind"] == "function" else self.modules
-        self.zygote.set_up(self.recipe, modules, single=True, calls=self.numbers)
+        from sandbox.engine import client
+
         name, plugin = (
             os.urandom(8).hex(),
             self.remembered.plugin_id if self.remembered is not None else str(self.given.get("file") or ""),
@@ -234,6 +255,10 @@ class Session:
             self.loop.run_until(lambda: sandbox.is_gone)
             self.zygote.close()
         return self._status()
+
+    def reply(self) -> int:
+        """What there is to do with what a plugin has returned that has ended well; the exit status."""
+        return 0
 
     def _written(self, sandbox: client.Sandbox) -> list[str]:
         """What lies in its working directory at the end, of MOST entries; hidden files are not counted as its work.
@@ -377,13 +402,15 @@ class Session:
             "hosts": self.hosts,
         }
 
+        from sandbox.engine.client import WATCH_AFTER
+
         def send(sealed: client.Call) -> None:
             self.job_sent, self.job_time = monotonic(), time()
             sealed.send_job(instruction, payload)
             if self.terminal is not None:
                 self.terminal.begun = True
             if self.recipe.monitoring["real_time"]:
-                self.loop.call_later(client.WATCH_AFTER, self._begin_watch)
+                self.loop.call_later(WATCH_AFTER, self._begin_watch)
             if self._may_show():
                 self.loop.call_later(LIVE_AFTER, self._begin_live)
 
@@ -443,6 +470,8 @@ class Session:
         del self.samples[:-KEPT]
 
     def _violation(self, call: client.Call, fields: dict[str, str]) -> None:
+        from sandbox.engine import client
+
         threshold = self.recipe.monitoring["violation_threshold"]
         if call.offences == threshold and fields["nr"] not in client.TOLD:
             from sandbox.engine import outcome
@@ -527,18 +556,20 @@ class Session:
 
     def _end(self, number: int) -> None:
         """Kill the call; if even that leads to nothing, leave: the zygote sees it and ends everything, stopped or not."""
+        from sandbox.engine.client import GRACE
+
         self.ended_by = number
         self._kill("interrupt")
 
         def leave(_: int, frame: object) -> None:
             if self.is_committing:
-                signal.alarm(int(client.GRACE))
+                signal.alarm(int(GRACE))
                 return
             self.zygote.wake()
             os._exit(128 + number)
 
         signal.signal(signal.SIGALRM, leave)
-        signal.alarm(int(client.GRACE))
+        signal.alarm(int(GRACE))
 
     def _catch_signals(self) -> None:
         """Ctrl-C once for the plugin, twice to kill; the others end the sandbox. What is ignored, as by nohup, stays so.

@@ -112,16 +112,6 @@ def pair(*, blocking: bool = True) -> tuple[_socket.socket, _socket.socket]:
     return ends[0], ends[1]
 
 
-def meeting_point(pid: int) -> bytes:
-    """The abstract socket at which this process waits for a zygote that does not have a socket to it: unix(7)."""
-    return b"\0psie %d" % pid
-
-
-def peer(sock: _socket.socket) -> int:
-    """The pid of the process at the other end, or of the one that had listened there."""
-    return int.from_bytes(sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)[:4], "little")
-
-
 def from_fd(fd: int | None = None) -> _socket.socket:
     """A socket of our kind at `fd`; a new one, that leads nowhere yet, without."""
     return _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)

@@ -35,7 +35,7 @@ from sandbox.recipe_data import differences
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from sandbox.engine.loop import Loop, Timer
@@ -186,8 +186,11 @@ def close_fds(fds: Sequence[int]) -> None:
 class Zygote:
     """A zygote process of ours. `recipe` decides its interpreter, template and outer user namespace."""
 
-    def __init__(self, loop: Loop, pid: int, control: _socket.socket) -> None:
-        """Take over a zygote that `sandbox.engine.spawn` has started. Raises OSError, and then it is gone."""
+    def __init__(self, loop: Loop, pid: int, control: _socket.socket, *, is_warden: bool = False) -> None:
+        """Take over a zygote that `sandbox.engine.spawn` has started; `is_warden`: of its one sandbox, as its settings say.
+
+        Raises OSError, and then it is gone.
+        """
         self.loop = loop
         self.pid = pid
         try:
@@ -208,7 +211,7 @@ class Zygote:
         self.taught = 0  # numbers that were given
         self.error: SandboxException | None = None
         self.closed = False
-        self.is_warden = False  # of its one sandbox
+        self.is_warden = is_warden
         self.swept = False  # whether stale workspaces were looked for
         self.leaves = -1  # fd of the folder with the cgroups of its sandboxes, once there is one
         self.handed_down: set[str] = set()  # controllers that those cgroups get
@@ -218,33 +221,9 @@ class Zygote:
         self._leaving: Timer | None = None
         loop.add_reader(self.control.fileno(), self._readable)
 
-    def set_up(
-        self,
-        recipe: Recipe,
-        modules: Sequence[str],
-        *,
-        spare: bool = False,
-        single: bool = False,
-        calls: Mapping[str, int] | None = None,
-    ) -> None:
-        """Send it what it prepares once. Sandboxes may be opened at once: they wait in the socket.
-
-        With `spare` it always has a warden ready for the next sandbox; with `single` there will be one sandbox, whose warden
-        it is itself. `calls` are the numbers of system calls that it need not look up.
-        """
-        instruction = {
-            "path": recipe.interpreter["path"],
-            "prefix": recipe.interpreter["prefix"],
-            "modules": [*modules, *(["sandbox.engine.modules"] if any(recipe.modules.values()) else []), *recipe.preload],
-            "environment": recipe.environment,
-            "link": recipe.network["mode"] == "veth",
-            "template": recipe.template,
-            "spare": spare,
-            "single": single,
-            "calls": dict(calls or {}),
-        }
-        self.is_warden = single
-        self._hand_over({}, instruction)
+    def set_up(self, settings: dict[str, object]) -> None:
+        """Send it what it prepares once: see spawn.settings. Sandboxes may be opened at once: they wait in the socket."""
+        self._hand_over({}, settings)
 
     def teach(self, wire: dict[str, Any]) -> int:
         """The number under which the zygote knows this wire form of a recipe."""

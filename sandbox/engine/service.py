@@ -20,7 +20,7 @@ from sandbox.engine import board
 from sandbox.engine import loop as loops
 from sandbox.engine.client import GRACE, VALUE_MODULES, Call, Sandbox, Zygote, close_fds, mend_of
 from sandbox.engine.loop import PollLoop, PollTimer
-from sandbox.engine.spawn import spawn_zygote
+from sandbox.engine.spawn import settings, spawn_zygote
 from sandbox.engine.streams import Streams
 from sandbox.errors import ResourceError, SandboxException
 from sandbox.ns import syscalls as sc
@@ -446,7 +446,7 @@ class Service:
                 raise ResourceError(f"{error.filename} is missing: install util-linux") from None
             zygote = Zygote(self.loop, pid, control)
             try:
-                zygote.set_up(recipe, CALL_MODULES, spare=True)
+                zygote.set_up(settings(recipe, CALL_MODULES, spare=True))
             except BaseException:
                 zygote.close()
                 raise

@@ -12,16 +12,18 @@ import os
 import select
 import sys
 
-from sandbox.engine import channel
+from sandbox.engine import channel, meeting
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from typing import Any
+
+    from sandbox.recipe_data import Recipe
 
 # util-linux; C programs, because an interpreter more would cost 10 ms
 UNSHARE, NSENTER = "/usr/bin/unshare", "/usr/bin/nsenter"
-BACKLOG = 16  # connections that wait
-STRANGERS = 1000  # of whom nothing is wanted, and after whom the zygote is not waited for
+MEETING = 1  # milliseconds between two attempts to reach a zygote
 FIRST_FREE = 10  # fds of ours that posix_spawn shall copy lie above those it copies to
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
 SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
@@ -85,6 +87,32 @@ def _spawn(command: list[str], module: str) -> tuple[int, _socket.socket]:
     return pid, control
 
 
+def settings(
+    recipe: Recipe,
+    modules: Sequence[str],
+    *,
+    spare: bool = False,
+    single: bool = False,
+    calls: Mapping[str, int] | None = None,
+) -> dict[str, object]:
+    """What a zygote prepares once.
+
+    With `spare` it always has a warden ready for the next sandbox; with `single` there will be one sandbox, whose warden
+    it is itself. `calls` are the numbers of system calls that it need not look up.
+    """
+    return {
+        "path": recipe.interpreter["path"],
+        "prefix": recipe.interpreter["prefix"],
+        "modules": [*modules, *(["sandbox.engine.modules"] if any(recipe.modules.values()) else []), *recipe.preload],
+        "environment": recipe.environment,
+        "link": recipe.network["mode"] == "veth",
+        "template": recipe.template,
+        "spare": spare,
+        "single": single,
+        "calls": dict(calls or {}),
+    }
+
+
 class Early:
     """A zygote of the command's that is on its way before anybody knows a recipe."""
 
@@ -94,42 +122,40 @@ class Early:
         self.pidfd = os.pidfd_open(pid)
         self.control = control
         self.outer = outer  # whether it is in an outer user namespace
-        self.listener: _socket.socket | None = None
+        self.is_set_up = False
 
-    def listen(self) -> bool:
-        """Be where it looks for us, if nobody else is."""
-        self.listener = channel.from_fd()
+    def is_there(self) -> bool:
+        """Whether it listens by now; then there is a control socket."""
+        if self.control is None:
+            self.control = meeting.connect(self.pid)
+        return self.control is not None
+
+    def set_up(self, settings: dict[str, object]) -> None:
+        """Tell it, if it listens already, what to do as soon as it is ready."""
+        if not self.is_there():
+            return
+        assert self.control is not None
+        fd = channel.in_memory(settings)
         try:
-            self.listener.bind(channel.meeting_point(os.getpid()))
-            self.listener.listen(BACKLOG)
-        except OSError:
-            return False
-        return True
+            channel.instruct(self.control, {}, [fd])
+            self.is_set_up = True
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has died, which shows
+        finally:
+            os.close(fd)
 
     def connection(self) -> _socket.socket | None:
-        """The control socket, as soon as there is one; None if it has died. Nobody else is listened to."""
-        if self.listener is None:
-            return self.control
+        """The control socket, as soon as there is one; None if it has died."""
         poll = select.poll()
-        for fd in (self.pidfd, self.listener.fileno()):
-            poll.register(fd, select.POLLIN)
-        for _ in range(STRANGERS):
-            if self.pidfd in dict(poll.poll()):
-                break
-            fd, _ = self.listener._accept()  # type: ignore[attr-defined]  # socket.socket has it by another name
-            sock = channel.from_fd(fd)
-            if channel.peer(sock) == self.pid:
-                self.control = sock
-                break
-            sock.close()
-        self.listener.close()
+        poll.register(self.pidfd, select.POLLIN)
+        while not self.is_there() and not poll.poll(MEETING):
+            pass
         return self.control
 
     def leave(self) -> None:
         """It is not the one that is needed."""
-        for sock in (self.control, self.listener):
-            if sock is not None:
-                sock.close()
+        if self.control is not None:
+            self.control.close()
         try:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             os.waitpid(self.pid, 0)

@@ -55,7 +55,7 @@ import sys
 from _collections import deque  # collections makes its classes by exec, for a millisecond
 
 from sandbox.cgroups import leaf
-from sandbox.engine import channel, forkhooks, warden, worker
+from sandbox.engine import channel, forkhooks, meeting, warden, worker
 from sandbox.ns import mounts, network, processes, workspace
 from sandbox.ns import syscalls as sc
 
@@ -83,7 +83,6 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 # Seconds that the wardens get to end by themselves when the caller has gone.
 GRACE = 0.5
 LINK = "zygote: network namespace of the link's outer end"
-MEETING_SECONDS = 0.0005  # between two attempts to reach the caller
 # Between looks whether what a killed warden has left has died.
 REAP_SECONDS = 0.02
 # Wardens without a sandbox that are kept for the next ones.
@@ -511,30 +510,16 @@ class Zygote:
                     sc.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
-def come() -> None:
-    """main() of a zygote that the script `psie` has started beside the command: it goes to its caller for the socket.
-
-    Whoever is there must be the caller: a name of a socket is anyone's.
-    """
+def come(listener: _socket.socket, caller: int) -> None:
+    """main() of a zygote that the script `psie` has started beside the command, the process `caller`."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGINT}:  # the last one main() ignores
         signal.signal(number, signal.SIG_IGN if number in (signal.SIGPIPE, signal.SIGXFSZ) else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    pid = int(sys.argv[2])
-    caller = os.pidfd_open(pid)
-    control = channel.from_fd()
-    control.setblocking(False)
-    while True:
-        if os.getppid() != pid:
-            os._exit(0)
-        try:
-            control.connect(channel.meeting_point(pid))
-            break
-        except (ConnectionRefusedError, BlockingIOError):  # it is not there yet, or others stand before it
-            select.select([], [], [], MEETING_SECONDS)
-    if channel.peer(control) != pid:
-        os._exit(1)
-    control.setblocking(True)
-    place = [fcntl.fcntl(fd, fcntl.F_DUPFD, CALLER + 1) for fd in (control.detach(), caller)]
+    pidfd = os.pidfd_open(caller)
+    control = meeting.accept(listener, caller, pidfd) if os.getppid() == caller else None
+    if control is None:
+        os._exit(0)
+    place = [fcntl.fcntl(fd, fcntl.F_DUPFD, CALLER + 1) for fd in (control.detach(), pidfd)]
     for source, target in zip(place, (CONTROL, CALLER), strict=True):
         os.dup2(source, target)
     main()

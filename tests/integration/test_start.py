@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.engine import channel
+from sandbox.engine import meeting
 
 from . import cli_harness, harness
 from .cli_harness import READY, Caller
@@ -184,7 +184,7 @@ def about_to_run(caller: Caller, source: str) -> Iterator[subprocess.Popen[bytes
 def test_somebody_else_at_the_meeting_point(strict: Caller) -> None:
     """Whoever has taken the name before is no caller of a zygote, and the command goes without that zygote."""
     with about_to_run(strict, "print('here')") as process, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-        stranger.bind(channel.meeting_point(process.pid))
+        stranger.bind(meeting.place(process.pid))
         stranger.listen()
         stranger.settimeout(harness.SOON)
         output, errors = process.communicate(b"\n", timeout=cli_harness.SECONDS)
@@ -205,7 +205,7 @@ def test_strangers_who_come_to_the_meeting_point(strict: Caller) -> None:
             while not is_over.is_set() and len(visitors) < 5:
                 visitor = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 try:
-                    visitor.connect(channel.meeting_point(process.pid))
+                    visitor.connect(meeting.place(process.pid))
                     visitors.append(visitor)
                 except OSError:
                     visitor.close()

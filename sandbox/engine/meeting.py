@@ -1,0 +1,65 @@
+"""How the command and the zygote that the script `psie` has started beside it find each other: both sides of it.
+
+The zygote listens as its first act, long before it has imported what it needs: what it is to set up can wait in the socket.
+An abstract name of a socket is anyone's (unix(7)), so both look at who the other is. Must be light.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import select
+
+from sandbox.engine import channel
+
+BACKLOG = 16  # connections that wait
+STRANGERS = 1000  # of whom nothing is wanted, and after whom the caller is not waited for
+
+
+def place(caller: int) -> bytes:
+    """The name at which the zygote of the process `caller` listens."""
+    return b"\0psie %d" % caller
+
+
+def peer(sock: _socket.socket) -> int:
+    """The pid of the process at the other end, or of the one that had listened there."""
+    return int.from_bytes(sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)[:4], "little")
+
+
+def listen(caller: int) -> _socket.socket:
+    """The zygote's side. Raises OSError where somebody else is in that place."""
+    listener = channel.from_fd()
+    listener.bind(place(caller))
+    listener.listen(BACKLOG)
+    return listener
+
+
+def accept(listener: _socket.socket, caller: int, pidfd: int) -> _socket.socket | None:
+    """The zygote's socket to the process `caller`; None if that has gone. Nobody else is listened to."""
+    poll = select.poll()
+    for fd in (pidfd, listener.fileno()):
+        poll.register(fd, select.POLLIN)
+    for _ in range(STRANGERS):
+        if pidfd in dict(poll.poll()):
+            break
+        fd, _ = listener._accept()  # type: ignore[attr-defined]  # socket.socket has it by another name
+        sock = channel.from_fd(fd)
+        if peer(sock) == caller:
+            return sock
+        sock.close()
+    return None
+
+
+def connect(zygote: int) -> _socket.socket | None:
+    """The caller's socket to its zygote; None as long as that is not there."""
+    sock = channel.from_fd()
+    sock.setblocking(False)
+    try:
+        sock.connect(place(os.getpid()))
+        if peer(sock) == zygote:
+            sock.setblocking(True)
+            return sock
+    except (ConnectionRefusedError, BlockingIOError):  # it is not there yet, or others stand before us
+        pass
+    sock.close()
+    return None
