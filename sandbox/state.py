@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import stat
 import sys
-import zlib
 
 from sandbox.version import __version__
 
 CACHE_FILE_BYTES = 1 << 20
-_CHECKSUM_BYTES = 4
+_CHECKSUM_BYTES = 8
+_PRIME = (1 << 61) - 1
 
 
 def folder(kind: str, *, writable: bool = False) -> str:
@@ -113,7 +113,7 @@ class Cache:
             return None
         head = self._head(name, key)
         data = content[len(head) + _CHECKSUM_BYTES :]
-        return data if content == head + _checksum(head, data) + data else None
+        return data if content == head + checksum(head + data) + data else None
 
     def write(self, name: str, data: bytes, key: bytes = b"") -> None:
         """Store `data` under `name` and `key`, instead of what was there.
@@ -133,7 +133,7 @@ class Cache:
                     temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=opened
                 )
                 with os.fdopen(fd, "wb") as file:
-                    file.write(head + _checksum(head, data) + data)
+                    file.write(head + checksum(head + data) + data)
                 os.rename(temporary, self._file(name), src_dir_fd=opened, dst_dir_fd=opened)
         except OSError:
             pass
@@ -191,8 +191,9 @@ class _Opened:
         os.close(self.fd)
 
 
-def _checksum(head: bytes, data: bytes) -> bytes:
-    return zlib.crc32(data, zlib.crc32(head)).to_bytes(_CHECKSUM_BYTES, "little")
+def checksum(data: bytes) -> bytes:
+    """It shows damage, not malice. By arithmetic: where zlib is no part of the interpreter to load it costs 0.2 ms."""
+    return (int.from_bytes(data + b"\1", "little") % _PRIME).to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def host_key() -> list[object]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import stat
 
-from sandbox import trusted
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +24,8 @@ class Found:
     """A file of settings beside a plugin: `path`, `content`, and whether a person `is_accepted` it."""
 
     def __init__(self, path: str, content: bytes) -> None:
+        from sandbox import trusted  # most plugins have no such file
+
         self.path = path
         self.content = content
         self.is_accepted = trusted.is_accepted(path, content)

@@ -39,7 +39,6 @@ NOT_SETTINGS = (
     "ask",
 )
 ENTRIES = 256  # kept at once
-PRIME = (1 << 61) - 1
 SOURCES = (
     *("recipe.py", "recipe_data.py", "config.py", "network.py", "host.py"),
     *("engine/client.py", "engine/zygote.py", "seccomp/filter.py"),
@@ -55,7 +54,7 @@ def recipe_for(
     files = given.get("config") is not None or bool(found)
     key = repr(_key(given, read_only)).encode()
     cache = state.Cache("recipes")
-    name = f"{int.from_bytes(key) % PRIME:016x}"  # no module's digest: each costs 0.2 ms, and the key is compared
+    name = state.checksum(key).hex()
     stored = cache.read(name)
     if stored is not None and not files:  # they may block folders, whose links have to be followed anew
         try:
