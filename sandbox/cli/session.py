@@ -229,7 +229,7 @@ class Session:
         self.warn()
         try:
             self._start(sandbox, job, payload)
-            from sandbox.engine import outcome, recording  # noqa: F401  (needed soon; now there is time)
+            from sandbox.engine import clock, outcome, recording  # noqa: F401  (needed soon; now there is time)
 
             self.meanwhile()
             self.loop.run_until(lambda: bool(self.call and self.call.done))

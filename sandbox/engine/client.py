@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
+    from sandbox.engine.clock import Clock
     from sandbox.engine.loop import Loop, Timer
     from sandbox.recipe_data import Recipe
     from sandbox.violations import SandboxViolation
@@ -445,7 +446,8 @@ class Sandbox:
         self.next_call = 1
         self.coming_up = 0  # of the calls those whose workers do not stand yet
         self._turns: deque[Callable[[], None]] = deque()  # who waits to make one
-        self._untold: deque[dict[str, object]] = deque()  # instructions, while its warden has not read what came before
+        # Instructions, while its warden has not read what came before, and the clock that goes with one.
+        self._untold: deque[tuple[dict[str, object], Clock | None]] = deque()
         self.workspace: int | None = None  # O_PATH fd
         self.owner: tuple[int, ...] = ()  # uid and gid of the plugin's files, as a zygote's user namespace has them
         self.granted: list[Granted] = []
@@ -689,9 +691,11 @@ class Sandbox:
         """The warden has read the most of what it was told."""
         self.loop.remove_writer(self.hub.fileno())
         while self._untold and not self.closing:
-            instruction = self._untold.popleft()
-            if not self._tell(instruction):
-                self._untold.appendleft(instruction)
+            instruction, clock = self._untold.popleft()
+            if clock is not None and clock.fd < 0:
+                continue  # its call has ended
+            if not self._tell(instruction, (clock.fd,) if clock is not None else ()):
+                self._untold.appendleft((instruction, clock))
                 self.loop.add_writer(self.hub.fileno(), self._go_on)
                 return
         self.next_turn()
@@ -707,20 +711,20 @@ class Sandbox:
             call.comes_up = True
             self.coming_up += 1
             times = {"seconds": self.recipe.limits["seconds"], "grace": self.recipe.monitoring["grace_seconds"]}
-            fds = [call.clock.fd, call.inside.fileno(), *stdio]
+            fds = [call.inside.fileno(), *stdio]
             if not self._tell({"op": "call", "call": call.number, "tty": tty, **times}, fds):
                 self.fail(ResourceError("the sandbox's warden does not read what it is told: open a new sandbox"))
             call.expect("a worker was to stand")
         call.inside.close()
         return call
 
-    def _instruct(self, instruction: dict[str, object]) -> None:
+    def _instruct(self, instruction: dict[str, object], clock: Clock | None = None) -> None:
         """Tell the warden, where it has not read what came before as soon as it has: of a thousand calls that are to end at
         once its socket holds a few hundred. In a sandbox that is at its end there is nobody to be told."""
         if self.closing:
             return
-        if self._untold or not self._tell(instruction):
-            self._untold.append(instruction)
+        if self._untold or not self._tell(instruction, (clock.fd,) if clock is not None else ()):
+            self._untold.append((instruction, clock))
             self.loop.add_writer(self.hub.fileno(), self._go_on)
 
     def _tell(self, instruction: dict[str, object], fds: Sequence[int] = ()) -> bool:
@@ -957,8 +961,6 @@ class Call:
     """
 
     def __init__(self, sandbox: Sandbox, number: int) -> None:
-        from sandbox.engine.clock import Clock
-
         self.sandbox = sandbox
         self.loop = sandbox.loop
         self.number = number
@@ -994,7 +996,7 @@ class Call:
         self.on_reply: Callable[[Call], None] | None = None  # of a session: for each reply
         self.is_session = False
         seconds = float(sandbox.recipe.limits["seconds"])
-        self.clock = Clock(seconds)
+        self.clock: Clock | None = None  # once the worker stands
         self.seconds = seconds + float(sandbox.recipe.monitoring["grace_seconds"])  # that a call may take
         self.due = float("inf")  # when what it does now is to have ended, monotonic
         self.has_job = False
@@ -1021,6 +1023,8 @@ class Call:
             self.kill("read-back")
             self.fail(error)
             return
+        if not self._has_clock():
+            return
         if self._waiting is not None:
             self._waiting.cancel()
         fields["granted"] = self.sandbox.granted_kinds
@@ -1028,6 +1032,19 @@ class Call:
         self._has_come_up()
         if self.on_sealed is not None:
             self.on_sealed(self)
+
+    def _has_clock(self) -> bool:
+        """Make it, and give it to the warden, too. While a worker comes up the command has time to import what that takes."""
+        from sandbox.engine.clock import Clock
+
+        try:
+            self.clock = Clock(float(self.sandbox.recipe.limits["seconds"]))
+        except OSError as error:
+            self.kill("failed")
+            self.fail(ResourceError(f"a call has no clock ({error.strerror}): {mend_of(error.errno or 0)}"))
+            return False
+        self.sandbox._instruct({"op": "clock", "call": self.number}, self.clock)
+        return True
 
     def _has_come_up(self) -> None:
         """It stands, or never will: another one's turn."""
@@ -1050,6 +1067,7 @@ class Call:
             self._listen()
 
     def _begin_time(self) -> None:
+        assert self.clock is not None
         self.clock.begin()
         self.due = monotonic() + float(self.sandbox.recipe.limits["seconds"])
 
@@ -1117,6 +1135,7 @@ class Call:
 
     def next_reply(self) -> Answer:
         """The reply that is complete; the next one may come."""
+        assert self.clock is not None
         self.clock.rest()
         if self._waiting is not None:
             self._waiting.cancel()
@@ -1131,6 +1150,7 @@ class Call:
     def end_session(self) -> None:
         """There is no further request: it ends as a program does, for which it has as long as for one."""
         if not self.done:
+            assert self.clock is not None
             self.clock.begin()
             self.expect("a call was to end", self.seconds)
             self._close_job()
@@ -1410,7 +1430,8 @@ class Call:
             self.sandbox.line.tell(board.IDLE)
         self._close_job()
         self._forget_memory()
-        self.clock.close()
+        if self.clock is not None:
+            self.clock.close()
         if self._waiting is not None:
             self._waiting.cancel()
         if self.on_done is not None:

@@ -52,7 +52,7 @@ SAMPLE_SECONDS = 0.1  # between looks at the memory of running calls, where no m
 class Call:
     """One call: its init, the socket to it, and when it has to be over."""
 
-    def __init__(self, number: int, pid: int, pidfd: int, report: _socket.socket, clock: Clock | None = None) -> None:
+    def __init__(self, number: int, pid: int, pidfd: int, report: _socket.socket) -> None:
         self.number = number
         self.pid = pid
         self.pidfd = pidfd
@@ -61,7 +61,7 @@ class Call:
         self.mounts: int | None = None  # init's mount namespace, held until its end has been told
         self.worker: int | None = None  # a pidfd
         self.deadline: float | None = None
-        self.clock = clock
+        self.clock: Clock | None = None  # once its worker stands
         self.seconds = 0.0  # that it, or of a session each of its calls, may take
         self.grace = 0.0  # seconds from SIGTERM at the deadline to SIGKILL; 0: SIGKILL at once
         self.warned = 0.0  # when SIGTERM was sent
@@ -170,13 +170,12 @@ class Warden:
 
     def call(self, instruction: dict[str, Any], fds: list[int]) -> None:
         number = int(instruction["call"])
-        clock = fds.pop(0)
         shares = self.shares_network
         flags = sum(NAMESPACES[name] for name in self.recipe["namespaces"] if not (shares and name == "net"))
         try:
             report, inside = channel.pair()
         except OSError as error:
-            close_all([clock, *fds])
+            close_all(fds)
             self.report_failure(mounts.LineFailed("call: socket to init", error), number)
             return
         cgroup = self.fds.get("cgroup")
@@ -187,7 +186,7 @@ class Warden:
                 cgroup = leaf.make(own, f"call-{number}", {})  # what a PID namespace does otherwise: end all of the call
             pid, pidfd = sc.clone3(flags, cgroup)
         except OSError as error:
-            for fd in (clock, *fds, report.detach(), inside.detach()):
+            for fd in (*fds, report.detach(), inside.detach()):
                 os.close(fd)
             if own is not None and cgroup != own and cgroup is not None:
                 os.close(cgroup)
@@ -207,10 +206,8 @@ class Warden:
             os.close(fd)
         if cgroup is not None and cgroup != own:
             os.close(cgroup)
-        call = Call(number, pid, pidfd, report, Clock(instruction["seconds"], clock))
+        call = Call(number, pid, pidfd, report)
         call.seconds, call.grace = instruction["seconds"], instruction["grace"]
-        self.clocks[clock] = call
-        self.poll.register(clock, select.POLLIN)
         if "mnt" in self.recipe["namespaces"]:
             # While we hold it, init need not wait until it has been torn down.
             try:
@@ -529,6 +526,10 @@ class Warden:
             return True  # it has ended meanwhile
         if operation == "kill":
             self.kill(call, str(instruction["cause"]))
+        elif operation == "clock":
+            call.clock = Clock(call.seconds, fds[0])
+            self.clocks[fds[0]] = call
+            self.poll.register(fds[0], select.POLLIN)
         elif operation == "session":
             self.begin_clock(call, monotonic())
         elif operation == "signal" and call.worker is not None:
