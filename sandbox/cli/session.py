@@ -125,15 +125,19 @@ def remember(
     """A run from the look at the quarantines to its row."""
     files = run_command.siblings(path, source)
     run = remembered.Remembered(given, plugin_id, path, source, files[1:], say)
+    session: Session | None = None
     try:
         run.refuse_quarantined()
         session = run.session = (kind or Session)(given, started, read_only=files)
         session.remembered, session.meanwhile = run, run.hash
         status = session.finish(job(session), source) or session.reply()
+        run.ended(status)
     except Exception as error:
         run.failed(error)
         raise
-    run.ended(status)
+    finally:
+        if session is not None:
+            session.leave()
     return status
 
 
@@ -155,6 +159,7 @@ class Session:
         self.settled: Settled | None = None  # what became of changes in granted folders
         self._check_granted()
         self.zygote, self.loop = self._zygote(started)
+        self.sandbox: client.Sandbox | None = None  # until it has gone
         self.call: client.Call | None = None
         self.streams: Streams | None = None
         self.terminal: Terminal | None = None
@@ -216,14 +221,16 @@ class Session:
         return zygote, loop
 
     def finish(self, job: dict[str, object], payload: bytes) -> int:
-        """Set up, run, tear down; the exit status."""
+        """Set up, run, begin to tear down; the exit status."""
         from sandbox.engine import client
 
         name, plugin = (
             os.urandom(8).hex(),
             self.remembered.plugin_id if self.remembered is not None else str(self.given.get("file") or ""),
         )
-        sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, name, self._resolve(), plugin=plugin, door="command")
+        resolved = self._resolve()
+        sandbox = client.Sandbox(self.zygote, self.recipe, self.wire, name, resolved, plugin=plugin, door="command")
+        self.sandbox = sandbox
         sandbox.on_network = self._network_operation
         sandbox.begin_lifetime()
         self.warn()
@@ -252,9 +259,14 @@ class Session:
                 if self.recorder is not None:
                     self.recorder.close(look=False)
                 sandbox.close()
+        return self._status()
+
+    def leave(self) -> None:
+        """Wait until all of its sandbox has gone."""
+        sandbox, self.sandbox = self.sandbox, None
+        if sandbox is not None:
             self.loop.run_until(lambda: sandbox.is_gone)
             self.zygote.close()
-        return self._status()
 
     def reply(self) -> int:
         """What there is to do with what a plugin has returned that has ended well; the exit status."""
@@ -641,6 +653,7 @@ class Session:
     def _write(self, status: int, error: SandboxException | None, violations: list[SandboxViolation]) -> None:
         from sandbox.cli import results
 
+        self.leave()  # whether that was clean is told too
         result = results.result_of(self, status, error, violations)
         if self.result_file is not None:
             import json

@@ -178,6 +178,7 @@ class Runner:
             trial = Trial(given, None, read_only=run_command.siblings(self.path, self.source))
             begun = monotonic()
             status = trial.finish({"kind": "run", "path": self.path, "argv": list(self.arguments)}, self.source)
+            trial.leave()
             return self._told(trial, status, monotonic() - begun)
         except (run_command.Failed, UsageError, SandboxException, ValueError, TypeError, ImportError) as error:
             return {"failed": str(error)}
