@@ -13,6 +13,7 @@ import errno
 import os
 import select
 import sys
+from itertools import islice
 from time import monotonic
 
 from sandbox.cgroups import leaf
@@ -44,9 +45,9 @@ REST_MS = 20
 KEPT = 16
 RETRY_SECONDS = 0.001
 LOCK_BYTES = 192  # struct file_lock, linux/filelock.h
-LOCKS = 10_000  # of one call, which are too many in any case; of all that there are we look at twice as many, each time anew
+LOCKS = 10_000  # of one call, which are too many in any case
 LONGEST_MS = 1 << 30  # of one wait: poll(2) takes an int, and a call may have a year
-SAMPLE_SECONDS = 0.1  # between looks at the memory of running calls, where no memory controller does it
+SAMPLE_SECONDS = 0.1  # between looks at what running calls hold that no memory controller counts
 
 
 class Call:
@@ -428,9 +429,9 @@ class Warden:
     def memory_of(self, call: Call, limit: int) -> int:
         """Bytes of memory that the call's processes hold beyond what they share with the zygote (proc_pid_status(5)).
 
-        Anonymous memory, also where it was swapped out, page tables, locks of parts of files, and the larger of mapped shared
-        memory and files in the scratch and workspace tmpfs. Tables can be without memory: for the one page of zeroes that is
-        behind all that was only read.
+        Anonymous memory, also where it was swapped out, page tables, and the larger of mapped shared memory and files in the
+        scratch and workspace tmpfs. Tables can be without memory: for the one page of zeroes that is behind all that was only
+        read.
         """
         anonymous = inherited = others = shared = 0
         baseline: int = self.instruction["baseline"]
@@ -457,19 +458,22 @@ class Warden:
         held = anonymous + others + max(shared, files)
         if held <= limit < held + inherited - baseline:  # each may have given that back, or begun anew by execve(2)
             held += max(0, sum(proportion_of(pid) for pid in pids) - baseline - anonymous)
-        locks = locks_of(pids)
-        if locks >= LOCKS:  # to count them all takes the kernel a time that is their square: they are over any limit
-            held += int(self.instruction["memory"])
-        return held + LOCK_BYTES * locks
+        return held
 
-    def sample(self, limit: int) -> None:
-        """Kill the calls that hold more memory than they may."""
+    def sample(self) -> None:
+        """Kill the calls that hold more memory than they may. Of what a memory controller counts it takes care itself; locks of
+        files it does not count (file_lock_cache, fs/locks.c)."""
+        limit: int | None = self.recipe["memory_sampled"]
+        allowed, holders = int(self.instruction["memory"]), holders_of_locks()
         for call in list(self.calls.values()):
-            if call.deadline is not None:
-                used = self.memory_of(call, limit)
-                if used > limit:
-                    call.used = used
-                    self.kill(call, "memory")
+            if call.deadline is None or (limit is None and len(holders) < LOCKS):
+                continue
+            locks = locks_of(processes.tree(call.pid)[1:], holders)
+            used = LOCK_BYTES * locks + (allowed if locks >= LOCKS else 0)
+            used += self.memory_of(call, limit) if limit is not None else 0
+            if used > allowed:
+                call.used = used
+                self.kill(call, "memory")
 
     def drain(self, call: Call) -> None:
         call.report.setblocking(False)
@@ -571,13 +575,11 @@ class Warden:
         deadlines = [call.deadline for call in self.calls.values() if call.deadline is not None]
         if not deadlines:
             return REST_MS if self.kept else None
-        if self.recipe["memory_sampled"] is not None:
-            deadlines.append(self.sample_at)
+        deadlines.append(self.sample_at)
         return min(int(1000 * max(0.0, min(deadlines) - monotonic())) + 1, LONGEST_MS)
 
     def serve(self) -> None:
         hub = self.hub.fileno()
-        limit = self.recipe["memory_sampled"]
         self.poll.register(hub, select.POLLIN)
         while True:
             events = self.poll.poll(self.wait_ms())
@@ -605,8 +607,8 @@ class Warden:
                     self.supervisor_died()
                     return
             now = monotonic()
-            if limit is not None and now >= self.sample_at:
-                self.sample(limit)
+            if now >= self.sample_at:
+                self.sample()
                 self.sample_at = now + SAMPLE_SECONDS
             for call in list(self.calls.values()):
                 if call.deadline is not None and call.deadline <= now:
@@ -645,11 +647,7 @@ class Warden:
 def memory_lines(pid: int, file: str, wanted: str) -> list[str]:
     """What the kernel says in a file about a process's memory, which it says of each thread that has not ended. The first may
     have, while others go on. `wanted`: how a line begins that is there then."""
-    try:
-        threads = sorted(map(int, os.listdir(f"/proc/{pid}/task")), key=lambda thread: thread != pid)
-    except OSError:
-        return []  # it has just ended
-    for thread in threads:
+    for thread in sorted(names_in(f"/proc/{pid}/task"), key=lambda thread: thread != str(pid)):
         try:
             lines = read(f"/proc/{pid}/task/{thread}/{file}").split("\n")
         except OSError:
@@ -666,18 +664,40 @@ def proportion_of(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines)
 
 
-def locks_of(pids: list[int]) -> int:
-    """How many record locks these hold (proc_locks(5)), LOCKS at most. The newest of each CPU come first."""
-    held, wanted = 0, {str(pid) for pid in pids}
+def names_in(folder: str) -> list[str]:
+    """None where its process has just ended."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def holders_of_locks() -> list[str]:
+    """The pid of who holds it, of each lock of a file that there is (proc_locks(5)). Of LOCKS at most: to list them takes the
+    kernel a time that is their square."""
     try:
         with open("/proc/locks") as file:
-            for number, line in enumerate(file):
-                fields = line.split()
-                held += fields[5 if fields[1] == "->" else 4] in wanted
-                if held >= LOCKS or number >= 2 * LOCKS:
-                    break
-    except (OSError, IndexError):
-        return 0  # there is no /proc/locks here
+            lines = [line.split() for line in islice(file, LOCKS)]
+    except OSError:
+        return []  # there is no such file here
+    return [fields[5 if fields[1] == "->" else 4] for fields in lines]
+
+
+def locks_of(pids: list[int], holders: list[str]) -> int:
+    """How many locks of files these hold, LOCKS at most. Where there are so many in all that theirs may not be among them, each
+    is also told of with the descriptor by which it is held (proc_pid_fdinfo(5))."""
+    if len(holders) < LOCKS:
+        wanted = {str(pid) for pid in pids}
+        return sum(holder in wanted for holder in holders)
+    held = 0
+    for task in [f"/proc/{pid}/task/{thread}" for pid in pids for thread in names_in(f"/proc/{pid}/task")]:
+        for fd in names_in(f"{task}/fdinfo"):
+            try:
+                held += read(f"{task}/fdinfo/{fd}").count("\nlock:")
+            except OSError:
+                continue  # it was closed meanwhile
+            if held >= LOCKS:
+                return LOCKS
     return held
 
 

@@ -220,7 +220,7 @@ def locks_of_open_files() -> str:
         os.unlink("locks")
 
 
-@attack(MEMORY, () if "memory" in facts().controllers else ALL, limits=SMALL, ends=LIMIT)  # the controller counts them
+@attack(MEMORY, limits=SMALL, ends=LIMIT)
 def locks_of_many_places() -> str:
     """Each second byte of a file can have a lock of its own, if one of all of it is taken away piece by piece."""
     import fcntl

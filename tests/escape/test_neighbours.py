@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import fcntl
 import os
 import resource
+import signal
 import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from escape import kit
 from sandbox.config import IsolationLevel
-from sandbox.selftest import trial
+from sandbox.engine import service
+from sandbox.selftest import families, trial  # noqa: F401 - registers the attacks
 from sandbox.selftest.attacks import (
     ALL,
     PATIENCE,
+    REGISTRY,
     ROOT,
     SIGNALS_KEPT,
     first_escape,
@@ -145,3 +153,53 @@ def test_descriptors_under_way_keep_no_sandbox_from_opening(level: IsolationLeve
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert answer == 1, held
+
+
+@contextlib.contextmanager
+def many_locks_on(processor: int, places: int) -> Iterator[None]:
+    """A process of the host's that has so many record locks, which the kernel lists with those of this processor."""
+    with tempfile.TemporaryFile() as file:
+        ready, told = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.sched_setaffinity(0, {processor})
+            fcntl.lockf(file, fcntl.LOCK_EX, 2 * places, 0)
+            for place in range(2 * places - 2, 0, -2):
+                fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
+            os.write(told, b"x")
+            signal.pause()
+        os.close(told)
+        try:
+            assert os.read(ready, 1) == b"x"
+            yield
+        finally:
+            os.close(ready)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+@contextlib.contextmanager
+def all_on(processor: int) -> Iterator[None]:
+    """Whatever this process does, and what it starts meanwhile."""
+    before = os.sched_getaffinity(0)
+    service.shut_down()  # a zygote that is there has been started already
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), {processor})
+    try:
+        yield
+    finally:
+        service.shut_down()
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), before)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="the locks of each processor are listed in turn, and here is one")
+@pytest.mark.parametrize("level", ALL)
+def test_locks_of_others_hide_none(level: IsolationLevel, tmp_path: Path) -> None:
+    """/proc/locks has those of the first processor first, and takes long: many that are not the plugin's are no way past it."""
+    if kit.why_closed(level):
+        pytest.skip(kit.why_closed(level))
+    first, *_, last = sorted(os.sched_getaffinity(0))
+    one = next(known for known in REGISTRY if known.name == "locks_of_many_places")
+    with many_locks_on(first, 40_000), all_on(last):
+        assert trial.attempt_inside(one, level, tmp_path) == "memory"
