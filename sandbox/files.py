@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sandbox.errors import SHORT
 from sandbox.ns import syscalls as sc
@@ -27,11 +27,14 @@ class FileEntry:
         path: relative to the workspace. Names are the plugin's: escape them before a person sees them.
         kind: "file", "folder", "link" or "other" (a FIFO, a socket).
         size: in bytes.
+        hides: whether there may be entries in a folder that are not told, because the host cannot look into it: its path is
+            longer than the kernel takes (PATH_MAX, path_resolution(7)), or the plugin has taken all rights from it.
     """
 
     path: str
     kind: str
     size: int
+    hides: bool = False
 
 
 def read(root: int, path: str, most: int) -> bytes:
@@ -58,35 +61,52 @@ def write(root: int, path: str, data: bytes, owner: tuple[int, int] | None) -> N
 
 
 def listed(root: int, path: str) -> list[FileEntry]:
-    """Everything below the folder `path`, by path. A folder that the plugin takes away meanwhile, or lets nobody into, has
-    nothing in it. Raises OSError, also where this process lacks a descriptor for one of them."""
+    """Everything below the folder `path`, by path. A folder that the plugin takes away meanwhile has nothing in it, and one
+    that cannot be looked into `hides`. Raises OSError, also where this process lacks a descriptor for one of them."""
     return sorted(walk(root, checked(path) if path else ""), key=lambda entry: entry.path)
 
 
 def walk(root: int, path: str) -> Iterator[FileEntry]:
-    folders = [path]
+    entries, folders, _ = look_into(root, path)
+    yield from entries
     while folders:
-        above = folders.pop()
+        folder = folders.pop()
         try:
-            fd = sc.open_beneath(root, above, os.O_RDONLY | os.O_DIRECTORY)
+            entries, inner, hides = look_into(root, folder.path)
         except OSError as error:
-            if above == path or error.errno in SHORT:
+            if error.errno in SHORT:
                 raise
+            yield replace(folder, hides=error.errno not in GONE)
             continue
-        try:
-            for name in os.listdir(fd):
-                try:
-                    found = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                except (FileNotFoundError, PermissionError):  # gone, or in a folder that may be listed, not searched
-                    continue
-                inner = f"{above}/{name}" if above else name
-                yield FileEntry(inner, KINDS.get(stat.S_IFMT(found.st_mode), "other"), found.st_size)
-                if stat.S_ISDIR(found.st_mode):
-                    folders.append(inner)
-        finally:
-            os.close(fd)
+        yield replace(folder, hides=hides)
+        yield from entries
+        folders += inner
 
 
+def look_into(root: int, path: str) -> tuple[list[FileEntry], list[FileEntry], bool]:
+    """What lies in a folder: what is no folder, the folders, and whether there is more that may not be looked at."""
+    entries: list[FileEntry] = []
+    folders: list[FileEntry] = []
+    hides = False
+    fd = sc.open_beneath(root, path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in os.listdir(fd):
+            try:
+                found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            except PermissionError:  # the folder may be listed, not searched
+                hides = True
+                continue
+            inner = f"{path}/{name}" if path else name
+            entry = FileEntry(inner, KINDS.get(stat.S_IFMT(found.st_mode), "other"), found.st_size)
+            (folders if entry.kind == "folder" else entries).append(entry)
+    finally:
+        os.close(fd)
+    return entries, folders, hides
+
+
+GONE = errno.ENOENT, errno.ENOTDIR, errno.ELOOP  # or something else is in its place by now
 KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 
 

@@ -973,7 +973,7 @@ class EnhancedPluginSandbox:
             files.write(root, path, content, (uid, gid) if os.getuid() == 0 else None)
 
     def list_files(self, path: str = "") -> list[FileEntry]:
-        """Everything in the workspace, or in a folder of it, sorted by path.
+        """Everything in the workspace, or in a folder of it, sorted by path; a folder that cannot be looked into `hides`.
 
         Raises:
             OSError: there is no such folder, or this process lacks a descriptor for one in it.
