@@ -96,6 +96,8 @@ class EnhancedPluginSandbox:
         sandbox_id: a name of yours; made up if None.
         monitoring_handler: an object with any of on_resource_sample(sample), on_violation_detected(violation) and
             on_sandbox_cleanup(telemetry), called on the caller's event loop. A sample is as in sandbox.monitor.watch.Watch.
+            What one raises comes out of the call, or of the end of `async with` unless the body has raised itself; where nobody
+            waits for it the loop's exception handler has it. The sandbox goes all the same.
         environment: further environment variables of the plugin; the caller's own are never passed on by themselves.
         network: a NetworkIsolationManager whose network, enabled before, it shares; None for one of its own.
         read_only: host paths that the plugin may read, at the same paths, beside what its level shows.
@@ -240,7 +242,7 @@ class EnhancedPluginSandbox:
             await self._standby.stands()
             self._call_instruction = self._instruction("call")
         except BaseException:
-            await self._close()
+            await self._close_after_error()
             raise
         self._service.post(self._recording_opens)
         live[self.sandbox_id] = self
@@ -250,7 +252,18 @@ class EnhancedPluginSandbox:
         self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
     ) -> None:
         """Close the sandbox: running calls are killed, the workspace goes, and nothing is left."""
-        await self._close()
+        if exc_val is None:
+            await self._close()
+        else:
+            await self._close_after_error()
+
+    async def _close_after_error(self) -> None:
+        """Close it and raise nothing in place of what is raised already, which may be a cancellation."""
+        try:
+            await self._close()
+        except Exception as error:
+            told = {"message": f"sandbox {self.sandbox_id}: raised when it was closed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(told)
 
     async def cleanup_sandbox(self) -> bool:
         """Close the sandbox now; True when nothing of it is left (also when it was closed before)."""
@@ -494,14 +507,16 @@ class EnhancedPluginSandbox:
         return clean
 
     def _has_gone(self, clean: bool) -> None:
-        self._see_ends()
-        self._count_operations()
-        if not self._telemetry.cleanup_successful:
-            self._telemetry.cleanup_successful = clean
-            if self._is_told:
-                self._is_told = False
-                observers.tell("closed", self, clean)
-            self._notify("on_sandbox_cleanup", self._telemetry)
+        try:
+            self._see_ends()
+        finally:  # a handler may raise
+            self._count_operations()
+            if not self._telemetry.cleanup_successful:
+                self._telemetry.cleanup_successful = clean
+                if self._is_told:
+                    self._is_told = False
+                    observers.tell("closed", self, clean)
+                self._notify("on_sandbox_cleanup", self._telemetry)
 
     # -- calls -------------------------------------------------------------------------------------------------------
 

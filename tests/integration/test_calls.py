@@ -440,6 +440,46 @@ def test_a_handler_that_raises_costs_no_record() -> None:
     asyncio.run(main())
 
 
+class BrokenAtTheEnd:
+    def on_sandbox_cleanup(self, telemetry: SandboxTelemetry) -> None:
+        raise ValueError("of the handler")
+
+
+@pytest.mark.parametrize("raised", [None, KeyError("of the body"), asyncio.CancelledError()], ids=["", "error", "cancelled"])
+def test_what_a_handler_raises_at_the_end_hides_nothing(raised: BaseException | None) -> None:
+    told: list[BaseException] = []
+    sandbox = harness.open_sandbox(IsolationLevel.STRICT, monitoring_handler=BrokenAtTheEnd())
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+        async with sandbox:
+            if raised is not None:
+                raise raised
+
+    with harness.nothing_left(), pytest.raises(ValueError if raised is None else type(raised)):
+        asyncio.run(main())
+    assert [str(error) for error in told] == ([] if raised is None else ["of the handler"])
+    assert sandbox.get_telemetry().cleanup_successful
+
+
+def test_the_end_is_told_also_where_a_call_still_has_to_be_that_a_handler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after a value may be told only when the sandbox is closed."""
+    handler = Handler()
+    sandbox = harness.open_sandbox(IsolationLevel.STRICT, monitoring_handler=handler)
+
+    def see_ends(self: EnhancedPluginSandbox) -> None:
+        raise ValueError("of a violation")
+
+    async def main() -> None:
+        async with sandbox:
+            monkeypatch.setattr(EnhancedPluginSandbox, "_see_ends", see_ends)
+
+    with pytest.raises(ValueError, match="of a violation"):
+        asyncio.run(main())
+    monkeypatch.undo()
+    assert handler.seen == [sandbox.get_telemetry()]
+
+
 class Awaitable:
     async def __call__(self, value: int) -> int:
         return value + 1
