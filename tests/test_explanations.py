@@ -113,7 +113,7 @@ def test_python_says_the_same_as_toml(key: str, tmp_path: Path) -> None:
 def test_the_flag_says_the_same_as_toml(key: str, tmp_path: Path) -> None:
     explanation = standard(key)
     assert explanation.flag is not None
-    more_flags = ["--allow-subprocess"] if key == "tasks" else []
+    more_flags = {"tasks": ["--allow-subprocess"], "deletion": ["--rw", "/srv"]}.get(key, [])
     given = options.parse([*explanation.flag.split(), *more_flags, "plugin.py"], options.RUN)
     assert given is not None
     made = {type(one).__name__: one for one in settings.settings(given)}

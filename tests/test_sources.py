@@ -12,6 +12,7 @@ import pytest
 
 from sandbox import trusted
 from sandbox.cli import beside, settings
+from sandbox.cli.inputs import UsageError
 from sandbox.config import ConfigError, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
 from sandbox.errors import ResourceError
 from sandbox.plugins import effective
@@ -96,6 +97,13 @@ def test_options_are_named(tmp_path: Path) -> None:
         "allowed_directories": "--rw",
         "allow_file_deletion": "--allow-delete",
     }
+
+
+def test_deletion_needs_a_folder(tmp_path: Path, write: Write) -> None:
+    with pytest.raises(UsageError, match=r"^--allow-delete: there is no folder that it may change: give one by --rw DIR, or"):
+        gathered(tmp_path, allow_delete=True)
+    write("psie.toml", f"[permissions]\nallowed_directories = ['{tmp_path}']\n", accepted=True)
+    assert gathered(tmp_path, allow_delete=True).permissions.allow_file_deletion
 
 
 MORE = """

@@ -194,6 +194,8 @@ class Gathered:
         if given.get("rw"):
             self._set("permissions", "allowed_directories", [*self.permissions.allowed_directories, *given["rw"]], "--rw")
         if given.get("allow_delete"):
+            if not self.permissions.allowed_directories:
+                raise UsageError("--allow-delete: there is no folder that it may change: give one by --rw DIR, or leave it out")
             self._set("permissions", "allow_file_deletion", True, "--allow-delete")
         if bounds:
             self.limits = bounded(self.limits, bounds)
