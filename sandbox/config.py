@@ -467,7 +467,7 @@ class IsolationConfig:
         that is unset or empty changes nothing. `environ` is `os.environ` if None.
 
         Raises:
-            ConfigError: a value is wrong; the message names the variable.
+            ConfigError: a value is wrong, or a name is nearly that of one of them; the message names the variable.
         """
         return cls(**_from_env(_ISOLATION_VARIABLES, environ))
 
@@ -537,6 +537,7 @@ _LIMITS_VARIABLES: dict[str, tuple[str, Callable[[str, str], object], Check]] = 
     ),
 }
 
+PREFIX = "SANDBOX_"
 VARIABLES = {"isolation": _ISOLATION_VARIABLES, "limits": _LIMITS_VARIABLES}  # by table
 
 
@@ -544,6 +545,7 @@ def _from_env(
     variables: Mapping[str, tuple[str, Callable[[str, str], object], Check]], environ: Mapping[str, str] | None
 ) -> dict[str, Any]:
     environ = os.environ if environ is None else environ
+    _refuse_misspelt(environ)
     values: dict[str, Any] = {}
     for variable, (name, parse, check) in variables.items():
         text = environ.get(variable, "").strip()
@@ -557,6 +559,20 @@ def _from_env(
         except (TypeError, ValueError) as error:
             raise ConfigError(str(error)) from None
     return values
+
+
+def _refuse_misspelt(environ: Mapping[str, str]) -> None:
+    """A variable whose name is nearly one of ours; others with this beginning may be for other programs."""
+    own = ["SANDBOX_LOG_LEVEL", *(variable for variables in VARIABLES.values() for variable in variables)]
+    ends = [variable.removeprefix(PREFIX) for variable in own]
+    for variable in sorted(environ):
+        if variable.startswith(PREFIX) and variable not in own and environ[variable].strip():
+            import difflib
+
+            for near in difflib.get_close_matches(variable.removeprefix(PREFIX)[:80].upper(), ends, 1):
+                raise ConfigError(
+                    f"{plain_key(variable)} is no variable of psie's: write {PREFIX}{near} if you mean that, or unset it"
+                )
 
 
 def _mend_of(check: Check, where: str) -> str:

@@ -281,6 +281,29 @@ def test_a_bad_variable_is_named(variable: str, text: str, mend: str) -> None:
     assert "(str)" not in message
 
 
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("SANDBOX_ISOLATON_LEVEL", "SANDBOX_ISOLATION_LEVEL"),
+        ("SANDBOX_MEMORY_MB", "SANDBOX_DEFAULT_MEMORY_MB"),
+        ("SANDBOX_DEFAULT_TIMEOUT", "SANDBOX_DEFAULT_TIMEOUT_SECONDS"),
+        ("SANDBOX_isolation_level\x1b", "SANDBOX_ISOLATION_LEVEL"),
+    ],
+)
+def test_a_misspelt_variable_is_refused(variable: str, meant: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.toml"
+    path.touch()
+    for read in (IsolationConfig.from_env, PluginLimitsV2.from_env, lambda environ: load_config(path, environ)):
+        with pytest.raises(ConfigError, match=f"is no variable of psie's: write {meant} if you mean that, or") as caught:
+            read({variable: "strict", "SANDBOX_AUTO_RECOVERY": "1"})
+        assert "\x1b" not in str(caught.value)
+
+
+def test_variables_of_other_programs_are_theirs() -> None:
+    others = dict.fromkeys(("SANDBOX_ID", "SANDBOX_ENV", "SANDBOX_MOUNTS", "SANDBOX_URL", "SANDBOX", "SANDBOX_"), "x")
+    assert IsolationConfig.from_env({**others, "SANDBOX_ISOLATON_LEVEL": " "}) == IsolationConfig()
+
+
 def test_log_level() -> None:
     assert log_level_from_env({}) == "WARNING"
     assert log_level_from_env({"SANDBOX_LOG_LEVEL": "Info"}) == "INFO"
