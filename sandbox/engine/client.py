@@ -1425,6 +1425,7 @@ class Call:
         if self.done:
             return
         self.done = True
+        self.sandbox.calls.pop(self.number, None)  # of one whose worker never was nothing more is told
         self._has_come_up()
         if self.has_job and not any(call.is_running for call in self.sandbox.calls.values()):
             self.sandbox.line.tell(board.IDLE)

@@ -40,6 +40,7 @@ from sandbox import (
     state,
 )
 from sandbox.engine import channel, service
+from sandbox.engine.client import COMING_UP
 from sandbox.engine.zygote import IDLE_WARDENS
 from sandbox.ns import syscalls as sc
 from sandbox.ns import userids
@@ -260,6 +261,29 @@ def test_a_call_of_a_sandboxs_set_up_fails(engine: faults.Injector, level: Isola
     if not EVERY:  # so many sandboxes are more than one zygote gives
         assert set(zygotes) <= set(harness.roles(os.getpid())["zygote"])
     assert harness.wait_until(lambda: descriptors_of_the_engine() <= usual + 2), (usual, held())
+
+
+@rootless
+@pytest.mark.parametrize("call", ["socketpair", "clone3"])
+def test_a_call_whose_worker_never_was_is_forgotten(engine: faults.Injector, call: str) -> None:
+    """A sandbox may be open for hours, and its warden go on when the host lacked something for a moment."""
+
+    async def main() -> None:
+        async with harness.open_sandbox(IsolationLevel.STANDARD) as sandbox:
+            assert await sandbox.execute_plugin_safe(plugins.give_back, 1) == 1
+            opened = sandbox._sandbox
+            assert opened is not None
+            for _ in range(COMING_UP + 1):  # or there would be no turn left
+                engine.fail(call, errno.EAGAIN)
+                with pytest.raises(SandboxInitializationError, match="call: "):
+                    await sandbox.execute_plugin_safe(plugins.give_back, 1)
+            engine.rest()
+            await harness.wait_for(lambda: not opened.calls)
+            assert opened.coming_up == 0
+            assert await sandbox.execute_plugin_safe(plugins.give_back, 2) == 2
+
+    with harness.nothing_left():
+        asyncio.run(main())
 
 
 @rootless
