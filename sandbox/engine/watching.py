@@ -35,7 +35,12 @@ class SandboxWatch(Watch):
                 self.source = source_of(self.sandbox)
             if self.is_lifted:
                 self._set_high(self.high)
-        return super().begin()
+        try:
+            return super().begin()
+        except BaseException:
+            if not self.running:
+                self.close()
+            raise
 
     def end(self, run: Watched) -> None:
         super().end(run)

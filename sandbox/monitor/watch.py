@@ -122,11 +122,22 @@ class Watch:
     # -- a run -----------------------------------------------------------------------------------------------------
 
     def begin(self) -> Watched:
-        """Something runs from now on, until `end` is given what this returns. Several things may run at once."""
+        """Something runs from now on, until `end` is given what this returns. Several things may run at once.
+
+        What is raised here leaves the watch as it was.
+        """
         run = Watched()
         self.running.append(run)
-        if len(self.running) > 1:
-            return run
+        if len(self.running) == 1:
+            try:
+                self._begin(run)
+            except BaseException:
+                self.running.remove(run)
+                self._quiet()
+                raise
+        return run
+
+    def _begin(self, run: Watched) -> None:
         self.started = run.started
         self.told.clear()
         self.first = self.last = self.start_reading()
@@ -136,7 +147,6 @@ class Watch:
             for violation in self.warnings(self.describe(self.first), passed=0.0):
                 self._tell(violation)
         self.timer = self.loop.call_later(self.interval, self._tick)
-        return run
 
     def start_reading(self) -> Reading | None:
         """What is used already when a run begins."""

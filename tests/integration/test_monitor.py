@@ -27,8 +27,9 @@ from sandbox import (
     SandboxViolationType,
 )
 from sandbox.engine.loop import PollLoop
+from sandbox.engine.watching import SandboxWatch
 from sandbox.monitor.resources import source_of
-from sandbox.monitor.sources import ProcessSource, Reading, describe
+from sandbox.monitor.sources import Nothing, ProcessSource, Reading, describe
 from sandbox.monitor.watch import Thresholds, Watch
 
 from . import harness
@@ -415,6 +416,40 @@ def test_without_an_inotify_instance_events_are_seen_at_each_sample(monkeypatch:
     loop.run_once(1.0)
     assert [v.details["limit"] for v in told] == ["pids"]
     watch.end(run)
+
+
+def test_a_watch_that_could_not_begin_is_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else the next thing that runs would be taken for one that runs beside it, and nobody would look."""
+    source, told, loop = Source(), list[SandboxViolation](), PollLoop()
+    monkeypatch.setattr(source, "event_files", lambda: [str(tmp_path)])
+    watch = Watch(loop, source, Thresholds.of_limits(PluginLimitsV2()), 1.0)
+    watch.on_violation = told.append
+    before = os.listdir("/proc/self/fd")
+    trigger, other = os.pipe()
+    with monkeypatch.context() as patched:
+        patched.setattr(source, "pressure", lambda: trigger)
+        patched.setattr(loop, "call_later", refuse_descriptor)
+        with pytest.raises(OSError, match="Too many open files"):
+            watch.begin()
+    os.close(other)
+    assert os.listdir("/proc/self/fd") == before
+    run = watch.begin()
+    source.counts = {"pids.events max": 2}
+    watch.end(run)
+    assert [v.details["limit"] for v in told] == ["pids"]
+
+
+def test_a_sandboxs_watch_that_could_not_begin_holds_nothing(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            assert sandbox._sandbox is not None
+            watch = SandboxWatch(sandbox._sandbox)
+            monkeypatch.setattr(watch, "_listen", refuse_descriptor)
+            with pytest.raises(OSError, match="Too many open files"):
+                watch.begin()
+            assert isinstance(watch.source, Nothing)
+
+    asyncio.run(main())
 
 
 def test_without_a_watch_of_epolls_samples_tell_the_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
