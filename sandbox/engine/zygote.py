@@ -349,9 +349,18 @@ class Zygote:
             self.empty_nest()
             ours.close()
             raise
-        self.newest = self.wardens[pidfd] = Warden(pid, pidfd, ours)
-        self.epoll.register(pidfd, select.EPOLLIN)
-        return self.newest
+        self.newest = made = Warden(pid, pidfd, ours)
+        try:
+            self.epoll.register(pidfd, select.EPOLLIN)
+        except OSError:  # nobody would hear of its end
+            sc.pidfd_send_signal(pidfd, signal.SIGKILL)
+            self.settle()
+            os.waitpid(pid, 0)
+            os.close(pidfd)
+            ours.close()
+            raise
+        self.wardens[pidfd] = made
+        return made
 
     def settle(self) -> bool:
         """Wait until the newest warden has its own descriptors, and close here what only it is to have. False if it died."""
@@ -373,16 +382,21 @@ class Zygote:
         os.dup2(0, self.nest, inheritable=False)
 
     def assign(self, warden: Warden, sandbox: Sandbox, instruction: dict[str, Any], fds: list[int]) -> None:
+        """Raises OSError, and then it does not have the sandbox: to tell it is the last step that may fail."""
         if warden is self.newest and not self.settle():
             raise OSError(errno.ENOTRECOVERABLE, "it died as soon as it was there")
-        number = instruction["recipe_number"]
-        if warden.number != number:
-            channel.instruct(warden.tasks, {"learn": number}, [self.recipes[number]])
-            warden.number = number
-        channel.instruct(warden.tasks, instruction, fds)
+        self.epoll.register(warden.tasks.fileno(), select.EPOLLIN)
+        try:
+            number = instruction["recipe_number"]
+            if warden.number != number:
+                channel.instruct(warden.tasks, {"learn": number}, [self.recipes[number]])
+                warden.number = number
+            channel.instruct(warden.tasks, instruction, fds)
+        except OSError:
+            self.epoll.unregister(warden.tasks.fileno())
+            raise
         warden.sandbox = sandbox
         self.at_work[warden.tasks.fileno()] = warden
-        self.epoll.register(warden.tasks.fileno(), select.EPOLLIN)
 
     def kill(self, name: str) -> None:
         """A warden does not answer its caller. A stopped one dies of SIGKILL as well, and all below it with it."""
@@ -392,7 +406,15 @@ class Zygote:
 
     def report_failure(self, failure: mounts.LineFailed, sandbox: str = "") -> None:
         fields = {"line": failure.line, "errno": failure.errno, "path": failure.path, "text": failure.text, "sandbox": sandbox}
-        channel.send(self.control, "failed", fields)
+        self.tell("failed", fields)
+
+    def tell(self, kind: str, fields: dict[str, object]) -> None:
+        """Tell the caller; where it has gone, nobody: that is heard of, and what is left to be done is done."""
+        try:
+            channel.send(self.control, kind, fields)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                raise
 
     def reap_orphans(self) -> None:
         """Reap what a killed warden has left to us, a child subreaper; all of it is dying."""
@@ -451,11 +473,7 @@ class Zygote:
                             left = f"{error.filename or 'a folder or cgroup of the sandbox'}: {error.strerror}"
                 os.close(place[0])
         os.close(sandbox.lock)
-        try:
-            channel.send(self.control, "closed", {"sandbox": sandbox.name, "left": left})
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
-                raise
+        self.tell("closed", {"sandbox": sandbox.name, "left": left})
 
     def serve(self) -> None:
         self.epoll.register(CONTROL, select.EPOLLIN)

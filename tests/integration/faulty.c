@@ -11,6 +11,7 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -136,6 +137,13 @@ OPEN(openat64, (int folder, const char *path, int flags, ...), (folder, path, fl
 
 FCNTL(fcntl)
 FCNTL(fcntl64)
+
+/* What takes something from the kernel: to change or to end that never fails. */
+int epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event)
+{
+    NEXT(int, epoll_ctl, int, int, int, struct epoll_event *);
+    return operation == EPOLL_CTL_ADD && fails(SYS_epoll_ctl) ? -1 : next(epoll, operation, fd, event);
+}
 
 WRAP(int, mount, SYS_mount, (const char *a, const char *b, const char *c, unsigned long d, const void *e), (a, b, c, d, e))
 WRAP(int, umount2, SYS_umount2, (const char *a, int b), (a, b))

@@ -39,11 +39,11 @@ from sandbox import (
     recipe,
     state,
 )
-from sandbox.engine import channel, service
+from sandbox.engine import channel, service, zygote
 from sandbox.engine.client import COMING_UP
 from sandbox.engine.zygote import IDLE_WARDENS
+from sandbox.ns import mounts, userids
 from sandbox.ns import syscalls as sc
-from sandbox.ns import userids
 
 from . import faults, harness, plugins
 
@@ -65,6 +65,7 @@ CALLS: dict[str, tuple[int, ...]] = {
     "clone": (errno.EPERM, errno.ENOMEM, errno.EAGAIN),  # fork(2)
     "clone3": PROCESSES,
     "dup3": (errno.EPERM, errno.EMFILE),
+    "epoll_ctl": (errno.ENOMEM, errno.ENOSPC),
     "fchmodat": GENERAL,
     "fchownat": GENERAL,
     "fcntl": (errno.EPERM, errno.EMFILE),
@@ -261,6 +262,39 @@ def test_a_call_of_a_sandboxs_set_up_fails(engine: faults.Injector, level: Isola
     if not EVERY:  # so many sandboxes are more than one zygote gives
         assert set(zygotes) <= set(harness.roles(os.getpid())["zygote"])
     assert harness.wait_until(lambda: descriptors_of_the_engine() <= usual + 2), (usual, held())
+
+
+@rootless
+@pytest.mark.parametrize("error", [errno.ENOMEM, errno.ENOSPC], ids=["ENOMEM", "ENOSPC"])
+def test_a_zygote_that_cannot_hear_a_warden_lives(engine: faults.Injector, error: int) -> None:
+    """A warden that was given a sandbox is that sandbox's and no other's, or else nobody's: what is its own is closed once."""
+    asyncio.run(use(IsolationLevel.STANDARD, engine))
+    zygotes = harness.roles(os.getpid())["zygote"]
+    with harness.nothing_left():
+        for _ in range(4):
+            for place in range(3):
+                engine.fail("epoll_ctl", error, place)
+                with contextlib.suppress(SandboxInitializationError, ResourceError):
+                    asyncio.run(use(IsolationLevel.STANDARD, engine))
+                assert asyncio.run(several_at_once()) == [0, 1, 2]
+    assert harness.roles(os.getpid())["zygote"] == zygotes
+
+
+def test_a_zygote_whose_caller_has_gone_goes_on_to_clean_up() -> None:
+    """Its caller may go while it is told why a sandbox could not be opened: what is that sandbox's is still to be removed."""
+    made = zygote.Zygote.__new__(zygote.Zygote)
+    made.control, caller = channel.pair()
+    caller.close()
+    made.report_failure(mounts.LineFailed("sandbox: clone of the warden", OSError(errno.ENOMEM, "none")), "its name")
+    made.control.close()
+
+
+async def several_at_once() -> list[int]:
+    async def call(value: int) -> int:
+        async with harness.open_sandbox(IsolationLevel.STANDARD) as sandbox:
+            return int(await sandbox.execute_plugin_safe(plugins.give_back, value))
+
+    return await asyncio.gather(*(call(value) for value in range(3)))
 
 
 @rootless
