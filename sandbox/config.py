@@ -639,7 +639,15 @@ def load_config(
             PluginPermissionsV2(**tables["permissions"]),
         )
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}") from None
+        raise in_file(name, error) from None
+
+
+def in_file(name: str, error: Exception) -> ConfigError:
+    """What is wrong with fields together, such as a threshold above its limit, with the names that they have in a file."""
+    text = str(error)
+    for table, kind in (("isolation", IsolationConfig), ("limits", PluginLimitsV2), ("permissions", PluginPermissionsV2)):
+        text = text.replace(f"{kind.__name__}.", f"[{table}] ")
+    return ConfigError(f"{name}: {text}")
 
 
 def read_settings(path: str | os.PathLike[str]) -> tuple[str, dict[str, dict[str, Any]]]:

@@ -396,7 +396,7 @@ def test_variables_count_where_the_file_says_nothing(write: Write) -> None:
         ("[limits]\nmax_memory_mb = -5", ": [limits] max_memory_mb is -5: give a number of megabytes from 8 to "),
         ("[limits]\nmax_memory_mb = '1'", ": [limits] max_memory_mb is '1' (str): give a number of megabytes from 8 to "),
         ("[limits]\nmax_memory_mb = 1979-05-27", ": [limits] max_memory_mb is datetime.date(1979, 5, 27) (date): give "),
-        ("[limits]\nmemory_warning_threshold_mb = 500", ": PluginLimitsV2.memory_warning_threshold_mb is 500.0: give at most "),
+        ("[limits]\nmemory_warning_threshold_mb = 500", ": [limits] memory_warning_threshold_mb is 500.0: give at most "),
         (
             "[permissions]\nallowed_ports = [80, 0]",
             ": [permissions] allowed_ports[1] is 0: give a whole number from 1 to 65535",

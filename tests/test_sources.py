@@ -99,6 +99,16 @@ def test_options_are_named(tmp_path: Path) -> None:
     }
 
 
+def test_what_is_wrong_beside_another_setting_is_told_with_its_name_and_file(tmp_path: Path, write: Write) -> None:
+    """As files have it: a class is known to who writes Python."""
+    first = write("pyproject.toml", "[tool.psie.limits]\nmemory_warning_threshold_mb = 100\n", accepted=True)
+    write("psie.toml", "[limits]\nmax_memory_mb = 64\n", accepted=True)
+    with pytest.raises(ConfigError) as caught:
+        gathered(tmp_path)
+    told = "[limits] memory_warning_threshold_mb is 100.0: give at most max_memory_mb, which is 64"
+    assert str(caught.value).startswith(f"{first}, [tool.psie]: {told}, or leave it out")
+
+
 def test_deletion_needs_a_folder(tmp_path: Path, write: Write) -> None:
     with pytest.raises(UsageError, match=r"^--allow-delete: there is no folder that it may change: give one by --rw DIR, or"):
         gathered(tmp_path, allow_delete=True)

@@ -17,6 +17,7 @@ from sandbox.config import (
     PluginLimitsV2,
     PluginPermissionsV2,
     from_environment,
+    in_file,
     read_settings,
 )
 
@@ -122,12 +123,15 @@ class Gathered:
             self.limits = PluginLimitsV2(**self._values["limits"])
             self.permissions = PluginPermissionsV2(**self._values["permissions"])
         except (TypeError, ValueError) as error:
+            located = self.located(error)
+            if located is not error:
+                raise located from None
             if not name:
                 raise
-            raise ConfigError(f"{name}: {error}") from None
+            raise in_file(name, error) from None
 
-    def located(self, error: ValueError) -> ValueError:
-        """An error about a setting that was found when the sandbox was planned, with the file or option that has set it."""
+    def located(self, error: Exception) -> Exception:
+        """An error about a setting that is wrong beside others, or on this host, with the file or option that has set it."""
         begin, _, rest = str(error).partition(".")
         key = rest[: len(rest) - len(rest.lstrip(_LETTERS))]
         for table, kind in KINDS.items():
@@ -150,7 +154,7 @@ class Gathered:
         try:
             self.config, self.limits, self.permissions = effective.effective(asked, self.config, self.limits, self.permissions)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{name}: {error}") from None
+            raise in_file(name, error) from None
         for table, each in self.objects().items():
             for key, value in vars(each).items():
                 if value != before[table][key]:
