@@ -32,7 +32,7 @@ def call(given: dict[str, Any]) -> int:
         path = run_command.plugin_path(file)
         source = run_command.source_of(path)
         args = [from_json(f"--arg {text}", text) for text in given["arg"]]
-        kwargs = dict(keyword(text) for text in given["kwarg"])
+        kwargs = keywords(given["kwarg"])
 
         def job(session: Session) -> dict[str, object]:
             return {
@@ -66,6 +66,16 @@ def keyword(text: str) -> tuple[str, object]:
     if not equals or not name.isidentifier():
         raise UsageError(f"--kwarg {text}: give NAME=JSON")
     return name, from_json(f"--kwarg {text}", value)
+
+
+def keywords(texts: tuple[str, ...]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for text in texts:
+        name, value = keyword(text)
+        if name in found:
+            raise UsageError(f"--kwarg {text}: {name} has a value already: give it once")
+        found[name] = value
+    return found
 
 
 class Calling(Session):

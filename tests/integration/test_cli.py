@@ -840,6 +840,10 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "call with bad json": (["call", "--arg", "{x}", "plugin.py:main"], ("--arg {x}", "JSON")),
     "call with bad keyword": (["call", "--kwarg", "1x=2", "plugin.py:main"], ("--kwarg 1x=2", "NAME=JSON")),
     "call with bad json keyword": (["call", "--kwarg", "x=", "plugin.py:main"], ("--kwarg x=", "JSON")),
+    "call with a keyword twice": (
+        ["call", "--kwarg", "x=1", "--kwarg", "x=2", "plugin.py:main"],
+        ("--kwarg x=2: x has a value already: give it once",),
+    ),
     "command": (["rnu", "plugin.py"], ("rnu", "--help")),
     "explain of no level": (["explain", "--level", "strct"], ("strct", "did you mean strict")),
     "selftest of no level": (["selftest", "--level", "strct"], ("strct", "did you mean strict")),
