@@ -81,9 +81,23 @@ def source_of(path: str) -> bytes:
         raise Failed(f"{path} cannot be read ({error.strerror}): see to its rights, or give another file") from None
     if len(source) > SOURCE_BYTES:
         raise Failed(f"{path} is larger than {SOURCE_BYTES >> 20} MB: give a Python file")
-    if b"\0" in source and ZIP_END in source:
-        raise Failed(f"{path} is a zip archive: unpack it, and give the __main__.py that is in it")
+    if b"\0" in source:
+        raise Failed(f"{path} is {binary(source)}")
     return source
+
+
+def binary(source: bytes) -> str:
+    """What a file with a null byte is, which no Python source has, and the mend."""
+    if ZIP_END in source:
+        return "a zip archive: unpack it, and give the __main__.py that is in it"
+    if source[2:4] == b"\r\n" and b"\0" in source[4:16]:  # PEP 552
+        return "compiled Python: give the .py file that it was made from"
+    if source[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "a text in UTF-16: save it as UTF-8"
+    for beginning, kind in ((b"\x7fELF", "a compiled program (ELF)"), (b"%PDF-", "a PDF document")):
+        if source.startswith(beginning):
+            return f"{kind}: give a Python file"
+    return "no text, because there is a null byte in it: give a Python file"
 
 
 def siblings(path: str, source: bytes) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import pty
@@ -275,6 +276,22 @@ def test_a_zipapp_is_told_from_a_broken_file(caller: Caller, line: list[str]) ->
     caller.write("app/__main__.py", "print('out')")
     zipapp.create_archive(caller.folder / "app", caller.folder / "app.pyz", "/usr/bin/python3")
     assert_refused(caller.run(*line, "app.pyz"), "app.pyz is a zip archive: unpack it")
+
+
+NO_TEXT = {
+    "compiled Python: give the .py file": importlib.util.MAGIC_NUMBER + bytes(12) + b"\xe3",
+    "a text in UTF-16: save it as UTF-8": "print(1)".encode("utf-16"),
+    "a compiled program (ELF): give a Python file": b"\x7fELF\2\1\1\0",
+    "a PDF document: give a Python file": b"%PDF-1.7\n\0",
+    "no text, because there is a null byte in it: give": b"print(1)\r\n\0",
+}
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_what_is_no_text_is_told_for_what_it_is(caller: Caller, command: str, kind: str) -> None:
+    (caller.folder / "plugin.py").write_bytes(NO_TEXT[kind])
+    assert_refused(caller.run(command, "plugin.py"), f"plugin.py is {kind}")
 
 
 def test_accepted_files_that_cannot_be_read_or_forgotten(somebody: Caller) -> None:
