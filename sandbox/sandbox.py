@@ -520,7 +520,7 @@ class EnhancedPluginSandbox:
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
-    async def execute_plugin_safe(self, plugin_function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    async def execute_plugin_safe(self, /, plugin_function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `plugin_function(*args, **kwargs)` in the sandbox and return its value.
 
         If its first parameter is called `env` or `environment` it gets a dict first: sandbox_id, temp_directory,
@@ -541,7 +541,7 @@ class EnhancedPluginSandbox:
         return await self._call(plugin_function, args, kwargs)
 
     async def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same, also for a keyword that is called self or plugin_function."""
+        """The same, also for a keyword that is called plugin_function."""
         self._check_open()
         instruction, parcel, payload = self._job(function, args, kwargs)
         with Remembered(self, parcel.name) as remembered:

@@ -187,6 +187,9 @@ def test_enhanced_plugin_sandbox(module: ModuleType) -> None:
     assert [item.default for item in parameters[:4]] == [inspect.Parameter.empty] * 3 + [None]
     assert {item.kind for item in parameters[:4]} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
     assert all(item.default is not item.empty for item in parameters[4:])
+    parameters = list(inspect.signature(module.EnhancedPluginSandbox.execute_plugin_safe).parameters.values())
+    assert [str(item.replace(annotation=item.empty)) for item in parameters] == ["self", "plugin_function", "*args", "**kwargs"]
+    assert parameters[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def test_sandbox_recovery_manager(module: ModuleType) -> None:

@@ -480,6 +480,15 @@ def test_the_end_is_told_also_where_a_call_still_has_to_be_that_a_handler_refuse
     assert handler.seen == [sandbox.get_telemetry()]
 
 
+def test_a_keyword_may_be_called_self(level: IsolationLevel) -> None:
+    async def main() -> None:
+        async with harness.open_sandbox(level) as sandbox:
+            assert await sandbox.execute_plugin_safe(plugins.keywords, 1, self="x") == (1, (), {"self": "x"})
+            assert await sandbox.execute_plugin_safe(plugin_function=plugins.keywords, first=1) == (1, (), {})
+
+    asyncio.run(main())
+
+
 class Awaitable:
     async def __call__(self, value: int) -> int:
         return value + 1
