@@ -7,12 +7,14 @@ An abstract name of a socket is anyone's (unix(7)), so both look at who the othe
 from __future__ import annotations
 
 import _socket
+import errno
 import os
 import select
 
 from sandbox.engine import channel
 
 BACKLOG = 16  # connections that wait
+SO_PEERPIDFD = 77  # asm-generic/socket.h, from Linux 6.5 on
 STRANGERS = 1000  # of whom nothing is wanted, and after whom the caller is not waited for
 
 
@@ -21,9 +23,30 @@ def place(caller: int) -> bytes:
     return b"\0psie %d" % caller
 
 
-def peer(sock: _socket.socket) -> int:
-    """The pid of the process at the other end, or of the one that had listened there."""
-    return int.from_bytes(sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)[:4], "little")
+def peer(sock: _socket.socket) -> tuple[int, int]:
+    """pid and uid of the process at the other end, or of the one that had listened there."""
+    found = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
+    return int.from_bytes(found[:4], "little"), int.from_bytes(found[4:8], "little")
+
+
+def has_listened(sock: _socket.socket, pid: int, pidfd: int) -> bool:
+    """Whether this process has, at the other end. Its number alone does not say so: a socket outlives who has listened there,
+    who can know which process will have that number next."""
+    number, uid = peer(sock)
+    if number != pid:
+        return False
+    try:
+        fd = sock.getsockopt(_socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return uid == os.geteuid()  # at least nobody else's
+        if error.errno in (errno.EINVAL, errno.ESRCH):
+            return False  # it has died
+        raise
+    try:
+        return os.fstat(fd).st_ino == os.fstat(pidfd).st_ino  # from 6.9 on of one process only: pidfd_open(2)
+    finally:
+        os.close(fd)
 
 
 def listen(caller: int) -> _socket.socket:
@@ -44,19 +67,19 @@ def accept(listener: _socket.socket, caller: int, pidfd: int) -> _socket.socket 
             break
         fd, _ = listener._accept()  # type: ignore[attr-defined]  # socket.socket has it by another name
         sock = channel.from_fd(fd)
-        if peer(sock) == caller:
+        if peer(sock)[0] == caller:  # which lives, and lived when this came
             return sock
         sock.close()
     return None
 
 
-def connect(zygote: int) -> _socket.socket | None:
+def connect(zygote: int, pidfd: int) -> _socket.socket | None:
     """The caller's socket to its zygote; None as long as that is not there."""
     sock = channel.from_fd()
     sock.setblocking(False)
     try:
         sock.connect(place(os.getpid()))
-        if peer(sock) == zygote:
+        if has_listened(sock, zygote, pidfd):
             sock.setblocking(True)
             return sock
     except (ConnectionRefusedError, BlockingIOError):  # it is not there yet, or others stand before us

@@ -127,7 +127,7 @@ class Early:
     def is_there(self) -> bool:
         """Whether it listens by now; then there is a control socket."""
         if self.control is None:
-            self.control = meeting.connect(self.pid)
+            self.control = meeting.connect(self.pid, self.pidfd)
         return self.control is not None
 
     def set_up(self, settings: dict[str, object]) -> None:

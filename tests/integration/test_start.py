@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -194,6 +195,24 @@ def test_somebody_else_at_the_meeting_point(strict: Caller) -> None:
             assert visitor.recv(1) == b""  # it was there, and has told nothing
             visitor.close()
     assert harness.wait_until(all_gone, harness.SOON)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the process has to be another user's")
+def test_who_has_died_at_the_meeting_point_is_no_zygote() -> None:
+    """Anybody can leave a socket there that was listened to by a process with the number that the zygote will have."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        stranger.bind(meeting.place(os.getpid()))
+        died = os.fork()
+        if died == 0:
+            os.setuid(65534)
+            stranger.listen()
+            os._exit(0)
+        os.waitpid(died, 0)
+        pidfd = os.pidfd_open(os.getpid())  # of somebody else, as whoever has that number by now
+        try:
+            assert meeting.connect(died, pidfd) is None
+        finally:
+            os.close(pidfd)
 
 
 def test_strangers_who_come_to_the_meeting_point(strict: Caller) -> None:
