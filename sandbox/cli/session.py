@@ -212,7 +212,7 @@ class Session:
         if control is None:  # it has died
             started.leave()
             started = another()
-            control = started.connection()
+            control = started.control
             assert control is not None
         loop = PollLoop()
         zygote = client.Zygote(loop, started.pid, control, is_warden=True)

@@ -150,7 +150,7 @@ class Early:
         poll.register(self.pidfd, select.POLLIN)
         while not self.is_there() and not poll.poll(MEETING):
             pass
-        return self.control
+        return None if poll.poll(0) else self.control
 
     def leave(self) -> None:
         """It is not the one that is needed."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.engine import meeting
+from sandbox.engine import meeting, spawn
 
 from . import cli_harness, harness
 from .cli_harness import READY, Caller
@@ -213,6 +213,22 @@ def test_who_has_died_at_the_meeting_point_is_no_zygote() -> None:
             assert meeting.connect(died, pidfd) is None
         finally:
             os.close(pidfd)
+
+
+def test_a_zygote_that_dies_when_it_has_listened_is_not_the_one() -> None:
+    """As one that never came: it has been told what to set up, and nothing else."""
+    caller = os.getpid()
+    zygote = os.fork()
+    if zygote == 0:
+        listener = meeting.listen(caller)
+        meeting.accept(listener, caller, os.pidfd_open(caller))
+        os._exit(1)
+    early = spawn.Early(zygote, outer=False)
+    assert harness.wait_until(early.is_there, harness.SOON)
+    os.waitid(os.P_PID, zygote, os.WEXITED | os.WNOWAIT)
+    early.set_up({})
+    assert early.connection() is None
+    early.leave()
 
 
 def test_strangers_who_come_to_the_meeting_point(strict: Caller) -> None:
