@@ -209,7 +209,7 @@ class Session:
         from sandbox.engine.loop import PollLoop
 
         control = started.connection()
-        if control is None:  # it has died
+        if control is None:  # it has died, or does not come
             started.leave()
             started = another()
             control = started.control

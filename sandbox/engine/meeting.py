@@ -15,7 +15,6 @@ from sandbox.engine import channel
 
 BACKLOG = 16  # connections that wait
 SO_PEERPIDFD = 77  # asm-generic/socket.h, from Linux 6.5 on
-STRANGERS = 1000  # of whom nothing is wanted, and after whom the caller is not waited for
 
 
 def place(caller: int) -> bytes:
@@ -62,9 +61,7 @@ def accept(listener: _socket.socket, caller: int, pidfd: int) -> _socket.socket 
     poll = select.poll()
     for fd in (pidfd, listener.fileno()):
         poll.register(fd, select.POLLIN)
-    for _ in range(STRANGERS):
-        if pidfd in dict(poll.poll()):
-            break
+    while pidfd not in dict(poll.poll()):
         fd, _ = listener._accept()  # type: ignore[attr-defined]  # socket.socket has it by another name
         sock = channel.from_fd(fd)
         if peer(sock)[0] == caller:  # which lives, and lived when this came

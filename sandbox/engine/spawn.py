@@ -11,6 +11,7 @@ import fcntl
 import os
 import select
 import sys
+from time import monotonic
 
 from sandbox.engine import channel, meeting
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # util-linux; C programs, because an interpreter more would cost 10 ms
 UNSHARE, NSENTER = "/usr/bin/unshare", "/usr/bin/nsenter"
 MEETING = 1  # milliseconds between two attempts to reach a zygote
+MEETING_SECONDS = 5.0  # until it is not waited for: it has been stopped, or strangers stand before it all the time
 FIRST_FREE = 10  # fds of ours that posix_spawn shall copy lie above those it copies to
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
 SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
@@ -145,10 +147,11 @@ class Early:
             os.close(fd)
 
     def connection(self) -> _socket.socket | None:
-        """The control socket, as soon as there is one; None if it has died."""
+        """The control socket, as soon as there is one; None if it has died, or does not come."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        while not self.is_there() and not poll.poll(MEETING):
+        end = monotonic() + MEETING_SECONDS
+        while not self.is_there() and monotonic() < end and not poll.poll(MEETING):
             pass
         return None if poll.poll(0) else self.control
 

@@ -257,6 +257,39 @@ def test_strangers_who_come_to_the_meeting_point(strict: Caller) -> None:
             visitor.close()
 
 
+def test_however_many_strangers_come_the_caller_is_heard() -> None:
+    """A zygote that left after so many would take the run with it that it has been told of already."""
+    caller = os.getpid()
+    listener, pidfd = meeting.listen(caller), os.pidfd_open(caller)
+    stranger = os.fork()
+    if stranger == 0:
+        for _ in range(2000):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as visitor:
+                visitor.connect(meeting.place(caller))
+        os._exit(0)
+
+    def come() -> None:
+        os.waitpid(stranger, 0)
+        assert harness.wait_until(lambda: meeting.connect(caller, pidfd), harness.SOON)
+
+    thread = threading.Thread(target=come)
+    thread.start()
+    control = meeting.accept(listener, caller, pidfd)
+    thread.join()
+    assert control is not None
+    for each in (control, listener):
+        each.close()
+    os.close(pidfd)
+
+
+def test_a_zygote_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spawn, "MEETING_SECONDS", 0.1)
+    with subprocess.Popen(["sleep", "60"]) as stopped:
+        early = spawn.Early(stopped.pid, outer=False)
+        assert early.connection() is None
+        early.leave()
+
+
 @pytest.mark.parametrize("promise", ["1 ", "0 ", "x", "", "999999999 ", "own"])
 def test_a_promise_of_a_zygote_that_is_none(strict: Caller, promise: str) -> None:
     path = strict.write("plugin.py", "print('here')")
