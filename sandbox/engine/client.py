@@ -446,8 +446,8 @@ class Sandbox:
         self.next_call = 1
         self.coming_up = 0  # of the calls those whose workers do not stand yet
         self._turns: deque[Callable[[], None]] = deque()  # who waits to make one
-        # Instructions, while its warden has not read what came before, and the clock that goes with one.
-        self._untold: deque[tuple[dict[str, object], Clock | None]] = deque()
+        # Instructions, while its warden has not read what came before, and the call whose clock goes with one.
+        self._untold: deque[tuple[dict[str, object], Call | None]] = deque()
         self.workspace: int | None = None  # O_PATH fd
         self.owner: tuple[int, ...] = ()  # uid and gid of the plugin's files, as a zygote's user namespace has them
         self.granted: list[Granted] = []
@@ -691,11 +691,9 @@ class Sandbox:
         """The warden has read the most of what it was told."""
         self.loop.remove_writer(self.hub.fileno())
         while self._untold and not self.closing:
-            instruction, clock = self._untold.popleft()
-            if clock is not None and clock.fd < 0:
-                continue  # its call has ended
-            if not self._tell(instruction, (clock.fd,) if clock is not None else ()):
-                self._untold.appendleft((instruction, clock))
+            instruction, call = self._untold.popleft()
+            if not self._tell_of(call, instruction):
+                self._untold.appendleft((instruction, call))
                 self.loop.add_writer(self.hub.fileno(), self._go_on)
                 return
         self.next_turn()
@@ -718,14 +716,23 @@ class Sandbox:
         call.inside.close()
         return call
 
-    def _instruct(self, instruction: dict[str, object], clock: Clock | None = None) -> None:
+    def _instruct(self, instruction: dict[str, object], call: Call | None = None) -> None:
         """Tell the warden, where it has not read what came before as soon as it has: of a thousand calls that are to end at
         once its socket holds a few hundred. In a sandbox that is at its end there is nobody to be told."""
         if self.closing:
             return
-        if self._untold or not self._tell(instruction, (clock.fd,) if clock is not None else ()):
-            self._untold.append((instruction, clock))
+        if self._untold or not self._tell_of(call, instruction):
+            self._untold.append((instruction, call))
             self.loop.add_writer(self.hub.fileno(), self._go_on)
+
+    def _tell_of(self, call: Call | None, instruction: dict[str, object]) -> bool:
+        """As `_tell`; with the clock of `call`, if one goes with it."""
+        if call is None or call.clock is None:
+            return self._tell(instruction)
+        if not call.done and not self._tell(instruction, (call.clock.fd,)):
+            return False
+        call.stands()
+        return True
 
     def _tell(self, instruction: dict[str, object], fds: Sequence[int] = ()) -> bool:
         """False where there is no room for it now."""
@@ -956,7 +963,7 @@ class Answer:
 class Call:
     """One call: from a worker that waits for a job to its reply and its end.
 
-    `on_sealed(call)` when the worker stands and has been read back; `on_done(call)` when everything of it has gone:
+    `on_sealed(call)` when the worker stands, has been read back and is timed; `on_done(call)` when everything of it has gone:
     then `error` or `outcome`, `reply` and `violations` tell what happened.
     """
 
@@ -1023,28 +1030,27 @@ class Call:
             self.kill("read-back")
             self.fail(error)
             return
-        if not self._has_clock():
-            return
-        if self._waiting is not None:
-            self._waiting.cancel()
         fields["granted"] = self.sandbox.granted_kinds
         self.read_back = fields
-        self._has_come_up()
-        if self.on_sealed is not None:
-            self.on_sealed(self)
-
-    def _has_clock(self) -> bool:
-        """Make it, and give it to the warden, too. While a worker comes up the command has time to import what that takes."""
-        from sandbox.engine.clock import Clock
+        from sandbox.engine.clock import Clock  # while a worker comes up the command has had time to import it
 
         try:
             self.clock = Clock(float(self.sandbox.recipe.limits["seconds"]))
         except OSError as error:
             self.kill("failed")
             self.fail(ResourceError(f"a call has no clock ({error.strerror}): {mend_of(error.errno or 0)}"))
-            return False
-        self.sandbox._instruct({"op": "clock", "call": self.number}, self.clock)
-        return True
+            return
+        self.sandbox._instruct({"op": "clock", "call": self.number}, self)
+
+    def stands(self) -> None:
+        """Its warden has been given its clock, so it can have a job: however soon we are stopped, its time is kept."""
+        if self.done:
+            return  # to tell that has shown that the warden has died
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._has_come_up()
+        if self.on_sealed is not None:
+            self.on_sealed(self)
 
     def _has_come_up(self) -> None:
         """It stands, or never will: another one's turn."""

@@ -561,6 +561,54 @@ def test_a_caller_that_is_stopped_as_soon_as_it_has_sent_a_job(level: IsolationL
 
 
 @rootless
+def test_no_job_is_sent_before_the_warden_has_its_clock(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a caller with so many calls that what it says has to wait: stopped at that moment it would leave one without end."""
+    tell, hand_over = client.Sandbox._tell, client.Call._hand_over
+    done: list[str] = []
+
+    def full_once(self: client.Sandbox, instruction: dict[str, object], fds: Sequence[int] = ()) -> bool:
+        if instruction["op"] != "clock":
+            return tell(self, instruction, fds)
+        done.append("clock")
+        return len(done) > 1 and tell(self, instruction, fds)
+
+    def noted(self: client.Call, *job: Any) -> None:
+        done.append("job")
+        hand_over(self, *job)
+
+    monkeypatch.setenv("PSIE_STANDING", "0")
+    monkeypatch.setattr(client.Sandbox, "_tell", full_once)
+    monkeypatch.setattr(client.Call, "_hand_over", noted)
+    service.shut_down()  # what stands ready has its clock
+    assert harness.call(level, plugins.give_back, 1) == 1
+    assert done == ["clock", "clock", "job"]
+
+
+@rootless
+def test_a_warden_that_dies_as_soon_as_a_worker_stands(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for the worker is told so, and not that it stands afterwards."""
+    stood: list[client.Call] = []
+    tell = client.Sandbox._tell
+
+    def dies(self: client.Sandbox, instruction: dict[str, object], fds: Sequence[int] = ()) -> bool:
+        if instruction["op"] == "clock":
+            found = harness.roles(os.getpid())
+            for pid in found["warden"]:
+                os.kill(pid, signal.SIGKILL)
+            below = {*found["warden"], *found["init"], *found["worker"]}
+            assert harness.wait_until(lambda: not below & harness.engine_processes().keys())
+        return tell(self, instruction, fds)
+
+    monkeypatch.setenv("PSIE_STANDING", "0")
+    monkeypatch.setattr(client.Sandbox, "_tell", dies)
+    monkeypatch.setattr(service.Worker, "_sealed", lambda self, call: stood.append(call))
+    service.shut_down()
+    with pytest.raises(ResourceError, match="open a new sandbox"):
+        harness.call(level, plugins.give_back, 1)
+    assert not stood
+
+
+@rootless
 @pytest.mark.parametrize("victim", ["supervisor", "init", "worker"])
 def test_what_else_is_stopped_ends_at_the_deadline(level: IsolationLevel, victim: str) -> None:
     """The warden kills them like any other; nothing has to be waited for."""
