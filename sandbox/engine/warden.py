@@ -46,6 +46,7 @@ KEPT = 16
 RETRY_SECONDS = 0.001
 LOCK_BYTES = 192  # struct file_lock, linux/filelock.h
 LOCKS = 10_000  # of one call, which are too many in any case
+LOCKS_REST = 20  # times what it has taken to count them, until they are counted again
 LONGEST_MS = 1 << 30  # of one wait: poll(2) takes an int, and a call may have a year
 SAMPLE_SECONDS = 0.1  # between looks at what running calls hold that no memory controller counts
 
@@ -68,6 +69,7 @@ class Call:
         self.warned = 0.0  # when SIGTERM was sent
         self.cause = "exit"
         self.used = 0  # bytes of memory, where that is the cause
+        self.locks = 0  # of files that it held when they were counted last
         self.counted: dict[str, int] = {}  # events of the cgroup before it began
         self.result: dict[str, str] = {}
 
@@ -96,6 +98,7 @@ class Warden:
         self.supervisor: tuple[int, int, _socket.socket] | None = None  # pid, pidfd, socket
         self.tasks_for = 1  # calls that pids.max allows for
         self.sample_at = 0.0  # when memory is looked at next
+        self.locks_at = 0.0  # before which locks are not
         self.host_namespace: int | None = None
         self.is_cut_off = False  # from the network, for the rest of the sandbox's life
         self.granted = granted.Granted(
@@ -464,16 +467,25 @@ class Warden:
         """Kill the calls that hold more memory than they may. Of what a memory controller counts it takes care itself; locks of
         files it does not count (file_lock_cache, fs/locks.c)."""
         limit: int | None = self.recipe["memory_sampled"]
-        allowed, holders = int(self.instruction["memory"]), holders_of_locks()
-        for call in list(self.calls.values()):
-            if call.deadline is None or (limit is None and len(holders) < LOCKS):
-                continue
-            locks = locks_of(processes.tree(call.pid)[1:], holders)
-            used = LOCK_BYTES * locks + (allowed if locks >= LOCKS else 0)
+        allowed = int(self.instruction["memory"])
+        running = [call for call in self.calls.values() if call.deadline is not None]
+        if running and monotonic() >= self.locks_at:
+            self.count_locks(running)
+        for call in running:
+            used = LOCK_BYTES * call.locks + (allowed if call.locks >= LOCKS else 0)
             used += self.memory_of(call, limit) if limit is not None else 0
             if used > allowed:
                 call.used = used
                 self.kill(call, "memory")
+
+    def count_locks(self, calls: list[Call]) -> None:
+        """How long that takes is up to all who have any, on this host: the longer, the later it is done again."""
+        begun = monotonic()
+        holders = holders_of_locks()
+        for call in calls:
+            is_of_interest = self.recipe["memory_sampled"] is not None or len(holders) >= LOCKS
+            call.locks = locks_of(processes.tree(call.pid)[1:], holders) if is_of_interest else 0
+        self.locks_at = monotonic() + LOCKS_REST * (monotonic() - begun)
 
     def drain(self, call: Call) -> None:
         call.report.setblocking(False)

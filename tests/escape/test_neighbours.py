@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from integration import harness, plugins
 
 from escape import kit
 from sandbox.config import IsolationLevel
@@ -203,3 +204,27 @@ def test_locks_of_others_hide_none(level: IsolationLevel, tmp_path: Path) -> Non
     one = next(known for known in REGISTRY if known.name == "locks_of_many_places")
     with many_locks_on(first, 40_000), all_on(last):
         assert trial.attempt_inside(one, level, tmp_path) == "memory"
+
+
+def test_locks_of_others_keep_no_warden_busy() -> None:
+    """To list them takes long, and each user of this host may have many."""
+    per_second = os.sysconf("SC_CLK_TCK")
+
+    def seconds_of(pid: int) -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / per_second
+
+    async def main() -> float:
+        async with harness.open_sandbox(IsolationLevel.MINIMAL) as sandbox:
+            running = asyncio.create_task(sandbox.execute_plugin_safe(plugins.signal_and_sleep))
+            await asyncio.sleep(0.5)
+            (warden,) = harness.roles(os.getpid())["warden"]
+            before = seconds_of(warden)
+            await asyncio.sleep(2)
+            used = seconds_of(warden) - before
+            running.cancel()
+            await asyncio.wait([running])
+            return used
+
+    with many_locks_on(min(os.sched_getaffinity(0)), 40_000):
+        assert asyncio.run(main()) < 0.25
