@@ -684,6 +684,15 @@ def names_in(folder: str) -> list[str]:
         return []
 
 
+def tables_of(pid: int) -> list[str]:
+    """Threads of a process, one for each table of descriptors that they have: most have one in common."""
+    found: list[str] = []
+    for thread in names_in(f"/proc/{pid}/task"):
+        if not any(sc.have_same_files(int(thread), int(known)) for known in found):
+            found.append(thread)
+    return found
+
+
 def holders_of_locks() -> list[str]:
     """The pid of who holds it, of each lock of a file that there is (proc_locks(5)). Of LOCKS at most: to list them takes the
     kernel a time that is their square."""
@@ -702,7 +711,7 @@ def locks_of(pids: list[int], holders: list[str]) -> int:
         wanted = {str(pid) for pid in pids}
         return sum(holder in wanted for holder in holders)
     held = 0
-    for task in [f"/proc/{pid}/task/{thread}" for pid in pids for thread in names_in(f"/proc/{pid}/task")]:
+    for task in [f"/proc/{pid}/task/{thread}" for pid in pids for thread in tables_of(pid)]:
         for fd in names_in(f"{task}/fdinfo"):
             try:
                 held += read(f"{task}/fdinfo/{fd}").count("\nlock:")

@@ -228,3 +228,28 @@ def test_locks_of_others_keep_no_warden_busy() -> None:
 
     with many_locks_on(min(os.sched_getaffinity(0)), 40_000):
         assert asyncio.run(main()) < 0.25
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_locks_of_a_process_with_threads_are_counted_once(level: IsolationLevel) -> None:
+    """All of its threads show them, where they have its descriptors in common."""
+    if kit.why_closed(level):
+        pytest.skip(kit.why_closed(level))
+
+    def hold_some() -> int:
+        import fcntl
+        import tempfile
+        import threading
+        import time
+
+        for _ in range(3):
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        with tempfile.TemporaryFile() as file:
+            fcntl.lockf(file, fcntl.LOCK_EX, 2 * 4000, 0)
+            for place in range(2 * 4000 - 2, 0, -2):
+                fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
+            time.sleep(1.5)
+        return 4000
+
+    with many_locks_on(min(os.sched_getaffinity(0)), 20_000):
+        assert harness.call(level, hold_some) == 4000
