@@ -19,7 +19,7 @@ from integration import harness, plugins
 
 from escape import kit
 from sandbox.config import IsolationLevel
-from sandbox.engine import service
+from sandbox.engine import service, warden
 from sandbox.selftest import families, trial  # noqa: F401 - registers the attacks
 from sandbox.selftest.attacks import (
     ALL,
@@ -206,6 +206,12 @@ def test_locks_of_others_hide_none(level: IsolationLevel, tmp_path: Path) -> Non
         assert trial.attempt_inside(one, level, tmp_path) == "memory"
 
 
+def test_locks_are_counted_where_nobody_may_look_at_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user at level minimal, whose plugin is not to be looked into by any process of his."""
+    monkeypatch.setattr(warden, "names_in", lambda folder: [])
+    assert warden.locks_of([7], ["7"] * warden.LOCKS) == warden.LOCKS
+
+
 def test_locks_of_others_keep_no_warden_busy() -> None:
     """To list them takes long, and each user of this host may have many."""
     per_second = os.sysconf("SC_CLK_TCK")
@@ -218,10 +224,10 @@ def test_locks_of_others_keep_no_warden_busy() -> None:
         async with harness.open_sandbox(IsolationLevel.MINIMAL) as sandbox:
             running = asyncio.create_task(sandbox.execute_plugin_safe(plugins.signal_and_sleep))
             await asyncio.sleep(0.5)
-            (warden,) = harness.roles(os.getpid())["warden"]
-            before = seconds_of(warden)
+            (busy,) = harness.roles(os.getpid())["warden"]
+            before = seconds_of(busy)
             await asyncio.sleep(2)
-            used = seconds_of(warden) - before
+            used = seconds_of(busy) - before
             running.cancel()
             await asyncio.wait([running])
             return used
