@@ -537,6 +537,7 @@ def come(listener: _socket.socket, caller: int) -> None:
     control = meeting.accept(listener, caller, pidfd) if os.getppid() == caller else None
     if control is None:
         os._exit(0)
+    listener.close()  # sandbox.entry keeps it: with a number that is another descriptor's from now on
     place = [fcntl.fcntl(fd, fcntl.F_DUPFD, CALLER + 1) for fd in (control.detach(), pidfd)]
     for source, target in zip(place, (CONTROL, CALLER), strict=True):
         os.dup2(source, target)

@@ -290,6 +290,20 @@ def test_a_zygote_that_does_not_come_is_not_waited_for(monkeypatch: pytest.Monke
         early.leave()
 
 
+def test_nothing_that_its_start_had_open_can_be_closed_by_a_plugin(strict: Caller) -> None:
+    """By an object that has lost its descriptor to something else."""
+    source = """
+        import _socket, sys
+
+        frame, found = sys._getframe(), set()
+        while frame is not None:
+            found |= {each.fileno() for each in (frame.f_globals | frame.f_locals).values() if isinstance(each, _socket.socket)}
+            frame = frame.f_back
+        print(3 in found)
+    """
+    assert strict.plugin(source).out == "False\n"
+
+
 @pytest.mark.parametrize("promise", ["1 ", "0 ", "x", "", "999999999 ", "own"])
 def test_a_promise_of_a_zygote_that_is_none(strict: Caller, promise: str) -> None:
     path = strict.write("plugin.py", "print('here')")
