@@ -469,6 +469,36 @@ def new_threads() -> str:
     return "escaped: a thread"
 
 
+@attack("seccomp: threads", scene=calls("close_range"), permissions={"allow_thread_creation": True})
+def descriptors_of_a_threads_own(numbers: dict[str, int]) -> str:
+    """Whoever looks at its process does not see them, and takes another one's by their number."""
+    import os
+    import threading
+
+    said: list[str] = []
+    opened: list[int] = []
+
+    def hold() -> None:
+        said.append(attempt(lambda: syscall(numbers["close_range"], 1 << 20, 1 << 20, 2)))  # CLOSE_RANGE_UNSHARE
+        opened.append(os.open("/", os.O_RDONLY | os.O_DIRECTORY))
+        ready.set()
+        done.wait()
+        os.close(opened[0])
+
+    ready, done = threading.Event(), threading.Event()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    ready.wait()
+    try:
+        os.fstat(opened[0])
+        return said[0] if said[0].startswith("stopped") else "failed: all threads have it"
+    except OSError:
+        return "escaped: one thread alone has it"
+    finally:
+        done.set()
+        thread.join()
+
+
 if os.uname().machine == "x86_64":
 
     @attack("seccomp: threads", scene=calls("clone"))
