@@ -280,12 +280,18 @@ def rarely_needed_calls(numbers: dict[str, int]) -> str:
     )
 
 
-@attack(SURFACE, scene=calls("prctl"))
+@attack(SURFACE, scene=calls("prctl", "madvise"))
 def settings_of_its_memory(numbers: dict[str, int]) -> str:
     """A table of the kernel's, of a gigabyte if that is asked for; the merging of equal pages of several processes; a core of
     the machine for itself."""
+    import ctypes
+    import mmap
+
+    place = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(place))
     return first_escape(
         {
+            "merge a place": lambda: syscall(numbers["madvise"], start, mmap.PAGESIZE, 12),  # MADV_MERGEABLE
             "merge": lambda: syscall(numbers["prctl"], 67, 0, 0, 0, 0),  # PR_SET_MEMORY_MERGE
             "core": lambda: syscall(numbers["prctl"], 62, 1, 0, 0, 0),  # PR_SCHED_CORE, PR_SCHED_CORE_CREATE
             "slots": lambda: syscall(numbers["prctl"], 78, 1, 16, 0, 0),  # PR_FUTEX_HASH, PR_FUTEX_HASH_SET_SLOTS
