@@ -45,7 +45,8 @@ REST_MS = 20
 KEPT = 16
 RETRY_SECONDS = 0.001
 LOCK_BYTES = 192  # struct file_lock, linux/filelock.h
-LOCKS = 10_000  # of one call, which are too many in any case
+LOCKS = 5_000  # of one call, which are too many in any case
+LISTED = 2 * LOCKS  # of all that there are
 LOCKS_REST = 20  # times what it has taken to count them, until they are counted again
 LONGEST_MS = 1 << 30  # of one wait: poll(2) takes an int, and a call may have a year
 SAMPLE_SECONDS = 0.1  # between looks at what running calls hold that no memory controller counts
@@ -621,7 +622,9 @@ class Warden:
             now = monotonic()
             if now >= self.sample_at:
                 self.sample()
-                self.sample_at = now + SAMPLE_SECONDS
+                ended = monotonic()
+                self.sample_at = ended + max(SAMPLE_SECONDS, ended - now)  # never more than half of our time
+                now = ended
             for call in list(self.calls.values()):
                 if call.deadline is not None and call.deadline <= now:
                     self.overdue(call, now)
@@ -684,42 +687,48 @@ def names_in(folder: str) -> list[str]:
         return []
 
 
-def tables_of(pid: int) -> list[str]:
-    """Threads of a process, one for each table of descriptors that they have: most have one in common."""
-    found: list[str] = []
-    for thread in names_in(f"/proc/{pid}/task"):
-        if not any(sc.have_same_files(int(thread), int(known)) for known in found):
-            found.append(thread)
-    return found
-
-
 def holders_of_locks() -> list[str]:
-    """The pid of who holds it, of each lock of a file that there is (proc_locks(5)). Of LOCKS at most: to list them takes the
+    """The pid of who holds it, of each lock of a file that there is (proc_locks(5)). Of LISTED at most: to list them takes the
     kernel a time that is their square."""
     try:
         with open("/proc/locks") as file:
-            lines = [line.split() for line in islice(file, LOCKS)]
+            lines = [line.split() for line in islice(file, LISTED)]
     except OSError:
         return []  # there is no such file here
     return [fields[5 if fields[1] == "->" else 4] for fields in lines]
 
 
 def locks_of(pids: list[int], holders: list[str]) -> int:
-    """How many locks of files these hold, LOCKS at most. Where there are so many in all that theirs may not be among them, each
-    is also told of with the descriptor by which it is held (proc_pid_fdinfo(5))."""
+    """How many locks of files these hold, LOCKS at most. Where there are so many in all that not all of theirs may be listed,
+    those are told of with the descriptor by which they are held as well (proc_pid_fdinfo(5)): but not of files that are closed,
+    and only mapped still."""
     wanted = {str(pid) for pid in pids}
-    listed, held = sum(holder in wanted for holder in holders), 0
-    if len(holders) < LOCKS:
+    listed = min(LOCKS, sum(holder in wanted for holder in holders))
+    if listed >= LOCKS or len(holders) < LISTED:
         return listed
-    for task in [f"/proc/{pid}/task/{thread}" for pid in pids for thread in tables_of(pid)]:
-        for fd in names_in(f"{task}/fdinfo"):
+    told = 0
+    for pid in pids:
+        told += locks_of_descriptors(pid, LOCKS - told)
+    return max(listed, told)
+
+
+def locks_of_descriptors(pid: int, most: int) -> int:
+    """Of files alone: what else is told with a descriptor, as the entries of an epoll, can be as long as somebody likes. The
+    threads of a process have the same ones; the first may have ended, and then has none."""
+    held = 0
+    for thread in names_in(f"/proc/{pid}/task"):
+        fds = names_in(f"/proc/{pid}/task/{thread}/fd")
+        for fd in fds:
+            if held >= most:
+                return most
             try:
-                held += read(f"{task}/fdinfo/{fd}").count("\nlock:")
+                if os.readlink(f"/proc/{pid}/task/{thread}/fd/{fd}").startswith("/"):
+                    held += read(f"/proc/{pid}/task/{thread}/fdinfo/{fd}").count("\nlock:")
             except OSError:
                 continue  # it was closed meanwhile
-            if held >= LOCKS:
-                return LOCKS
-    return max(listed, held)  # of a user's own at level minimal only the list can be read
+        if fds:
+            break
+    return min(held, most)
 
 
 def peak_of(pids: list[int]) -> int:

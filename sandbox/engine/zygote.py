@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 CALLS = (
     *("clone3", "pivot_root", "open_tree", "move_mount", "mount_setattr", "seccomp"),
     *("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"),
-    *("close_range", "openat2", "pidfd_getfd", "kcmp"),
+    *("close_range", "openat2", "pidfd_getfd"),
     *("socket", "connect", "bind", "listen", "sendto", "sendmsg", "sendmmsg", "setsockopt"),  # see sandbox.engine.sockets
 )
 # What a worker does to be ready for its call: one of these settings, which are not the call's.

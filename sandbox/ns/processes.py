@@ -64,10 +64,10 @@ def read(path: str) -> str:
     and have whatever else ends a line than the line feed, which the kernel writes as \\n: split by that alone."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        data = b""
+        pieces = []
         while piece := os.read(fd, 65536):
-            data += piece
-        return data.decode(errors="replace")
+            pieces.append(piece)
+        return b"".join(pieces).decode(errors="replace")
     finally:
         os.close(fd)
 

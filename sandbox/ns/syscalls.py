@@ -62,8 +62,6 @@ RESOLVE_BENEATH = 0x08
 RENAME_NOREPLACE = 1 << 0
 RENAME_EXCHANGE = 1 << 1
 
-KCMP_FILES = 2
-
 CLOCK_MONOTONIC = 1
 TFD_TIMER_ABSTIME = 1
 ITIMERSPEC = Struct("@4l")  # interval and moment, in seconds and nanoseconds each
@@ -233,14 +231,6 @@ def mount_setattr(tree: int, attributes: int, *, recursive: bool, what: str, use
     mount_attr = (native.c_uint64 * 4)(attributes, 0, 0, user_namespace)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     syscall("mount_setattr", tree, b"", flags, native.byref(mount_attr), native.sizeof(mount_attr), what=what)
-
-
-def have_same_files(one: int, other: int) -> bool:
-    """Whether two threads have a table of descriptors in common: kcmp(2). False also where the kernel does not tell."""
-    try:
-        return syscall("kcmp", one, other, KCMP_FILES, 0, 0) == 0
-    except OSError:
-        return False
 
 
 def timerfd_create() -> int:

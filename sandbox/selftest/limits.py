@@ -239,6 +239,31 @@ def locks_of_many_places() -> str:
         os.unlink("places")
 
 
+@attack(MEMORY, limits=SMALL, ends=LIMIT)
+def locks_of_mapped_files() -> str:
+    """A mapping keeps the lock of a file that is closed (flock(2)): nothing tells of it with a descriptor."""
+    import ctypes
+    import fcntl
+
+    most = 12_000
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    with open("mapped", "wb") as file:
+        file.write(b"x")
+    try:
+        for _ in range(most):
+            fd = os.open("mapped", os.O_RDONLY)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            start = libc.mmap(None, ctypes.c_size_t(1), 1, 2, fd, ctypes.c_long(0))  # PROT_READ; MAP_PRIVATE
+            os.close(fd)
+            if start in (None, (1 << 64) - 1):
+                return "failed: no more mappings"
+        time.sleep(2)
+        return f"escaped: {most} locks"
+    finally:
+        os.unlink("mapped")
+
+
 @attack(MEMORY, () if "memory" in facts().controllers else ALL)
 def stacks_that_grow() -> str:
     """MAP_GROWSDOWN is no data for RLIMIT_DATA."""

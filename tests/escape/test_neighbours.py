@@ -8,9 +8,11 @@ import errno
 import fcntl
 import os
 import resource
+import select
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -259,3 +261,32 @@ def test_locks_of_a_process_with_threads_are_counted_once(level: IsolationLevel)
 
     with many_locks_on(min(os.sched_getaffinity(0)), 20_000):
         assert harness.call(level, hold_some) == 4000
+
+
+def many_entries_of_epoll(seconds: float) -> str:
+    """Of each file by many numbers; and the epoll is open many times: of each descriptor /proc tells megabytes."""
+    told = select.epoll()
+    files = [os.pipe()[0] for _ in range(150)]
+    numbers = range(400, 600)
+    for file in files:
+        for number in numbers:
+            os.dup2(file, number)
+            told.register(number)
+    for number in range(600, 990):
+        os.dup2(told.fileno(), number)
+    time.sleep(seconds)
+    return "escaped: it has had all the time"
+
+
+@pytest.mark.parametrize("level", ALL)
+def test_locks_of_others_delay_no_deadline(level: IsolationLevel) -> None:
+    """While there are many, psie looks at what the plugin has open, which must not take long."""
+    if kit.why_closed(level):
+        pytest.skip(kit.why_closed(level))
+    limits = {"max_execution_time_seconds": 3 * PATIENCE, "max_open_files": 1000}
+    with many_locks_on(min(os.sched_getaffinity(0)), 40_000):
+        began = time.monotonic()
+        outcome = trial.run_inside(many_entries_of_epoll, 15 * PATIENCE, level=level, limits=limits)
+        took = time.monotonic() - began
+    assert getattr(outcome.error, "limit", None) == "time", outcome
+    assert took < 6 * PATIENCE
