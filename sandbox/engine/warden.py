@@ -48,7 +48,10 @@ LOCK_BYTES = 192  # struct file_lock, linux/filelock.h
 LOCKS = 5_000  # of one call, which are too many in any case
 LISTED = 2 * LOCKS  # of all that there are
 LOCKS_REST = 20  # times what it has taken to count them, until they are counted again
+MAPPING_BYTES = 300  # struct vm_area_struct and its share of the tree that it is in
+MAPPINGS = 65_530  # of all processes of a call together: as many as the kernel lets one have (vm.max_map_count)
 LONGEST_MS = 1 << 30  # of one wait: poll(2) takes an int, and a call may have a year
+PAGE = os.sysconf("SC_PAGE_SIZE")
 SAMPLE_SECONDS = 0.1  # between looks at what running calls hold that no memory controller counts
 
 
@@ -435,9 +438,9 @@ class Warden:
 
         Anonymous memory, also where it was swapped out, page tables, and the larger of mapped shared memory and files in the
         scratch and workspace tmpfs. Tables can be without memory: for the one page of zeroes that is behind all that was only
-        read.
+        read. So can mappings, each of which is memory of the kernel's: fork(2) copies all of them.
         """
-        anonymous = inherited = others = shared = 0
+        anonymous = inherited = others = shared = spanned = 0
         baseline: int = self.instruction["baseline"]
         pids = processes.tree(call.pid)[1:]
         for pid in pids:
@@ -451,6 +454,8 @@ class Warden:
                     others += int(value.split()[0]) * 1024
                 elif name == "RssShmem":
                     shared += int(value.split()[0]) * 1024
+                elif name == "VmSize":
+                    spanned += int(value.split()[0]) * 1024
         files = 0
         if self.recipe["workspace"]["kind"] == "tmpfs":
             for path in (f"/proc/{call.pid}/root/run", self.recipe["workspace"]["path"]):
@@ -462,6 +467,9 @@ class Warden:
         held = anonymous + others + max(shared, files)
         if held <= limit < held + inherited - baseline:  # each may have given that back, or begun anew by execve(2)
             held += max(0, sum(proportion_of(pid) for pid in pids) - baseline - anonymous)
+        if len(pids) > 1 and spanned >= MAPPINGS * PAGE:  # else there are not so many: to list them takes a time
+            mappings = mappings_of(pids)
+            held += MAPPING_BYTES * mappings + (limit if mappings >= MAPPINGS else 0)
         return held
 
     def sample(self) -> None:
@@ -677,6 +685,30 @@ def proportion_of(pid: int) -> int:
     of its memory has to be looked at for it."""
     lines = [line for line in memory_lines(pid, "smaps_rollup", "Pss_Anon:") if line.startswith("Pss_Anon:")]
     return sum(int(line.split()[1]) * 1024 for line in lines)
+
+
+def mappings_of(pids: list[int]) -> int:
+    """How many mappings these have together (proc_pid_maps(5)), MAPPINGS at most."""
+    found = 0
+    for pid in pids:
+        for thread in names_in(f"/proc/{pid}/task"):
+            own = lines_in(f"/proc/{pid}/task/{thread}/maps", MAPPINGS - found)
+            found += own
+            if own:
+                break  # else this thread has ended, and others may go on
+    return found
+
+
+def lines_in(path: str, most: int) -> int:
+    """How many lines a file of /proc has, `most` at most; none where its process has just ended."""
+    found = 0
+    try:
+        with open(path, "rb", 0) as file:
+            while found < most and (piece := file.read(1 << 16)):
+                found += piece.count(b"\n")
+    except OSError:
+        pass
+    return min(found, most)
 
 
 def names_in(folder: str) -> list[str]:

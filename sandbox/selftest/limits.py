@@ -264,6 +264,33 @@ def locks_of_mapped_files() -> str:
         os.unlink("mapped")
 
 
+@attack(
+    MEMORY,
+    () if "memory" in facts().controllers else ALL,  # the controller counts them
+    **{**SEVERAL, "limits": {**SEVERAL["limits"], "max_memory_mb": 128.0}},
+)
+def mappings_of_several_processes() -> str:
+    """Each is memory of the kernel's, and in no sum of a process's; fork copies all of them, and copies no memory."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    count = 30_000
+    # PROT_READ; MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+    start = libc.mmap(None, ctypes.c_size_t(count * 4096), 1, 0x4022, -1, ctypes.c_long(0))
+    for place in range(start, start + count * 4096, 8192):
+        if libc.mprotect(ctypes.c_void_p(place), ctypes.c_size_t(4096), 3):  # PROT_READ, PROT_WRITE
+            return "failed: no more mappings"
+    reader, writer = os.pipe()
+    for _ in range(8):
+        if not os.fork():
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+    time.sleep(2)
+    return f"escaped: {9 * count} mappings"
+
+
 @attack(MEMORY, () if "memory" in facts().controllers else ALL)
 def stacks_that_grow() -> str:
     """MAP_GROWSDOWN is no data for RLIMIT_DATA."""
