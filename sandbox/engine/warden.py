@@ -48,6 +48,7 @@ LOCK_BYTES = 192  # struct file_lock, linux/filelock.h
 LOCKS = 5_000  # of one call, which are too many in any case
 LISTED = 2 * LOCKS  # of all that there are
 LOCKS_REST = 20  # times what it has taken to count them, until they are counted again
+INODE_BYTES = 1024  # of a file in a tmpfs, without what is in it: struct shmem_inode_info and struct dentry
 MAPPING_BYTES = 300  # struct vm_area_struct and its share of the tree that it is in
 MAPPINGS = 65_530  # of all processes of a call together: as many as the kernel lets one have (vm.max_map_count)
 LONGEST_MS = 1 << 30  # of one wait: poll(2) takes an int, and a call may have a year
@@ -436,9 +437,9 @@ class Warden:
     def memory_of(self, call: Call, limit: int) -> int:
         """Bytes of memory that the call's processes hold beyond what they share with the zygote (proc_pid_status(5)).
 
-        Anonymous memory, also where it was swapped out, page tables, and the larger of mapped shared memory and files in the
-        scratch and workspace tmpfs. Tables can be without memory: for the one page of zeroes that is behind all that was only
-        read. So can mappings, each of which is memory of the kernel's: fork(2) copies all of them.
+        Anonymous memory, also where it was swapped out, page tables, files in the scratch and workspace tmpfs as such, and the
+        larger of what is in them and mapped shared memory. Tables can be without memory: for the one page of zeroes that is
+        behind all that was only read. So can mappings, each of which is memory of the kernel's: fork(2) copies all of them.
         """
         anonymous = inherited = others = shared = spanned = 0
         baseline: int = self.instruction["baseline"]
@@ -464,6 +465,7 @@ class Warden:
                 except OSError:
                     continue
                 files += (used.f_blocks - used.f_bfree) * used.f_frsize
+                others += (used.f_files - used.f_ffree) * INODE_BYTES
         held = anonymous + others + max(shared, files)
         if held <= limit < held + inherited - baseline:  # each may have given that back, or begun anew by execve(2)
             held += max(0, sum(proportion_of(pid) for pid in pids) - baseline - anonymous)

@@ -418,6 +418,29 @@ def memory_behind_temporary_files() -> str:
     return f"escaped: {total >> 20} MB" if total > 60 << 20 else "stopped: ENOSPC"
 
 
+@attack(
+    MEMORY,
+    () if "memory" in facts().controllers else NAMESPACED,  # the controller counts them
+    limits={"max_memory_mb": 32.0, "max_inodes": 100_000, "max_file_operations": 1_000_000},
+    ends=LIMIT,
+    memory_mb=64,
+)
+def memory_behind_empty_files() -> str:
+    """Each is a kilobyte of the kernel's, and no block of a tmpfs."""
+    import shutil
+
+    count = 40_000
+    folder = "/dev/shm" if os.getcwd() == "/workspace" else os.getcwd()
+    os.mkdir(folder + "/empty")
+    try:
+        for number in range(count):
+            os.close(os.open(f"{folder}/empty/{number}", os.O_CREAT | os.O_WRONLY))
+        time.sleep(0.5)
+        return f"escaped: {count} files"
+    finally:
+        shutil.rmtree(folder + "/empty")
+
+
 # -- processes and threads -----------------------------------------------------------------------------------------------
 
 
