@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from sandbox.recipe import PLUGIN_ID
+from sandbox.recipe import PLUGIN_ID, STACK
 from sandbox.seccomp import filter as profiles
 
 TYPE_CHECKING = False
@@ -172,7 +172,9 @@ def process(recipe: Recipe, facts: HostFacts, words: list[str]) -> dict[str, Any
         "env": [f"{name}={value}" for name, value in recipe.environment.items()],
         "cwd": recipe.workspace["path"],
         "capabilities": {name: [] for name in sets},
-        "rlimits": [{"type": name, "soft": value, "hard": value} for name, value in recipe.rlimits],
+        "rlimits": [
+            {"type": name, "soft": STACK if name == "RLIMIT_STACK" else value, "hard": value} for name, value in recipe.rlimits
+        ],
         "noNewPrivileges": True,
     }
 

@@ -46,7 +46,8 @@ def become(uid: int, gid: int, may_keep_groups: bool) -> None:
 
 
 def set_rlimits(lines: list[list[object]]) -> None:
-    """Lines are (name as in setrlimit(2), value); soft and hard limit alike, so that nothing can be raised again.
+    """Lines are (name as in setrlimit(2), value); soft and hard limit alike, so that nothing can be raised again. But programs
+    take the soft limit of stacks for the size of each thread's: that stays.
 
     Raises OSError with the name as filename.
     """
@@ -55,11 +56,14 @@ def set_rlimits(lines: list[list[object]]) -> None:
         which = getattr(resource, str(name))
         # At the soft limit of CPU time the kernel sends SIGXCPU, which says why; at the hard one SIGKILL.
         after = 1 if name == "RLIMIT_CPU" else 0
-        hard = resource.getrlimit(which)[1]
+        soft, hard = resource.getrlimit(which)
         if hard != resource.RLIM_INFINITY:  # the caller's own may be lower: then that holds
             limit = min(limit, max(hard - after, min(hard, 1)))
+        most = limit + after if hard == resource.RLIM_INFINITY else min(limit + after, hard)
+        if name == "RLIMIT_STACK" and soft != resource.RLIM_INFINITY:
+            limit = min(limit, soft)
         try:
-            resource.setrlimit(which, (limit, limit + after if hard == resource.RLIM_INFINITY else min(limit + after, hard)))
+            resource.setrlimit(which, (limit, most))
         except ValueError:  # Python's word for EPERM
             raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(name)) from None
 

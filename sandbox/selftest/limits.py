@@ -310,6 +310,22 @@ def stacks_that_grow() -> str:
     return attempt(take)
 
 
+@attack(MEMORY, () if "memory" in facts().controllers else ALL, limits=SMALL)
+def a_larger_stack() -> str:
+    """The first thread's grows as it is used, up to a limit that anybody may raise, and is no data for RLIMIT_DATA either."""
+
+    def raise_() -> int:
+        before = resource.getrlimit(resource.RLIMIT_STACK)
+        try:
+            resource.setrlimit(resource.RLIMIT_STACK, (256 << 20, before[1]))
+        except ValueError:
+            raise PermissionError(1, "not allowed to exceed maximum limit") from None
+        resource.setrlimit(resource.RLIMIT_STACK, before)
+        return 256 << 20
+
+    return attempt(raise_)
+
+
 @attack(MEMORY, refusals=("EMFILE",))
 def large_pipes() -> str:
     """What lies in pipes is no process's memory, and their pages are counted for the host user, for whom there are few."""

@@ -196,7 +196,7 @@ def test_each_limit_has_a_substitute_or_is_said_to_be_missing() -> None:
         assert states[name] == "substituted"
     assert states["disk throughput"] == "missing"
     names = [[line[0] for line in made["rlimits"]] for made in (with_all, without)]  # type: ignore[attr-defined]
-    assert set(names[1]) - set(names[0]) == {"RLIMIT_DATA", "RLIMIT_CPU", "RLIMIT_NPROC"}
+    assert set(names[1]) - set(names[0]) == {"RLIMIT_DATA", "RLIMIT_STACK", "RLIMIT_CPU", "RLIMIT_NPROC"}
 
 
 @pytest.mark.parametrize(
