@@ -33,7 +33,6 @@ PROBE = "/run/probe"  # in the scratch tmpfs, beside the folders that appear at 
 SCRATCH = ("/tmp", "/var/tmp", "/dev/shm")
 CPU_WEIGHT = 50  # half of what others have by default, where there is not enough for all
 GRACE_SECONDS = 1.0  # at most, from the SIGTERM at the end of a call's time to SIGKILL
-STACK = 8 * MB  # that a program has where nobody says (RLIMIT_STACK, _STK_LIM of the kernel)
 # Of RLIMIT_CORE. Where core_pattern names a program, the kernel starts that as root of the host, outside of every namespace,
 # with the memory of whatever has crashed. A limit of 0 is for files and does not stop it, 1 does: do_coredump(), fs/coredump.c.
 NO_CORE = 1
@@ -837,7 +836,7 @@ class _Compiler:
         ]
         if "memory" not in self.controllers():
             lines.append(["RLIMIT_DATA", int(self.limits.max_memory_mb * MB)])
-            lines.append(["RLIMIT_STACK", max(STACK, int(self.limits.max_memory_mb * MB))])  # a stack that grows is no data
+            lines.append(["RLIMIT_STACK", int(self.limits.max_memory_mb * MB)])  # a stack that grows is no data
         if "cpu" not in self.controllers():
             lines.append(["RLIMIT_CPU", self.cpu_seconds()])
         tasks = self.tasks()

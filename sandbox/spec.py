@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from sandbox.recipe import PLUGIN_ID, STACK
+from sandbox.recipe import PLUGIN_ID
 from sandbox.seccomp import filter as profiles
 
 TYPE_CHECKING = False
@@ -24,6 +24,7 @@ PLUGIN_FOLDER = "/plugin"
 NAMESPACES = {"user": "user", "mnt": "mount", "pid": "pid", "ipc": "ipc", "uts": "uts", "cgroup": "cgroup", "net": "network"}
 ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
 EPERM, ENOSYS = 1, 38
+STACK = 8 << 20  # of a program, and so of each thread; the limit itself is how far it may be raised
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")  # which the runtime makes
 OPEN_PROC = ("/proc/sys", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/sysrq-trigger")
 

@@ -45,6 +45,9 @@ def become(uid: int, gid: int, may_keep_groups: bool) -> None:
     os.setresuid(uid, uid, uid)
 
 
+STACK = 8 << 20  # of a program where nobody says: _STK_LIM, linux/resource.h
+
+
 def set_rlimits(lines: list[list[object]]) -> None:
     """Lines are (name as in setrlimit(2), value); soft and hard limit alike, so that nothing can be raised again. But programs
     take the soft limit of stacks for the size of each thread's: that stays.
@@ -60,8 +63,8 @@ def set_rlimits(lines: list[list[object]]) -> None:
         if hard != resource.RLIM_INFINITY:  # the caller's own may be lower: then that holds
             limit = min(limit, max(hard - after, min(hard, 1)))
         most = limit + after if hard == resource.RLIM_INFINITY else min(limit + after, hard)
-        if name == "RLIMIT_STACK" and soft != resource.RLIM_INFINITY:
-            limit = min(limit, soft)
+        if name == "RLIMIT_STACK":
+            limit = min(limit, soft if soft != resource.RLIM_INFINITY else STACK)
         try:
             resource.setrlimit(which, (limit, most))
         except ValueError:  # Python's word for EPERM
