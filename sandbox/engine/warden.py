@@ -25,6 +25,7 @@ from sandbox.ns.processes import read
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any, NoReturn
 
 NAMESPACES = {
@@ -492,7 +493,7 @@ class Warden:
     def count_locks(self, calls: list[Call]) -> None:
         """How long that takes is up to all who have any, on this host: the longer, the later it is done again."""
         begun = monotonic()
-        holders = holders_of_locks()
+        holders = list(holders_of_locks())
         for call in calls:
             is_of_interest = self.recipe["memory_sampled"] is not None or len(holders) >= LOCKS
             call.locks = locks_of(processes.tree(call.pid)[1:], holders) if is_of_interest else 0
@@ -721,15 +722,16 @@ def names_in(folder: str) -> list[str]:
         return []
 
 
-def holders_of_locks() -> list[str]:
-    """The pid of who holds it, of each lock of a file that there is (proc_locks(5)). Of LISTED at most: to list them takes the
+def holders_of_locks(most: int = LISTED) -> Iterator[str]:
+    """The pid of who holds it, of each lock of a file that there is (proc_locks(5)). Of so many at most: to list them takes the
     kernel a time that is their square."""
     try:
         with open("/proc/locks") as file:
-            lines = [line.split() for line in islice(file, LISTED)]
+            for line in islice(file, most):
+                fields = line.split()
+                yield fields[5 if fields[1] == "->" else 4]
     except OSError:
-        return []  # there is no such file here
-    return [fields[5 if fields[1] == "->" else 4] for fields in lines]
+        return  # there is no such file here
 
 
 def locks_of(pids: list[int], holders: list[str]) -> int:
@@ -737,27 +739,35 @@ def locks_of(pids: list[int], holders: list[str]) -> int:
     those are told of with the descriptor by which they are held as well (proc_pid_fdinfo(5)): but not of files that are closed,
     and only mapped still."""
     wanted = {str(pid) for pid in pids}
-    listed = min(LOCKS, sum(holder in wanted for holder in holders))
-    if listed >= LOCKS or len(holders) < LISTED:
-        return listed
-    told = 0
-    for pid in pids:
-        told += locks_of_descriptors(pid, LOCKS - told)
-    return max(listed, told)
+    listed = sum(holder in wanted for holder in holders)
+    if listed < LOCKS and len(holders) >= LISTED:
+        told = 0
+        try:
+            for pid in pids:
+                told += locks_of_descriptors(pid, LOCKS - told)
+        except PermissionError:  # without root nobody may look at that, of one that is not dumpable
+            told = sum(1 for _ in islice((holder for holder in holders_of_locks(5 * LISTED) if holder in wanted), LOCKS))
+        listed = max(listed, told)
+    return min(listed, LOCKS)
 
 
 def locks_of_descriptors(pid: int, most: int) -> int:
     """Of files alone: what else is told with a descriptor, as the entries of an epoll, can be as long as somebody likes. The
-    threads of a process have the same ones; the first may have ended, and then has none."""
+    threads of a process have the same ones; the first may have ended, and then has none. Raises PermissionError."""
     held = 0
     for thread in names_in(f"/proc/{pid}/task"):
-        fds = names_in(f"/proc/{pid}/task/{thread}/fd")
+        try:
+            fds = os.listdir(f"/proc/{pid}/task/{thread}/fd")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
         for fd in fds:
             if held >= most:
                 return most
             try:
                 if os.readlink(f"/proc/{pid}/task/{thread}/fd/{fd}").startswith("/"):
                     held += read(f"/proc/{pid}/task/{thread}/fdinfo/{fd}").count("\nlock:")
+            except PermissionError:
+                raise
             except OSError:
                 continue  # it was closed meanwhile
         if fds:
