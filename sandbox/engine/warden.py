@@ -48,7 +48,8 @@ RETRY_SECONDS = 0.001
 LOCK_BYTES = 192  # struct file_lock, linux/filelock.h
 LOCKS = 5_000  # of one call, which are too many in any case
 LISTED = 2 * LOCKS  # of all that there are
-LOCKS_REST = 20  # times what it has taken to count them, until they are counted again
+LOCKS_REST = 20  # times what it has taken to count them, until those of calls that have few are counted again
+LONGEST_REST = 1.0  # seconds of that
 INODE_BYTES = 1024  # of a file in a tmpfs, without what is in it: struct shmem_inode_info and struct dentry
 MAPPING_BYTES = 300  # struct vm_area_struct and its share of the tree that it is in
 MAPPINGS = 65_530  # of all processes of a call together: as many as the kernel lets one have (vm.max_map_count)
@@ -491,13 +492,16 @@ class Warden:
                 self.kill(call, "memory")
 
     def count_locks(self, calls: list[Call]) -> None:
-        """How long that takes is up to all who have any, on this host: the longer, the later it is done again."""
+        """How long that takes is up to all who have any, on this host: the longer, the later it is done again, unless it is up
+        to these."""
         begun = monotonic()
         holders = list(holders_of_locks())
         for call in calls:
             is_of_interest = self.recipe["memory_sampled"] is not None or len(holders) >= LOCKS
             call.locks = locks_of(processes.tree(call.pid)[1:], holders) if is_of_interest else 0
-        self.locks_at = monotonic() + LOCKS_REST * (monotonic() - begun)
+        ended = monotonic()
+        have_few = all(call.locks < LOCKS // 10 for call in calls)
+        self.locks_at = ended + (min(LONGEST_REST, LOCKS_REST * (ended - begun)) if have_few else 0.0)
 
     def drain(self, call: Call) -> None:
         call.report.setblocking(False)
