@@ -472,7 +472,7 @@ class Warden:
         if held <= limit < held + inherited - baseline:  # each may have given that back, or begun anew by execve(2)
             held += max(0, sum(proportion_of(pid) for pid in pids) - baseline - anonymous)
         if len(pids) > 1 and spanned >= MAPPINGS * PAGE:  # else there are not so many: to list them takes a time
-            mappings = mappings_of(pids)
+            mappings = mappings_of(pids, MAPPINGS)
             held += MAPPING_BYTES * mappings + (limit if mappings >= MAPPINGS else 0)
         return held
 
@@ -694,12 +694,12 @@ def proportion_of(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines)
 
 
-def mappings_of(pids: list[int]) -> int:
-    """How many mappings these have together (proc_pid_maps(5)), MAPPINGS at most."""
+def mappings_of(pids: list[int], most: int) -> int:
+    """How many mappings these have together (proc_pid_maps(5)), `most` at most."""
     found = 0
     for pid in pids:
         for thread in names_in(f"/proc/{pid}/task"):
-            own = lines_in(f"/proc/{pid}/task/{thread}/maps", MAPPINGS - found)
+            own = lines_in(f"/proc/{pid}/task/{thread}/maps", most - found)
             found += own
             if own:
                 break  # else this thread has ended, and others may go on
@@ -741,7 +741,7 @@ def holders_of_locks(most: int = LISTED) -> Iterator[str]:
 def locks_of(pids: list[int], holders: list[str]) -> int:
     """How many locks of files these hold, LOCKS at most. Where there are so many in all that not all of theirs may be listed,
     those are told of with the descriptor by which they are held as well (proc_pid_fdinfo(5)): but not of files that are closed,
-    and only mapped still."""
+    and only mapped still. Whoever has many mappings, or cannot be looked at, is looked for further down the list."""
     wanted = {str(pid) for pid in pids}
     listed = sum(holder in wanted for holder in holders)
     if listed < LOCKS and len(holders) >= LISTED:
@@ -749,8 +749,11 @@ def locks_of(pids: list[int], holders: list[str]) -> int:
         try:
             for pid in pids:
                 told += locks_of_descriptors(pid, LOCKS - told)
+            is_all = told >= LOCKS or mappings_of(pids, LOCKS) < LOCKS
         except PermissionError:  # without root nobody may look at that, of one that is not dumpable
-            told = sum(1 for _ in islice((holder for holder in holders_of_locks(5 * LISTED) if holder in wanted), LOCKS))
+            is_all = False
+        if not is_all:
+            listed = sum(1 for _ in islice((holder for holder in holders_of_locks(5 * LISTED) if holder in wanted), LOCKS))
         listed = max(listed, told)
     return min(listed, LOCKS)
 

@@ -197,14 +197,15 @@ def all_on(processor: int) -> Iterator[None]:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="the locks of each processor are listed in turn, and here is one")
+@pytest.mark.parametrize("name", ["locks_of_many_places", "locks_of_mapped_files"])
 @pytest.mark.parametrize("level", ALL)
-def test_locks_of_others_hide_none(level: IsolationLevel, tmp_path: Path) -> None:
+def test_locks_of_others_hide_none(level: IsolationLevel, name: str, tmp_path: Path) -> None:
     """/proc/locks has those of the first processor first, and takes long: many that are not the plugin's are no way past it."""
     if kit.why_closed(level):
         pytest.skip(kit.why_closed(level))
     first, *_, last = sorted(os.sched_getaffinity(0))
-    one = next(known for known in REGISTRY if known.name == "locks_of_many_places")
-    with many_locks_on(first, 40_000), all_on(last):
+    one = next(known for known in REGISTRY if known.name == name)
+    with many_locks_on(first, 20_000), all_on(last):
         assert trial.attempt_inside(one, level, tmp_path) == "memory"
 
 
@@ -234,7 +235,7 @@ def test_locks_of_others_keep_no_warden_busy() -> None:
             await asyncio.wait([running])
             return used
 
-    with many_locks_on(min(os.sched_getaffinity(0)), 40_000):
+    with many_locks_on(min(os.sched_getaffinity(0)), 20_000):
         assert asyncio.run(main()) < 0.25
 
 
@@ -284,7 +285,7 @@ def test_locks_of_others_delay_no_deadline(level: IsolationLevel) -> None:
     if kit.why_closed(level):
         pytest.skip(kit.why_closed(level))
     limits = {"max_execution_time_seconds": 3 * PATIENCE, "max_open_files": 1000}
-    with many_locks_on(min(os.sched_getaffinity(0)), 40_000):
+    with many_locks_on(min(os.sched_getaffinity(0)), 20_000):
         began = time.monotonic()
         outcome = trial.run_inside(many_entries_of_epoll, 15 * PATIENCE, level=level, limits=limits)
         took = time.monotonic() - began
