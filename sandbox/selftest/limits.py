@@ -13,6 +13,7 @@ from sandbox.host import facts
 from sandbox.selftest.attacks import (
     ALL,
     NAMESPACED,
+    PATIENCE,
     ROOT,
     attack,
     attempt,
@@ -287,7 +288,7 @@ def mappings_of_several_processes() -> str:
             os.close(writer)
             os.read(reader, 1)
             os._exit(0)
-    time.sleep(2)
+    time.sleep(1 + PATIENCE)  # to list them takes a while
     return f"escaped: {9 * count} mappings"
 
 
