@@ -267,8 +267,12 @@ def locks_of_mapped_files() -> str:
 
 @attack(
     MEMORY,
-    () if "memory" in facts().controllers else ALL,  # the controller counts them
-    **{**SEVERAL, "limits": {**SEVERAL["limits"], "max_memory_mb": 128.0}},
+    () if "memory" in facts().controllers else ALL,  # the controller counts them, as what they are: that is less than allowed
+    **{
+        **SEVERAL,
+        "limits": {**SEVERAL["limits"], "max_memory_mb": 128.0},
+        "rootless_levels": () if "memory" in facts().controllers else NAMESPACED,
+    },
 )
 def mappings_of_several_processes() -> str:
     """Each is memory of the kernel's, and in no sum of a process's; fork copies all of them, and copies no memory."""
