@@ -1,6 +1,7 @@
-"""Starting a zygote: the one thing that can begin before anybody knows a recipe. And a holder, in the same way.
+"""Starting a zygote, which can begin before anybody knows a recipe, and what it is told first. And a holder, in the same way.
 
-The command line starts one as its first act and imports the rest while the new interpreter comes up. Must be light.
+The command line starts one as its first act, or has one started beside it, tells it what to set up as soon as it has a recipe,
+and imports the rest meanwhile. Must be light.
 """
 
 from __future__ import annotations

@@ -707,7 +707,8 @@ def mappings_of(pids: list[int], most: int) -> int:
 
 
 def lines_in(path: str, most: int) -> int:
-    """How many lines a file of /proc has, `most` at most; none where its process has just ended."""
+    """How many lines a file of /proc has, `most` at most; none where its process has just ended, nor where nobody may look:
+    without root at level minimal, which without controllers has one process only."""
     found = 0
     try:
         with open(path, "rb", 0) as file:
