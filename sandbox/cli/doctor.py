@@ -20,6 +20,7 @@ PATIENCE = 300.0  # seconds that an answer is waited for
 COMMAND_SECONDS = 600.0  # that one command of a mend may take: a package has to be fetched
 
 
+@endings.by_exception()
 def run(as_json: bool, fix: bool, yes: bool) -> int:
     """0 if all levels are to be had as promised, 1 if something is missing, 125 for a wrong command line."""
     if yes and not fix:
@@ -31,7 +32,6 @@ def run(as_json: bool, fix: bool, yes: bool) -> int:
     if fix and not yes and not has_terminal():
         say("--fix asks before each change, and there is no terminal: run it on one, or add --yes")
         return FAILED
-    endings.by_exception()
     try:
         found, other = doctor.report()
     except (SandboxException, OSError) as error:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from sandbox.plugins.framework import Load
 
 
+@endings.by_exception()
 def run(
     folder: str, ids: tuple[str, ...], level: str | None, config: str | None, as_json: bool, trusted_keys: str | None
 ) -> int:
-    endings.by_exception()
     try:
         logs.to_stderr()
         isolation, limits, permissions = settings.settings({"level": level, "config": config})

@@ -33,11 +33,11 @@ def counted(results: Iterator[Result]) -> Iterator[Result]:
         sys.stderr.flush()
 
 
+@endings.by_exception()
 def run(level: str | None, names: tuple[str, ...], as_json: bool) -> int:
     """Print what came of each attack; 0 if none got through, 1 if one did, 125 if the test could not be made."""
     os.environ["PSIE_STANDING"] = "0"  # what stands ready is for a next caller, of whom there is none
     start = time.monotonic()
-    endings.by_exception()
     try:
         chosen = settings.settings({"level": level or "strict", "config": None})[0].level
         from sandbox.selftest import run as selftest  # heavy

@@ -1793,21 +1793,45 @@ def test_a_killed_selftest_leaves_nothing_to_the_next(
     assert list(tmp_path.iterdir()) == []
 
 
+LOOP = """
+    def whole():
+        signal.raise_signal(number)
+        print("whole")
+
+    async def work():
+        asyncio.get_running_loop().call_soon(whole)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            print("tidied up")
+
+    asyncio.run(work())
+"""
+LOST = """
+    try:
+        signal.raise_signal(number)
+    finally:
+        raise ValueError("of what was in its middle")
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_the_end_of_a_command_by_a_signal_says_nothing(number: signal.Signals) -> None:
-    """Also where it comes while a coroutine runs, as of psie selftest, doctor, and plugins run."""
+@pytest.mark.parametrize(("body", "said"), [(LOOP, b"whole\ntidied up\n"), (LOST, b"")], ids=["loop", "lost"])
+def test_the_end_of_a_command_by_a_signal_says_nothing(number: signal.Signals, body: str, said: bytes) -> None:
+    """Nor does it interrupt what an event loop does, which who tidies up would wait for: psie selftest, doctor, plugins run."""
     code = f"""
 import asyncio, signal
 from sandbox.cli import endings
 
-async def work():
-    signal.raise_signal({int(number)})
+number = {int(number)}
 
-endings.by_exception()
-asyncio.run(asyncio.wait_for(work(), 5))
+@endings.by_exception()
+def command():
+    {body}
+command()
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    assert (ended.returncode, ended.stderr) == (128 + number, b"")
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=cli_harness.SECONDS)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + number, said, b"")
 
 
 def test_a_killed_selftest_takes_along_what_it_tries_outside(
