@@ -134,6 +134,10 @@ def _tell(work: Iterable[Any], writer: int) -> None:
 
 
 def of_file(file: str, source: bytes) -> list[Finding]:
+    if b"\0" in source:
+        from sandbox.cli.run import binary
+
+        return [Finding(SYNTAX, file, 1, "", f"is {binary(source)}")]
     if len(source) > MOST:
         return [Finding(SYNTAX, file, 1, "", TOO_LARGE)]
     try:

@@ -433,6 +433,11 @@ def test_a_text_that_is_nested_too_deeply_is_said_to_be() -> None:
     assert (only.kind, only.what) == (static.SYNTAX, "cannot be read: it is nested too deeply")
 
 
+def test_what_is_no_text_is_said_to_be() -> None:
+    (only,) = static.findings({"p.py": b"\x7fELF\2\1\1\0" + bytes(2 << 20)})
+    assert (only.kind, only.what) == (static.SYNTAX, "is a compiled program (ELF): give a Python file")
+
+
 def test_a_text_is_only_read(tmp_path: Path) -> None:
     (tmp_path / "p.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')")
     static.findings({"p.py": (tmp_path / "p.py").read_bytes()})

@@ -10,6 +10,7 @@ import os
 import sys
 
 from sandbox import static
+from sandbox.cli.run import binary
 from sandbox.errors import PluginError, SandboxException
 from sandbox.plugins import discovery, files, manifest, signing
 from sandbox.text import escape_text
@@ -120,13 +121,15 @@ def syntax_error(plugin: PluginFiles) -> str:
 
 
 def error_of(path: str, source: bytes) -> str:
+    if b"\0" in source:
+        return f"{path} is {binary(source)}"
     if len(source) > static.MOST:
         return f"{path} {static.TOO_LARGE}"
     try:
         compile(source, path, "exec", dont_inherit=True)
     except SyntaxError as error:
         return f"{path}, line {error.lineno}: {error.msg}" if error.lineno else f"{path}: {error.msg}"
-    except ValueError as error:  # a NUL byte
+    except ValueError as error:
         return f"{path}: {error}"
     except (RecursionError, MemoryError, OverflowError):
         return f"{path}: Python cannot compile it: it is nested too deeply or too large"

@@ -148,7 +148,8 @@ def test_digests(caller: Caller, folder: Path) -> None:
 
 SYNTAX = [
     ("def main(:\n", "line 1: "),
-    ("x = 1\n\n\x00", "null bytes"),
+    ("x = 1\n\n\x00", "one.py is no text, because there is a null byte in it: give a Python file"),
+    ("\x7fELF\2\1\1\0" + "x" * (1 << 20), "one.py is a compiled program (ELF): give a Python file"),
     ("# coding: no-such-encoding\n", "encoding"),
     ("x = " + "(" * 500, "too many nested parentheses"),
     ("x = " + "-" * 200_000 + "1", "nested too deeply"),
