@@ -62,12 +62,15 @@ def write(root: int, path: str, data: bytes, owner: tuple[int, int] | None) -> N
 
 def listed(root: int, path: str) -> list[FileEntry]:
     """Everything below the folder `path`, by path. A folder that the plugin takes away meanwhile has nothing in it, and one
-    that cannot be looked into `hides`. Raises OSError, also where this process lacks a descriptor for one of them."""
+    that cannot be looked into `hides`. Raises OSError, also where `path` itself cannot be looked into, or this process lacks
+    a descriptor for one of them."""
     return sorted(walk(root, checked(path) if path else ""), key=lambda entry: entry.path)
 
 
 def walk(root: int, path: str) -> Iterator[FileEntry]:
-    entries, folders, _ = look_into(root, path)
+    entries, folders, hides = look_into(root, path)
+    if hides:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
     yield from entries
     while folders:
         folder = folders.pop()

@@ -991,7 +991,7 @@ class EnhancedPluginSandbox:
         """Everything in the workspace, or in a folder of it, sorted by path; a folder that cannot be looked into `hides`.
 
         Raises:
-            OSError: there is no such folder, or this process lacks a descriptor for one in it.
+            OSError: there is no such folder, it cannot be looked into, or this process lacks a descriptor for one in it.
             ValueError, RuntimeError: as for `read_file`.
         """
         with self._workspace() as root:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sandbox import files
+from sandbox import files, host
 from sandbox.ns import syscalls, workspace
+
+NOBODY = 65534
 
 
 @pytest.mark.parametrize(("number", "is_told"), [(errno.EMFILE, True), (errno.EACCES, False)], ids=["EMFILE", "EACCES"])
@@ -58,3 +61,40 @@ def test_a_folder_too_deep_to_be_looked_into_is_told(tmp_path: Path) -> None:
         workspace.remove_folder(os.open(tmp_path.parent, os.O_RDONLY), tmp_path.name)  # what pytest cannot do either
     assert [entry.hides for entry in entries] == [False] * 16 + [True]
     assert all(entry.kind == "folder" for entry in entries)
+
+
+def as_nobody(action: Callable[[], None]) -> str:
+    """What it says in a process that has no rights but those of its id."""
+
+    def act() -> None:
+        if os.getuid() == 0:
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+        action()
+
+    return host.in_child(act)
+
+
+def test_a_folder_that_may_be_listed_but_not_searched_is_told(tmp_path: Path) -> None:
+    """Below the folder that a list begins with, and at it; the workspace itself its owner may search again."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("x")
+    if os.getuid() == 0:
+        for path in (tmp_path, tmp_path / "folder"):
+            os.chown(path, NOBODY, NOBODY)
+    place = os.open(tmp_path, os.O_PATH)
+    (tmp_path / "folder").chmod(0o400)
+    tmp_path.chmod(0o400)
+
+    def look() -> None:
+        root = workspace.readable(lambda how: os.open(".", how | os.O_DIRECTORY, dir_fd=place), place)
+        found = [(entry.path, entry.hides) for entry in files.listed(root, "")]
+        assert found == [("folder", True)], found
+        files.listed(root, "folder")
+
+    try:
+        assert as_nobody(look) == "Permission denied"
+        assert tmp_path.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.close(place)
+        tmp_path.chmod(0o700)
+        (tmp_path / "folder").chmod(0o700)

@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 
 def readable(opened: Callable[[int], int], place: int | None = None) -> int:
     """What `opened(flags)` opens, a folder that is a plugin's, for reading; `place` is a descriptor of it as a place, where
-    there is one. A plugin may have taken the right to read it from everybody: its owner has it again then. Raises OSError."""
+    there is one. A plugin may have taken the right to look into it from everybody: its owner has it again then. Raises
+    OSError."""
+    fd = -1
     try:
-        return opened(os.O_RDONLY)
+        fd = opened(os.O_RDONLY)
+        os.stat(".", dir_fd=fd)  # to read it is one right, to go in another
+        return fd
     except PermissionError:
+        if fd >= 0:
+            os.close(fd)
         fd = opened(os.O_PATH) if place is None else os.dup(place)
         try:
             os.chmod(f"/proc/self/fd/{fd}", 0o700)
