@@ -10,6 +10,7 @@ import asyncio
 import codecs
 import concurrent.futures
 import errno
+import logging
 import os
 import sys
 import threading
@@ -1221,6 +1222,7 @@ class _Run:
         self._watched: Watched | None = None
         self._recorded: Recorded | None = None
         self._watch_timer: Timer | None = None
+        self._unwatched = ""  # why it could not be watched when that was tried last
         self._raw: dict[tuple[str, str], SandboxViolation] = {}
         self._escapers = {1: TerminalEscaper(), 2: TerminalEscaper()}
         self._decoders = {fd: codecs.getincrementaldecoder("utf-8")("backslashreplace") for fd in (1, 2)}
@@ -1333,7 +1335,13 @@ class _Run:
             self._watch_timer = self.call.loop.call_later(client.WATCH_AFTER, self._watch)
 
     def _watch(self) -> None:
-        self._watched = self.owner._watch_begins()
+        """What is lacking for it now - a descriptor - may be there a little later. The counters are read at the end anyway."""
+        try:
+            self._watched = self.owner._watch_begins()
+        except (OSError, ImportError) as error:
+            self._unwatched = str(error)
+            interval = float(self.call.sandbox.recipe.monitoring["interval_seconds"])
+            self._watch_timer = self.call.loop.call_later(interval, self._watch)
 
     def refuse(self, error: SandboxException) -> None:
         self._on_stands(error)
@@ -1427,6 +1435,8 @@ class _Run:
                 self.owner._watch_ends(self._watched)
             else:
                 self.owner._count(self.call.outcome or {})
+                if self._unwatched:
+                    logging.getLogger("psie").warning("a call could not be watched, it has no samples: %s", self._unwatched)
             if self.owner._recovery is not None:
                 self.owner._recovery.ended(self.call, self.violations)
         finally:

@@ -150,6 +150,7 @@ def test_a_short_run_says_that_it_has_no_samples() -> None:
     assert "It ran for 20 ms: too short for a sample" in parsed.text
     assert not parsed.all("figure")
     unwatched = result([], 5.0)
+    assert "it could not be watched" in page_of(unwatched).text
     unwatched["sampling"]["enabled"] = False
     assert "enable_real_time_monitoring is False" in page_of(unwatched).text
 

@@ -170,6 +170,8 @@ def levels(result: Result, name: str, limit: float, unit: str) -> list[charts.Le
 def without_samples(result: Result) -> str:
     if not result["sampling"]["enabled"]:
         return "There are no samples: enable_real_time_monitoring is False."
+    if result["seconds"] > result["sampling"]["interval_seconds"]:
+        return "There are no samples: it could not be watched."
     return f"It ran for {duration(result['seconds'])}: too short for a sample of what it used over time."
 
 

@@ -166,6 +166,7 @@ class Session:
         self.violations: dict[tuple[str, str], dict[str, str]] = {}
         self.flushes: list[Callable[[], None]] = []  # what the escapers hold back
         self.watch: SandboxWatch | None = None
+        self.unwatched = ""  # why it could not be watched when that was tried last
         self.recorder: Recorder | None = None  # of file operations
         self.watched: list[SandboxViolation] = []  # by both
         self.recovery: Recovery | None = None
@@ -458,14 +459,20 @@ class Session:
         """Of a plugin that runs for a while: what it uses, and what the kernel counts."""
         if self.call is None or self.call.done or self.call.sandbox.closing:
             return
-        from sandbox.engine.watching import SandboxWatch
+        try:
+            from sandbox.engine.watching import SandboxWatch
 
-        if self.recorder is not None:
-            self.recorder.watch()
-        watch = self.watch = SandboxWatch(self.call.sandbox)
-        watch.on_violation = self._seen
-        watch.on_sample = self._sampled
-        run, recorded = watch.begin(), self.call.on_done
+            if self.recorder is not None:
+                self.recorder.watch()
+            watch = SandboxWatch(self.call.sandbox)
+            watch.on_violation = self._seen
+            watch.on_sample = self._sampled
+            run, recorded = watch.begin(), self.call.on_done
+        except (OSError, ImportError) as error:  # what is lacking now may be there a little later
+            self.unwatched = str(error)
+            self.loop.call_later(float(self.recipe.monitoring["interval_seconds"]), self._begin_watch)
+            return
+        self.watch = watch
 
         def end(call: client.Call) -> None:
             watch.end(run)
@@ -636,6 +643,8 @@ class Session:
         violations += [*self.watched, *([] if self.watch is not None else outcome.counted(self.call))]
         self.error, self.found = error, violations
         if not self.given["quiet"]:
+            if self.unwatched and self.watch is None:
+                say(f"it could not be watched, so there are no samples of what it used: {self.unwatched}")
             self._explain(violations, error)
             if status == 1 and error is not None and "raw" in self.given:
                 self._tell_unseen(error)

@@ -70,17 +70,18 @@ class SandboxWatch(Watch):
 
 
 def source_of(sandbox: Sandbox) -> Source:
+    """Raises OSError, and ImportError: psutil is a library, which wants a descriptor too."""
+    counts = "memory" in (sandbox.recipe.cgroup or {}).get("controllers", ())
+    shared = 0 if sandbox.leaf_fd >= 0 and counts else inherited(sandbox)  # before a descriptor is held
     if sandbox.leaf_fd >= 0:
         cgroup = CgroupSource(os.dup(sandbox.leaf_fd))
-        if "memory" in (sandbox.recipe.cgroup or {}).get("controllers", ()):
-            return cgroup
-        return ProcessSource(cgroup.pids, cgroup.close, inherited(sandbox))
+        return cgroup if counts else ProcessSource(cgroup.pids, cgroup.close, shared)
 
     def pids() -> list[int]:
         workers = [int(call.read_back["NSpid"].split()[0]) for call in sandbox.calls.values() if call.read_back]
         return [pid for worker in workers for pid in processes.tree(worker)]
 
-    return ProcessSource(pids, inherited=inherited(sandbox))
+    return ProcessSource(pids, inherited=shared)
 
 
 def inherited(sandbox: Sandbox) -> int:

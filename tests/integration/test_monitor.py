@@ -30,7 +30,7 @@ from sandbox.engine.loop import PollLoop
 from sandbox.engine.watching import SandboxWatch
 from sandbox.monitor.resources import source_of
 from sandbox.monitor.sources import Nothing, ProcessSource, Reading, describe
-from sandbox.monitor.watch import Thresholds, Watch
+from sandbox.monitor.watch import Thresholds, Watch, Watched
 
 from . import harness
 from .test_bad_input import can_fork
@@ -450,6 +450,27 @@ def test_a_sandboxs_watch_that_could_not_begin_holds_nothing(level: IsolationLev
             assert isinstance(watch.source, Nothing)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_call_that_cannot_be_watched_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], times: int
+) -> None:
+    """It is tried again; where nothing comes of that, it is told."""
+    tries, begin = [True] * times, SandboxWatch.begin
+
+    def refuse(watch: SandboxWatch) -> Watched:
+        if tries:
+            tries.pop()
+            refuse_descriptor()
+        return begin(watch)
+
+    monkeypatch.setattr(SandboxWatch, "begin", refuse)
+    with caplog.at_level("WARNING", "psie"):
+        _, telemetry = watched(IsolationLevel.STRICT, 0.5)
+    assert bool(telemetry.resource_samples) is (times == 1)
+    assert ("could not be watched" in caplog.text) is (times > 1)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_without_a_watch_of_epolls_samples_tell_the_pressure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,40 @@ def test_of_a_call_and_of_a_short_run(own: Caller) -> None:
     assert f"{path}:main" in page
     samples = json.loads((own.folder / "out.json").read_text())["telemetry"]["resource_samples"]
     assert ("too short for a sample" in page) == (not samples)  # on a slow machine it is long enough
+
+
+UNWATCHED = """
+from sandbox.cli import main
+from sandbox.engine.watching import SandboxWatch
+
+def refuse(watch):
+    if tries.pop():
+        raise OSError(24, "Too many open files")
+    return begin(watch)
+
+tries, begin, SandboxWatch.begin = [False, *TRIES], SandboxWatch.begin, refuse
+main()
+"""
+
+
+@pytest.mark.parametrize("tries", [[True], [True] * 100], ids=["for a moment", "for ever"])
+def test_a_run_that_cannot_be_watched_goes_on(own: Caller, tries: list[bool]) -> None:
+    """It is tried again; where nothing comes of that, it is told."""
+    settings = own.write("settings.toml", SETTINGS)
+    path = own.write("plugin.py", "import time; time.sleep(0.5); print('done')")
+    options = ["--config", str(settings), "--report", "out.html", "--result-file", "out.json"]
+    words = own.as_module().command("run", "--level", "strict", *options, path)
+    place = words.index("-m")
+    words[place : place + 2] = ["-c", UNWATCHED.replace("TRIES", repr(tries))]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=cli_harness.SECONDS, check=False, **own.surroundings({})
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done
+    was_watched = len(tries) == 1
+    assert ("it could not be watched, so there are no samples of what it used: " in done.stderr) is not was_watched
+    result = json.loads((own.folder / "out.json").read_text())
+    assert bool(result["telemetry"]["resource_samples"]) is was_watched
+    assert ("it could not be watched" in (own.folder / "out.html").read_text()) is not was_watched
 
 
 def test_of_a_run_that_is_ended(own: Caller) -> None:
