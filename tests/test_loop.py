@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -92,6 +93,36 @@ def test_readers_and_writers_of_one_descriptor(loop: PollLoop, pair: tuple[socke
     pair[1].close()  # which is told of whatever is waited for
     loop.run_once(0)
     assert len(told) == 3
+
+
+def test_what_could_not_be_registered_is_not_called(
+    loop: PollLoop, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user has a bounded number of watches: fs.epoll.max_user_watches in epoll(7)."""
+    fd = pair[0].fileno()
+    told: list[str] = []
+
+    class Full:
+        def register(self, fd: int, mask: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        modify = register
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "epoll", Full())
+        for add in (loop.add_reader, loop.add_writer):
+            with pytest.raises(OSError, match="No space left"):
+                add(fd, told.append, "never")
+    assert not loop.remove_reader(fd)
+    loop.add_writer(fd, told.append, "write")
+    loop.run_once()
+    assert told == ["write"]
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "epoll", Full())
+        with pytest.raises(OSError, match="No space left"):
+            loop.add_writer(fd, told.append, "never")
+    loop.run_once()
+    assert told == ["write", "write"]
 
 
 def test_an_end_is_told_to_both(loop: PollLoop, pair: tuple[socket.socket, socket.socket]) -> None:

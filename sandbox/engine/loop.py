@@ -86,10 +86,21 @@ class PollLoop:
                     raise
                 self.always[fd] = mask
 
-    def add_reader(self, fd: int, callback: Callable[..., Any], *args: Any) -> None:
-        self.readers[fd] = lambda: callback(*args)
+    def _add(self, callbacks: dict[int, Callable[[], Any]], fd: int, callback: Callable[[], Any]) -> None:
+        """Raises OSError, and then all is as it was."""
+        before = callbacks.get(fd)
+        callbacks[fd] = callback
+        try:
+            self._register(fd)
+        except BaseException:
+            del callbacks[fd]
+            if before is not None:
+                callbacks[fd] = before
+            raise
         self.fresh.add(fd)
-        self._register(fd)
+
+    def add_reader(self, fd: int, callback: Callable[..., Any], *args: Any) -> None:
+        self._add(self.readers, fd, lambda: callback(*args))
 
     def remove_reader(self, fd: int) -> bool:
         if self.readers.pop(fd, None) is None:
@@ -98,9 +109,7 @@ class PollLoop:
         return True
 
     def add_writer(self, fd: int, callback: Callable[..., Any], *args: Any) -> None:
-        self.writers[fd] = lambda: callback(*args)
-        self.fresh.add(fd)
-        self._register(fd)
+        self._add(self.writers, fd, lambda: callback(*args))
 
     def remove_writer(self, fd: int) -> bool:
         if self.writers.pop(fd, None) is None:

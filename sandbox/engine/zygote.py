@@ -323,7 +323,15 @@ class Zygote:
 
         Until its end we hear nothing else: that the caller has gone shows by its hub, as it does to any warden.
         """
-        sandbox.lock = os.dup(fds["lock"])  # which is given back when leaf and folder have gone
+        try:
+            sandbox.lock = os.dup(fds["lock"])  # which is given back when leaf and folder have gone
+        except OSError as error:
+            self.report_failure(mounts.LineFailed("sandbox: second descriptor of its lock", error), sandbox.name)
+            for name, fd in fds.items():
+                if name != "lock":
+                    os.close(fd)
+            self.over(sandbox)
+            return
         instruction["baseline"] = self.baseline
         recipe: Any = channel.from_memory(self.recipes[instruction["recipe_number"]])
         kept: list[int] = []

@@ -289,6 +289,32 @@ def test_a_zygote_whose_caller_has_gone_goes_on_to_clean_up() -> None:
     made.control.close()
 
 
+def test_a_zygote_that_cannot_be_a_warden_says_why_and_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of a command, without a descriptor left: what is its sandbox's is removed all the same."""
+    (tmp_path / "work" / "files").mkdir(parents=True)
+    made = zygote.Zygote.__new__(zygote.Zygote)
+    made.control, caller = channel.pair()
+    made.single, made.recipes = True, {}
+    before = len(os.listdir("/proc/self/fd"))
+    names = ["hub", "lock", "folder_parent"]
+    instruction = {"sandbox": "its name", "recipe_number": 1, "folder": "work", "fds": names}
+    fds = [os.open(tmp_path, os.O_RDONLY) for _ in names]
+
+    def refuse(fd: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "dup", refuse)
+        made.open(instruction, fds)
+    told = [channel.receive_bytes(caller, channel.MESSAGE)[0] for _ in range(2)]
+    made.control.close()
+    caller.close()
+    assert b"second descriptor of its lock" in told[0]
+    assert b"its name" in told[1]
+    assert os.listdir(tmp_path) == []
+    assert len(os.listdir("/proc/self/fd")) == before - 2
+
+
 async def several_at_once() -> list[int]:
     async def call(value: int) -> int:
         async with harness.open_sandbox(IsolationLevel.STANDARD) as sandbox:
