@@ -31,7 +31,7 @@ net helper   -                                            nothing: its message i
 A part that is stopped (SIGSTOP) rather than killed: init and worker die at the call's deadline like any other, also where it
 is the caller that is stopped (sandbox.engine.clock), and a worker waits for a stopped supervisor until then. A warden that
 does not answer within watchdog_timeout_seconds is killed by its zygote when the caller says so, and a zygote that does not do
-that by the caller.
+that by the caller. Of a caller that is killed the kernel sends its zygote SIGCONT: a stopped one goes on, and sees to the end.
 
 Where there will be one sandbox only, as for the command, the zygote is the warden itself. Then both lines are one: it sees that
 the caller has gone by the hub, and the caller kills it where it does not answer.
@@ -563,6 +563,9 @@ def main() -> None:
     allow_core_limit()
     allow_descriptors()
     sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
+    # If we are stopped when the caller dies, or the thread of it that has started us, we go on; SIGKILL would leave cgroups and
+    # folders behind. Who goes on already does not notice.
+    sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGCONT)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the caller's Ctrl-C is the caller's to handle
     zygote = Zygote()

@@ -1199,6 +1199,22 @@ def test_a_killed_command_leaves_nothing(everywhere: Caller) -> None:
         assert harness.wait_until(cli_harness.engine_is_gone, harness.SOON), harness.engine_processes(cli_harness.TOKEN)
 
 
+def test_a_killed_command_leaves_no_stopped_zygote(everywhere: Caller) -> None:
+    with everywhere.start(*everywhere.plugin_line("print('ready', flush=True)\nimport time\ntime.sleep(600)")) as process:
+        read_until(fd_of(process.stdout), READY)
+        own = [pid for pid, each in harness.engine_processes(cli_harness.TOKEN).items() if each.parent == process.pid]
+        (zygote,) = map(os.pidfd_open, own)
+        try:
+            signal.pidfd_send_signal(zygote, signal.SIGSTOP)
+            process.kill()
+            process.wait()
+            assert harness.wait_until(cli_harness.engine_is_gone, harness.SOON), harness.engine_processes(cli_harness.TOKEN)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(zygote, signal.SIGCONT)
+            os.close(zygote)
+
+
 def test_a_plugin_whose_parts_are_stopped_still_ends(caller: Caller) -> None:
     """SIGSTOP of the worker itself: the clock is not its own."""
     done = caller.plugin("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", options=["--timeout", "1"])
