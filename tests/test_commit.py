@@ -43,6 +43,8 @@ class Case:
         for side in (self.lower, self.upper):
             (side / "kept").mkdir(parents=True)
             (side / "gone" / "deep").mkdir(parents=True)
+            (side / "same folder").mkdir()
+            (side / "same folder" / "file").write_text("same")
             (side / "same").write_text("same")
             (side / "kept" / "changed").write_text("before")
             (side / "kept" / "bits").write_text("bits")
@@ -180,6 +182,10 @@ def test_deleting_has_to_be_permitted(case: Case) -> None:
         lambda lower: (lower / "kept" / "bits").chmod(0o604),
         lambda lower: (lower / "gone" / "deep" / "file").write_text("somebody else's"),
         lambda lower: (lower / "gone" / "deep" / "more").write_text("somebody else's"),
+        lambda lower: (lower / "no plugin has seen it").mkdir(),
+        lambda lower: (lower / "gone" / "empty").mkdir(),
+        lambda lower: (lower / "gone" / "deep" / "empty").mkdir(),
+        lambda lower: (lower / "same folder").rename(lower / "gone" / "deep" / "moved"),
         lambda lower: (lower / "new").write_text("somebody else's"),
         lambda lower: ((lower / "kept").rename(lower / "moved"), (lower / "kept").symlink_to("moved")),
     ],

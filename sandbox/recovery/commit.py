@@ -183,15 +183,15 @@ def refuse(path: str, why: str) -> NoReturn:
 
 
 def newest(folder: int, path: str, found: os.stat_result, owner: int | None) -> int:
-    """The last change of a file, or of anything in a folder (its own listing apart: that is not what is committed).
+    """The last change of a file, or of a folder and anything in it: what has come there may be older, or an empty folder.
 
     Raises CommitError for what is not `owner`'s, if there is one.
     """
     if owner not in (None, found.st_uid):
         refuse(path, changes.FOREIGN)
+    last = found.st_ctime_ns
     if not stat.S_ISDIR(found.st_mode):
-        return found.st_ctime_ns
-    last = 0
+        return last
     inner = sc.open_beneath(folder, path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in os.listdir(inner):
