@@ -21,6 +21,8 @@ import weakref
 from collections import deque
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, LOGGER, RUNNING
 from dataclasses import replace
+from itertools import islice
+from time import monotonic
 from typing import overload
 
 from sandbox import parcels, transport
@@ -180,17 +182,30 @@ class SandboxExecutor(concurrent.futures.Executor):
         *iterables: Iterable[Any],
         timeout: float | None = None,
         chunksize: int = 1,
+        buffersize: int | None = None,
     ) -> Iterator[T]:
-        """As Executor.map; with a chunksize above 1 one sandbox serves so many items, one after the other."""
+        """As Executor.map; with a chunksize above 1 one sandbox serves so many items, one after the other, in one call.
+
+        `buffersize`, as from Python 3.14 on: not all items are taken and submitted at once, but so many calls, and one more for
+        each whose result has been asked for. Raises ValueError.
+        """
         if chunksize < 1:
             raise ValueError(f"SandboxExecutor.map: chunksize is {chunksize}: give a whole number above 0")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError(f"SandboxExecutor.map: buffersize is {buffersize}: give a whole number above 0, or None")
+        items = zip(*iterables, strict=False)
         if chunksize == 1:
-            return super().map(fn, *iterables, timeout=timeout)
-        items = list(zip(*iterables, strict=False))
-        chunks = [items[start : start + chunksize] for start in range(0, len(items), chunksize)]
-
-        results = super().map(_of_chunks(fn), chunks, timeout=timeout)
+            return self._mapped(fn, items, timeout, buffersize)
+        chunks = zip(iter(lambda: list(islice(items, chunksize)), []), strict=True)
+        results = self._mapped(_of_chunks(fn), chunks, timeout, buffersize)
         return (result for chunk in results for result in chunk)
+
+    def _mapped(
+        self, fn: Callable[..., T], calls: Iterator[tuple[Any, ...]], timeout: float | None, most: int | None
+    ) -> Iterator[T]:
+        end = None if timeout is None else monotonic() + timeout
+        begun = deque(self.submit(fn, *each) for each in islice(calls, most))
+        return _results(weakref.ref(self), fn, begun, iter(()) if most is None else calls, end)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no further calls; with `cancel_futures` those that wait are cancelled. What runs is finished."""
@@ -305,6 +320,27 @@ class SandboxExecutor(concurrent.futures.Executor):
                 LOGGER.exception("exception calling callback for %r", work.future)
             del self._running[work.future]
             self._more()
+
+
+def _results(
+    executor: weakref.ref[SandboxExecutor],
+    fn: Callable[..., T],
+    begun: deque[SandboxFuture[T]],
+    rest: Iterator[tuple[Any, ...]],
+    end: float | None,
+) -> Iterator[T]:
+    """Of calls in their order; for each that is waited for one of the rest begins, as long as somebody has the executor."""
+    try:
+        while begun:
+            owner = executor()
+            if owner is not None:
+                begun.extend(owner.submit(fn, *each) for each in islice(rest, 1))
+            del owner
+            yield begun[0].result(None if end is None else end - monotonic())
+            begun.popleft()
+    finally:
+        for future in begun:
+            future.cancel()
 
 
 def _of_chunks(fn: Callable[..., Any]) -> Callable[..., Any]:

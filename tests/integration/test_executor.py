@@ -93,6 +93,30 @@ def test_submit_and_map(executor: SandboxExecutor) -> None:
         executor.map(add, [1], chunksize=0)
 
 
+@pytest.mark.parametrize(("chunksize", "expected"), [(1, [3, 4, 5, 6]), (2, [6, 8, 8, 10])])
+def test_a_map_with_a_buffer_takes_items_as_results_are_asked_for(
+    executor: SandboxExecutor, chunksize: int, expected: list[int]
+) -> None:
+    """Also of a source that has no end."""
+    taken: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        while True:
+            taken.append(len(taken))
+            yield taken[-1]
+
+    results = executor.map(add, numbers(), chunksize=chunksize, buffersize=3)
+    seen = [len(taken)]
+    for number in range(3):
+        assert next(results) == number
+        seen.append(len(taken))
+    del results
+    assert seen == expected
+    assert list(executor.map(add, range(5), range(9), buffersize=2)) == [0, 2, 4, 6, 8]
+    with pytest.raises(ValueError, match="buffersize is 0"):
+        executor.map(add, [1], buffersize=0)
+
+
 def test_what_a_call_raises(executor: SandboxExecutor) -> None:
     with pytest.raises(PluginExecutionError, match="mine"):
         executor.submit(plugins.fail, "mine").result(20)
