@@ -526,7 +526,8 @@ class EnhancedPluginSandbox:
 
         If its first parameter is called `env` or `environment` it gets a dict first: sandbox_id, temp_directory,
         data_directory, logs_directory, config, limits, permissions. An `async def` function is awaited inside. What can
-        come back is listed in `sandbox.engine.codec`. Cancelling the awaiting task kills the call.
+        come back is listed in `sandbox.engine.codec`. Cancelling the awaiting task kills the call. A keyword of its own that is
+        called plugin_function goes with it in a functools.partial.
 
         The value comes when it is there. Its process and all below it then have a second to be gone; whoever looks at the
         workspace, telemetry or records, calls again or closes the sandbox sees the state after its end. Where it may change

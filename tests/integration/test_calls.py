@@ -485,6 +485,8 @@ def test_a_keyword_may_be_called_self(level: IsolationLevel) -> None:
         async with harness.open_sandbox(level) as sandbox:
             assert await sandbox.execute_plugin_safe(plugins.keywords, 1, self="x") == (1, (), {"self": "x"})
             assert await sandbox.execute_plugin_safe(plugin_function=plugins.keywords, first=1) == (1, (), {})
+            bound = functools.partial(plugins.keywords, plugin_function="x")
+            assert await sandbox.execute_plugin_safe(bound, 1) == (1, (), {"plugin_function": "x"})
 
     asyncio.run(main())
 
