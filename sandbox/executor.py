@@ -19,7 +19,12 @@ import sys
 import threading
 import weakref
 from collections import deque
-from concurrent.futures._base import CANCELLED_AND_NOTIFIED, LOGGER, RUNNING
+from concurrent.futures._base import (  # type: ignore[attr-defined]
+    CANCELLED_AND_NOTIFIED,
+    LOGGER,
+    RUNNING,
+    _result_or_cancel,  # keeps no value longer than needed
+)
 from dataclasses import replace
 from itertools import islice
 from time import monotonic
@@ -336,8 +341,7 @@ def _results(
             if owner is not None:
                 begun.extend(owner.submit(fn, *each) for each in islice(rest, 1))
             del owner
-            yield begun[0].result(None if end is None else end - monotonic())
-            begun.popleft()
+            yield _result_or_cancel(begun.popleft(), None if end is None else end - monotonic())
     finally:
         for future in begun:
             future.cancel()
