@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import select
+from contextlib import suppress
 from datetime import UTC, datetime
 from time import monotonic
 
@@ -158,7 +159,7 @@ class Watch:
         if len(self.running) > 1:
             self.running.remove(run)
             return
-        self.sample()
+        self._look()
         self.running.remove(run)
         self.look_at_events()
         if self.last is not None and self.first is not None:
@@ -227,8 +228,13 @@ class Watch:
         else:
             self._tell(stalled_violation(self.limits.memory))
 
+    def _look(self) -> None:
+        """A sample, if one is to be had: not where this process lacks a descriptor just now, or psutil, imported late, does."""
+        with suppress(OSError, ImportError):
+            self.sample()
+
     def _tick(self) -> None:
-        self.sample()
+        self._look()
         if self.notify is None:
             self.look_at_events()
         self.timer = self.loop.call_later(self.interval, self._tick)

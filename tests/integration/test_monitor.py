@@ -473,6 +473,24 @@ def test_a_call_that_cannot_be_watched_goes_on(
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_sample_that_is_not_to_be_had_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, loop = Source(), PollLoop()
+    watch = Watch(loop, source, Thresholds.of_limits(PluginLimitsV2()), 0.01)
+    samples: list[object] = []
+    watch.on_sample = samples.append
+    run = watch.begin()
+    with monkeypatch.context() as patched:
+        patched.setattr(source, "pids", refuse_descriptor)
+        end = time.monotonic() + 0.05
+        loop.run_until(lambda: time.monotonic() > end)
+        assert samples == []
+    loop.run_until(lambda: bool(samples))
+    monkeypatch.setattr(source, "pids", refuse_descriptor)
+    watch.end(run)
+    assert watch.running == []
+    loop.close()
+
+
 def test_without_a_watch_of_epolls_samples_tell_the_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user has a bounded number of them: fs.epoll.max_user_watches in epoll(7)."""
 
