@@ -399,8 +399,6 @@ class FilesystemWatchdog:
         self.count = 0
         self._records: list[dict[str, Any]] = []
         self._lock = threading.Lock()
-        self._watch: FileWatch | None = None
-        self._loop: PollLoop | None = None
         self._thread: threading.Thread | None = None
         self._stop = (-1, -1)
 
@@ -416,7 +414,6 @@ class FilesystemWatchdog:
             try:
                 with ExitStack() as undo:
                     self._begin(undo)
-                    undo.pop_all()
             except (OSError, ValueError, RuntimeError) as error:  # the last: "can't start new thread"
                 self.reason = f"{self.sandbox_directory!r} cannot be watched: {getattr(error, 'strerror', None) or error}"
                 return False
@@ -424,7 +421,8 @@ class FilesystemWatchdog:
             return True
 
     def _begin(self, undo: ExitStack) -> None:
-        """`undo` closes what has been opened until something could not be. Raises OSError, ValueError, RuntimeError."""
+        """`undo` closes what has been opened until something could not be; then the thread does, in which no signal's exception
+        comes. Raises OSError, ValueError, RuntimeError."""
         loop = PollLoop()
         undo.callback(loop.close)
         root = os.open(self.sandbox_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -435,22 +433,38 @@ class FilesystemWatchdog:
         undo.callback(close_fds, stop)
         stopped = threading.Event()
         loop.add_reader(stop[0], stopped.set)
-        thread = threading.Thread(target=loop.run_until, args=(stopped.is_set,), name="psie watchdog", daemon=True)
-        thread.start()
-        self._watch, self._loop, self._stop, self._thread = watch, loop, stop, thread
+
+        def serve() -> None:
+            try:
+                loop.run_until(stopped.is_set)
+            finally:
+                watch.close()
+                loop.close()
+                left.close()
+
+        thread = threading.Thread(target=serve, name="psie watchdog", daemon=True)
+        opened, left = undo.pop_all(), ExitStack()
+        try:
+            thread.start()
+        except RuntimeError:
+            opened.close()
+            raise
+        except BaseException:  # a signal's: by now the thread may be there
+            left.callback(close_fds, stop)
+            os.write(stop[1], b"\0")
+            raise
+        self._stop, self._thread = stop, thread
 
     def stop_watching(self) -> None:
         """End it, after a last look at everything. Does nothing where nothing is watched."""
         with self._lock:
-            if self._thread is None or self._watch is None or self._loop is None:
+            if self._thread is None:
                 return
-            os.write(self._stop[1], b"\0")
-            self._thread.join()
-            self._watch.close()
-            self._loop.close()
-            for fd in self._stop:
-                os.close(fd)
-            self._thread = self._watch = self._loop = None
+            if self._thread.is_alive():  # else an exception has come after it had ended
+                os.write(self._stop[1], b"\0")
+                self._thread.join()
+            self._thread = None  # so that nothing is closed twice
+            close_fds(self._stop)
 
     def get_file_operations(self) -> list[dict[str, Any]]:
         """The records so far, oldest first."""

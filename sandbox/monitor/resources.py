@@ -14,7 +14,7 @@ from sandbox.engine.client import close_fds, mend_of
 from sandbox.engine.loop import PollLoop
 from sandbox.errors import SHORT, ResourceError
 from sandbox.monitor.sources import CgroupSource, ProcessSource
-from sandbox.monitor.watch import Thresholds, Watch, Watched
+from sandbox.monitor.watch import Thresholds, Watch
 from sandbox.ns import processes
 
 TYPE_CHECKING = False
@@ -50,8 +50,6 @@ class EnhancedResourceMonitor:
         self.source = ""
         self._lock = threading.Lock()
         self._watch: Watch | None = None
-        self._loop: PollLoop | None = None
-        self._run: Watched | None = None
         self._thread: threading.Thread | None = None
         self._stop = (-1, -1)
         self._stats: dict[str, Any] = {}
@@ -75,10 +73,10 @@ class EnhancedResourceMonitor:
                     self._begin(pid, undo)
                 except (OSError, OverflowError, RuntimeError) as error:
                     raise ResourceError(why_not(pid, error)) from None
-                undo.pop_all()
 
     def _begin(self, pid: int, undo: ExitStack) -> None:
-        """`undo` closes what has been opened until something could not be. Raises OSError, OverflowError, RuntimeError."""
+        """`undo` closes what has been opened until something could not be; then the thread does, in which no signal's exception
+        comes. Raises OSError, OverflowError, RuntimeError."""
         loop = PollLoop()
         undo.callback(loop.close)
         source = source_of(pid, os.pidfd_open(pid))
@@ -94,10 +92,29 @@ class EnhancedResourceMonitor:
         loop.add_reader(stop[0], stopped.set)
         run = watch.begin()
         watch.sample()
-        thread = threading.Thread(target=loop.run_until, args=(stopped.is_set,), name="psie monitor", daemon=True)
-        thread.start()
+
+        def serve() -> None:
+            try:
+                loop.run_until(stopped.is_set)
+                watch.end(run)
+            finally:
+                watch.close()
+                loop.close()
+                left.close()
+
+        thread = threading.Thread(target=serve, name="psie monitor", daemon=True)
+        opened, left = undo.pop_all(), ExitStack()
+        try:
+            thread.start()
+        except RuntimeError:
+            opened.close()
+            raise
+        except BaseException:  # a signal's: by now the thread may be there
+            left.callback(close_fds, stop)
+            os.write(stop[1], b"\0")
+            raise
         self.source = source.name
-        self._watch, self._loop, self._stop, self._run, self._thread = watch, loop, stop, run, thread
+        self._watch, self._stop, self._thread = watch, stop, thread
 
     def _record(self, violation: SandboxViolation) -> None:
         if violation.explanation is not None:  # nothing is enforced here, and no command started it
@@ -107,16 +124,14 @@ class EnhancedResourceMonitor:
     def stop_monitoring(self) -> None:
         """End the watch; the last numbers and violations stay. Does nothing where none runs."""
         with self._lock:
-            if self._thread is None or self._watch is None or self._run is None or self._loop is None:
+            if self._thread is None:
                 return
-            os.write(self._stop[1], b"\0")
-            self._thread.join()
-            self._watch.end(self._run)
-            self._watch.close()
-            self._loop.close()
-            for fd in self._stop:
-                os.close(fd)
-            self._thread = self._watch = self._run = self._loop = None
+            self._watch = None  # which the thread closes
+            if self._thread.is_alive():  # else an exception has come after it had ended
+                os.write(self._stop[1], b"\0")
+                self._thread.join()
+            self._thread = None  # so that nothing is closed twice
+            close_fds(self._stop)
 
     def get_current_stats(self) -> dict[str, Any]:
         """Numbers of this moment, or the last ones where nothing runs: see sandbox.monitor.watch.Watch for the fields.

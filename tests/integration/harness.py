@@ -16,13 +16,17 @@ import resource
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, host, state
 from sandbox.engine import board, service
+from sandbox.engine.loop import PollLoop
 from sandbox.engine.zygote import IDLE_WARDENS
 from sandbox.ns import userids
 
@@ -296,6 +300,38 @@ def nothing_left(*, zombies: bool = False) -> Iterator[None]:
         return not left
 
     assert wait_until(clean), f"left behind: {left}"
+
+
+def interrupt_start(monkeypatch: pytest.MonkeyPatch, begin: Callable[[], object]) -> None:
+    """Ctrl-C while Thread.start waits for the thread that it has begun: that ends, and without a traceback."""
+    start, mistakes, before = threading.Thread.start, list[object](), set(threading.enumerate())
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading, "excepthook", mistakes.append)
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+        assert wait_until(lambda: set(threading.enumerate()) <= before)
+        assert mistakes == []
+
+
+def interrupt_stop(monkeypatch: pytest.MonkeyPatch, stop: Callable[[], object]) -> None:
+    """Ctrl-C when the caller, if anybody, has just closed the loop; then once more, without."""
+    close = PollLoop.close
+
+    def interrupted(loop: PollLoop) -> None:
+        close(loop)
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        patched.setattr(PollLoop, "close", interrupted)
+        stop()
+    stop()
 
 
 @contextlib.contextmanager

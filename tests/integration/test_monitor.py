@@ -284,6 +284,17 @@ def test_a_monitor_leaves_nothing() -> None:
             watch.stop_monitoring()
 
 
+def test_a_signals_exception_in_start_or_stop_closes_nothing_that_is_used_and_nothing_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch = monitor()
+    harness.interrupt_start(monkeypatch, watch.start_monitoring)
+    with harness.nothing_left():
+        watch.start_monitoring()
+        harness.interrupt_stop(monkeypatch, watch.stop_monitoring)
+    assert watch.get_current_stats()["pids"] >= 1
+
+
 def test_a_monitor_that_is_short_of_descriptors_says_so_and_leaves_nothing() -> None:
     """And can be started when there are some; of a cgroup it reads more files than of processes."""
     for count in range(16):

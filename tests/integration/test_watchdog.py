@@ -421,3 +421,15 @@ def test_where_it_cannot_watch_it_says_why(tmp_path: Path, monkeypatch: pytest.M
             full.stop_watching()
     assert full.start_watching()
     full.stop_watching()
+
+
+def test_a_signals_exception_in_start_or_stop_closes_nothing_that_is_used_and_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watchdog = FilesystemWatchdog(str(tmp_path), IsolationConfig())
+    harness.interrupt_start(monkeypatch, watchdog.start_watching)
+    with harness.nothing_left():
+        assert watchdog.start_watching()
+        (tmp_path / "folder").mkdir()
+        harness.interrupt_stop(monkeypatch, watchdog.stop_watching)
+    assert [record["operation"] for record in watchdog.get_file_operations()] == ["create"]
