@@ -32,7 +32,8 @@ from typing import overload
 
 from sandbox import parcels, transport
 from sandbox.config import IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, level_of
-from sandbox.sandbox import Condition, EnhancedPluginSandbox, checked_environment, prewarmed
+from sandbox.engine.service import EngineFuture
+from sandbox.sandbox import EnhancedPluginSandbox, checked_environment, prewarmed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,12 +44,11 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
 
 
-class SandboxFuture(concurrent.futures.Future["T"]):
+class SandboxFuture(EngineFuture["T"]):
     """A Future of one call; `cancel` kills a call that runs, and all that it has started."""
 
     def __init__(self, kill: Callable[[SandboxFuture[T]], None]) -> None:
         super().__init__()
-        self._condition = Condition()  # type: ignore[assignment]
         self._kill = kill
         self._is_killed = self._is_over = False
 

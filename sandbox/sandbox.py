@@ -13,10 +13,8 @@ import errno
 import logging
 import os
 import sys
-import threading
 import uuid
 import weakref
-from _thread import RLock
 from collections import deque
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
@@ -31,7 +29,7 @@ from sandbox import files, host, network, recipe, state, transport
 from sandbox.config import IsolationConfig, PluginLimitsV2, PluginPermissionsV2
 from sandbox.engine import board, channel, client, codec, outcome
 from sandbox.engine.recording import Recorder
-from sandbox.engine.service import Service, Worker, service
+from sandbox.engine.service import EngineFuture, Service, Worker, service
 from sandbox.errors import (
     SHORT,
     CommitError,
@@ -799,7 +797,7 @@ class EnhancedPluginSandbox:
         """
         if self._service is None or self._sandbox is None or self._sandbox.closing:
             return None
-        worked: concurrent.futures.Future[bool] = concurrent.futures.Future()
+        worked: EngineFuture[bool] = EngineFuture()
         worked.set_running_or_notify_cancel()
 
         def begin() -> None:
@@ -1048,7 +1046,7 @@ class EnhancedPluginSandbox:
         """Its result, from the engine's thread, which never waits for ours; what it does not begin in time is not done."""
         if self._service is None:
             raise RuntimeError(f"sandbox {self.sandbox_id} is not open: use it inside `async with`")
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future: EngineFuture[T] = EngineFuture()
 
         def act() -> None:
             if not future.set_running_or_notify_cancel():
@@ -1171,7 +1169,7 @@ def prewarmed(
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"prewarm: count is {count!r}: give a whole number above 0")
     made, wire, _ = compiled(config, limits, permissions)
-    standing: concurrent.futures.Future[int] = concurrent.futures.Future()
+    standing: EngineFuture[int] = EngineFuture()
     standing.set_running_or_notify_cancel()
     service().post(service().prewarm, made, wire, count, standing.set_result)
     return standing
@@ -1290,7 +1288,8 @@ class _Run:
 
     def wait_for_end(self, seconds: float) -> None:
         """The same, at most for so long, without an event loop."""
-        concurrent.futures.wait([self._done], seconds)
+        with suppress(TimeoutError):
+            self._done.result(seconds)
 
     def then(self, callback: Callable[[], None]) -> None:
         """Call back at the end of everything, from whichever thread."""
@@ -1478,27 +1477,11 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def promise() -> concurrent.futures.Future[None]:
+def promise() -> EngineFuture[None]:
     """A Future that its waiter cannot cancel: the engine's thread always may set it."""
-    future: concurrent.futures.Future[None] = concurrent.futures.Future()
-    future._condition = Condition()  # type: ignore[assignment]
+    future: EngineFuture[None] = EngineFuture()
     future.set_running_or_notify_cancel()
     return future
-
-
-class Condition(RLock):  # type: ignore[misc]  # a class as any, whatever typeshed says
-    """As threading.Condition, whose `with` is one step: a signal's exception cannot come between and leave it locked,
-    upon which the engine's thread, and so every sandbox of this process, would wait for ever."""
-
-    _waited: threading.Condition | None = None
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self._waited = self._waited or threading.Condition(self)
-        return self._waited.wait(timeout)
-
-    def notify_all(self) -> None:
-        if self._waited is not None:
-            self._waited.notify_all()
 
 
 def no_start(error: Exception) -> SandboxException:

@@ -11,9 +11,10 @@ import os
 import select
 import sys
 import threading
+from _thread import RLock
 from collections import deque
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from time import monotonic
 
 from sandbox.engine import board
@@ -29,10 +30,12 @@ from sandbox.ns import userids
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, TypeVar
 
     from sandbox.monitor.network import Holder
     from sandbox.recipe_data import Recipe
+
+    T = TypeVar("T")
 
 IDLE_SECONDS = 30.0  # a recipe that was not used for so long has nothing standing ready any more
 REFILL_SECONDS = 0.1  # after a use, or when the used one has gone: so that the refill takes no time from the call
@@ -42,6 +45,30 @@ MEMORY_SHARE = 4  # and what they claim is at most this part of what sandboxes o
 AGE_SECONDS = 600.0  # one that has stood for longer is not given to anybody
 SANDBOXES_PER_ZYGOTE = 1000  # forks share hash seed and address layout: after so many a fresh one takes over
 CALL_MODULES = (*VALUE_MODULES, "cloudpickle", "traceback")
+
+
+class Condition(RLock):  # type: ignore[misc]  # a class as any, whatever typeshed says
+    """As threading.Condition, whose `with` is one step: a signal's exception cannot come between and leave it locked,
+    upon which the engine's thread, and so every sandbox of this process, would wait for ever."""
+
+    _waited: threading.Condition | None = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._waited = self._waited or threading.Condition(self)
+        return self._waited.wait(timeout)
+
+    def notify_all(self) -> None:
+        if self._waited is not None:
+            self._waited.notify_all()
+
+
+class EngineFuture(Future["T"]):
+    """What the engine's thread sets and another one waits for, by `result`: concurrent.futures.wait locks
+    as an Event does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._condition = Condition()  # type: ignore[assignment]
 
 
 class ThreadLoop(PollLoop):
@@ -509,7 +536,7 @@ def status() -> dict[str, int]:
     running = _service
     if running is None or running.pid != os.getpid():
         return {"ready": 0, "recipes": 0, "zygotes": 0}
-    told: Future[dict[str, int]] = Future()
+    told: EngineFuture[dict[str, int]] = EngineFuture()
     running.post(lambda: told.set_result(running.status()))
     return told.result(GRACE)
 
@@ -521,6 +548,7 @@ def shut_down() -> None:
     """
     if _service is None or _service.pid != os.getpid():
         return
-    gone = threading.Event()
-    _service.post(_service.shut_down, gone.set)
-    gone.wait(GRACE)
+    gone: EngineFuture[None] = EngineFuture()
+    _service.post(_service.shut_down, lambda: gone.set_result(None))
+    with suppress(TimeoutError):
+        gone.result(GRACE)

@@ -728,6 +728,56 @@ def test_an_interrupted_caller_holds_nothing_that_the_engine_waits_for() -> None
     assert done.stdout.split()[-1] == "2", done.stderr
 
 
+# The same in whatever waits for the engine's thread without an event loop.
+WAITS = """
+import asyncio, signal, threading
+from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, SandboxExecutor
+from sandbox.engine import service
+
+SETTINGS = PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig(level=IsolationLevel.MINIMAL)
+enter = threading.Condition.__enter__
+doors = []
+
+def interrupted(self):
+    got = enter(self)
+    if doors and threading.current_thread() is threading.main_thread():
+        signal.raise_signal(signal.SIGINT)
+    return got
+
+def interrupt(door, *args):
+    doors.append(door)
+    try:
+        door(*args)
+    except KeyboardInterrupt:
+        pass
+    doors.clear()
+    service.service().loop.post(told.append, door)
+
+async def main():
+    async with EnhancedPluginSandbox(*SETTINGS) as sandbox:
+        await sandbox.execute_plugin_safe(abs, -1)
+        interrupt(sandbox.get_telemetry)
+        interrupt(sandbox.list_files)
+        return await sandbox.execute_plugin_safe(abs, -2)
+
+told = []
+executor = SandboxExecutor(1, level="minimal")
+executor.prewarm()
+threading.Condition.__enter__ = interrupted
+loop = asyncio.new_event_loop()
+print(loop.run_until_complete(main()))
+interrupt(executor.prewarm)
+interrupt(service.status)
+interrupt(service.shut_down)
+print(executor.submit(abs, -3).result(30), len(told))
+"""
+
+
+def test_nor_who_waits_for_it_without_an_event_loop() -> None:
+    done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["2", "3", "5"], done.stderr
+
+
 # Ctrl-C while Thread.start waits for the thread that it has begun.
 BEGINS = """
 import signal, threading, time
