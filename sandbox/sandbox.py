@@ -163,6 +163,7 @@ class EnhancedPluginSandbox:
         self._output_tail = bytearray()
         self._is_told = False  # its observers that it is open
         self._is_given_up = False  # before there was a sandbox that could be closed
+        self._waits_for_room = False
         self._door = "library"  # by which it was opened, for those who look from outside
         self._is_recorded = True  # each call: not where whoever uses it does that
         self._returns_early = True  # a call, with its value: not where what it does later could be seen, or has to be judged
@@ -240,12 +241,12 @@ class EnhancedPluginSandbox:
                 self._service.post(self._open, wire, self._standby, holder)
             await self._standby.stands()
             self._call_instruction = self._instruction("call")
+            self._service.post(self._recording_opens)
+            live[self.sandbox_id] = self
+            self._read_back = self._standby.call.read_back or {}
         except BaseException:
             await self._close_after_error()
             raise
-        self._service.post(self._recording_opens)
-        live[self.sandbox_id] = self
-        self._read_back = self._standby.call.read_back or {}
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
@@ -289,6 +290,7 @@ class EnhancedPluginSandbox:
         """In the engine's thread: open the sandbox and start its first worker."""
         assert self._service is not None
         assert self.recipe is not None
+        self._waits_for_room = False
         if self._is_given_up:  # while room was made for it
             self._refuse(standby, ResourceError(client.CLOSED))
             return
@@ -297,7 +299,8 @@ class EnhancedPluginSandbox:
         except Exception as raised:  # whatever it is, the caller waits for a word
             error = no_start(raised)
             is_short = isinstance(error, ResourceError)
-            if is_short and again and self._service.give_way(lambda: self._open(wire, standby, holder, again=False)):
+            self._waits_for_room = is_short and again
+            if self._waits_for_room and self._service.give_way(lambda: self._open(wire, standby, holder, again=False)):
                 return  # what stood ready for others has gone to make room
             self._refuse(standby, error)
             return
@@ -479,21 +482,11 @@ class EnhancedPluginSandbox:
             self._is_given_up = self._is_opening
             return True
 
-        def close() -> None:
-            if self._sandbox is None:
-                self._is_given_up = True
-                return
-            try:
-                if self._recorder is not None:
-                    self._recorder.close(look=not self._sandbox.closing)
-            finally:
-                self._sandbox.close()
-
         try:
             try:
                 await self._ends()
             finally:
-                self._service.post(close)
+                self._service.post(self._shut)
             clean = True
             try:
                 await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._gone)), self._longest)
@@ -504,6 +497,23 @@ class EnhancedPluginSandbox:
             raise
         self._has_gone(clean)
         return clean
+
+    def _shut(self) -> None:
+        """In the engine's thread: end it. Whoever opened it may have been interrupted by a signal's exception, at any place."""
+        assert self._gone is not None
+        if self._sandbox is None:
+            self._is_given_up = True
+            if not self._waits_for_room:
+                self._finished()
+            return
+        self._sandbox.on_gone = self._finished
+        try:
+            if self._recorder is not None:
+                self._recorder.close(look=not self._sandbox.closing)
+        finally:
+            self._sandbox.close()
+            if self._sandbox.is_gone and not self._gone.done():
+                self._finished()
 
     def _has_gone(self, clean: bool) -> None:
         try:

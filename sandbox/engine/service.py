@@ -106,11 +106,13 @@ class ThreadLoop(PollLoop):
             raise ResourceError(f"psie's own thread could not be started ({error}): {mend}") from None
 
     def post(self, callback: Callable[..., Any], *args: Any) -> None:
-        self.posted.append((callback, args))
         try:
-            os.write(self.wake_writer, b"\0")
-        except BlockingIOError:
-            pass  # it has enough reasons to wake already
+            self.posted.append((callback, args))
+        finally:  # also where a signal's exception comes between
+            try:
+                os.write(self.wake_writer, b"\0")
+            except BlockingIOError:
+                pass  # it has enough reasons to wake already
 
     def here(self, callback: Callable[..., Any], *args: Any) -> bool:
         """Call back now, in the thread that asks, if nothing else goes on or waits to be done; False otherwise.
@@ -260,6 +262,9 @@ class Stock:
                 self.ready.remove(worker)
             except ValueError:
                 continue  # another thread has it
+            except BaseException:  # a signal's: nobody has it
+                self.ready.append(worker)
+                raise
             return worker
         return None
 
@@ -346,11 +351,15 @@ class Service:
         stock = self.stocks.get(id(wire))
         worker = stock.take() if stock is not None else None
         if worker is not None:
-            is_old = monotonic() - worker.since > AGE_SECONDS
-            is_lost = worker.sandbox.zygote.closed  # with it, which its sandboxes are told one after the other
-            if is_old or is_lost or worker.sandbox.error is not None or worker.call.done:
+            try:
+                is_old = monotonic() - worker.since > AGE_SECONDS
+                is_lost = worker.sandbox.zygote.closed  # with it, which its sandboxes are told one after the other
+                if is_old or is_lost or worker.sandbox.error is not None or worker.call.done:
+                    self.post(worker.sandbox.close)
+                    return None
+            except BaseException:  # a signal's: nobody has it
                 self.post(worker.sandbox.close)
-                return None
+                raise
         return worker
 
     def _new(self, recipe: Recipe, wire: dict[str, Any], resolved: dict[str, Any], holder: Holder | None = None) -> Worker:

@@ -103,6 +103,43 @@ def test_50_calls_at_once(level: IsolationLevel) -> None:
 
 
 @rootless
+@pytest.mark.parametrize("at", ["_open", "take", "touch", "_recording_opens"])
+def test_who_is_interrupted_while_it_opens_waits_for_nothing_and_leaves_nothing(
+    at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal's exception before the engine knows of it, or between a sandbox that stands ready and who has taken it."""
+    ready = harness.open_sandbox(IsolationLevel.STRICT)
+
+    def post(self: service.Service, callback: Callable[..., Any], *args: Any) -> None:
+        if callback.__name__ == at:
+            raise KeyboardInterrupt
+        self.loop.post(callback, *args)
+
+    def interrupted() -> float:
+        if sys._getframe(1).f_code.co_name == "take":
+            raise KeyboardInterrupt
+        return time.monotonic()
+
+    async def main() -> None:
+        if at in ("take", "touch"):
+            monkeypatch.setenv("PSIE_STANDING", "1")
+            assert await EnhancedPluginSandbox.prewarm(1, ready.limits, ready.permissions, ready.config) == 1
+        monkeypatch.setenv("PSIE_STANDING", "0")
+        with monkeypatch.context() as patched:
+            patched.setattr(service.Service, "post", post)
+            if at == "take":
+                patched.setattr(service, "monotonic", interrupted)
+            await ready.__aenter__()
+
+    service.shut_down()
+    with harness.nothing_left():
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(main())
+        assert time.monotonic() - begun < 20 * harness.PATIENCE
+
+
+@rootless
 def test_more_sandboxes_than_the_first_ones_limit_of_descriptors() -> None:
     """A caller that raises its own limit has a zygote from before, which is not to die of the next sandbox with all others."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
