@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import sys
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 
 from sandbox import state
@@ -20,7 +21,7 @@ from sandbox.errors import SHORT, ResourceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
 SYSCALLS = (
@@ -108,8 +109,8 @@ def _forked(action: Callable[[], None], seconds: float) -> bytes:
     """What a child says of `action`, after a byte that is 0, or what it was SHORT of; nothing if it did not in time."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    pid = os.fork()
-    if pid == 0:
+
+    def tell() -> None:
         text, short = b"the probe did not finish", 0
         try:
             action()
@@ -121,19 +122,50 @@ def _forked(action: Callable[[], None], seconds: float) -> bytes:
             text = repr(error).encode()
         finally:
             os.write(writer, bytes([short]) + text)
-            os._exit(0)
-    os.close(writer)
+
     try:
-        # Its word, not the pipe's end: others may have been forked meanwhile, and keep that open.
-        waiting = select.poll()
-        waiting.register(reader, select.POLLIN)
-        if not waiting.poll(seconds * 1000):
-            os.kill(pid, signal.SIGKILL)
-            return b""
-        return os.read(reader, 65536)
+        with forked(tell):
+            # Its word, not the pipe's end: others may have been forked meanwhile, and keep that open.
+            waiting = select.poll()
+            waiting.register(reader, select.POLLIN)
+            if not waiting.poll(seconds * 1000):
+                raise TimeoutError
+            return os.read(reader, 65536)
+    except TimeoutError:
+        return b""
     finally:
         os.close(reader)
+        os.close(writer)
+
+
+@contextmanager
+def forked(action: Callable[[], None]) -> Iterator[None]:
+    """A child that does `action`; at the end it is waited for, or killed where something is raised.
+
+    Every signal is blocked in it: one that comes to both, as Ctrl-C on a terminal does, would be handled in it too, and what a
+    handler raises there has a second caller go on.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    pid = 0
+    try:
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    action()
+                finally:
+                    os._exit(1)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield
         reap(pid)
+    except BaseException:
+        if pid:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            reap(pid)
+        raise
 
 
 def reap(pid: int) -> None:

@@ -13,6 +13,8 @@ import resource
 import warnings
 from dataclasses import dataclass, field
 
+from sandbox.host import forked
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -110,17 +112,15 @@ def bounded(work: Iterable[Any]) -> list[Any]:
     """What comes of it, as JSON has it, within SECONDS of the CPU of a process of its own: for some texts of 1 MB the parser
     takes minutes, and nothing interrupts it. Nor are its warnings told, which quote a line of the plugin as it is."""
     reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.close(reader)
+    with open(reader, "rb") as told, open(writer, "wb") as telling:
+
+        def tell() -> None:
+            told.close()
             _tell(work, writer)
-        finally:
-            os._exit(1)
-    os.close(writer)
-    with open(reader, "rb") as told:
-        lines = told.read().split(b"\n")[:-1]
-    os.waitpid(child, 0)
+
+        with forked(tell):
+            telling.close()
+            lines = told.read().split(b"\n")[:-1]
     return [json.loads(line) for line in lines]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import time
 
 import pytest
@@ -60,3 +62,28 @@ def test_who_else_has_the_pipe_does_not_matter() -> None:
     begun = time.monotonic()
     assert host.in_child(leave_one, 60) == ""
     assert time.monotonic() - begun < 30
+
+
+def test_a_signal_to_all_of_the_group_is_its_callers_alone() -> None:
+    """As Ctrl-C on a terminal is: what a handler raises in the child could have it go on as a second caller."""
+
+    def raised(number: int, frame: object) -> None:
+        raise InterruptedError(number, "handled")
+
+    before = signal.signal(signal.SIGUSR1, raised)
+    try:
+        assert host.in_child(lambda: signal.raise_signal(signal.SIGUSR1)) == ""
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_who_is_interrupted_waits_for_no_child_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(select, "poll", interrupted)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        host.in_child(lambda: time.sleep(20))
+    assert time.monotonic() - begun < 15
