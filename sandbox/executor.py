@@ -169,16 +169,20 @@ class SandboxExecutor(concurrent.futures.Executor):
         fn = fn._function if isinstance(fn, Sandboxed) else fn  # which is what it is inside, and may be a coroutine function
         self._check()
         future: SandboxFuture[T] = SandboxFuture(self._kill)
-        with self._lock:
-            while self._is_full():
-                self._room.wait()
-            if self._is_shut:
-                raise RuntimeError("the executor was shut down: make a new one")
-            loop = self._started()
-            self._waiting.append(Work(future, fn, args, kwargs))
-            loop.call_soon_threadsafe(self._more)  # before a shutdown of another thread's has it done and the loop closed
-        if self._max_waiting is not None:
-            future.add_done_callback(self._has_ended)
+        try:
+            with self._lock:
+                while self._is_full():
+                    self._room.wait()
+                if self._is_shut:
+                    raise RuntimeError("the executor was shut down: make a new one")
+                loop = self._started()
+                self._waiting.append(Work(future, fn, args, kwargs))
+                loop.call_soon_threadsafe(self._more)  # before a shutdown of another thread's has it done and the loop closed
+            if self._max_waiting is not None:
+                future.add_done_callback(self._has_ended)
+        except BaseException:
+            future.cancel()  # of an interrupted caller, whom nobody tells of it
+            raise
         return future
 
     def map(
@@ -246,6 +250,8 @@ class SandboxExecutor(concurrent.futures.Executor):
         if self._loop is None:
             loop = asyncio.new_event_loop()
             thread = threading.Thread(target=_serve, args=(loop,), name="psie executor", daemon=True)
+            _open.add(self)
+            weakref.finalize(self, _stop, loop).atexit = False
             try:
                 thread.start()
             except RuntimeError:  # "can't start new thread"
@@ -255,8 +261,6 @@ class SandboxExecutor(concurrent.futures.Executor):
                 _stop(loop)
                 raise
             self._loop, self._thread = loop, thread
-            _open.add(self)
-            weakref.finalize(self, _stop, self._loop).atexit = False
         return self._loop
 
     def _kill(self, future: SandboxFuture[Any]) -> None:

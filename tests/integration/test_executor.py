@@ -891,6 +891,28 @@ def test_an_interrupted_caller_has_its_call_killed() -> None:
     assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "interrupted", "")
 
 
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "second"])
+def test_who_is_interrupted_while_it_submits_leaves_no_call(is_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has its Future: else whoever ends the executor, or the program, would wait for its time."""
+    limits = PluginLimitsV2(max_execution_time_seconds=60)
+    executor = SandboxExecutor(1, limits=limits)
+    if not is_first:
+        assert executor.submit(add, 1, 1).result() == 2
+    call_soon = asyncio.BaseEventLoop.call_soon_threadsafe
+
+    def interrupted(loop: Any, callback: Callable[..., Any], *args: Any, **more: Any) -> None:
+        call_soon(loop, callback, *args, **more)
+        if callback == executor._more and threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(time.sleep, 60)
+    assert executor.submit(add, 1, 2).result(30) == 3
+    executor.shutdown()
+
+
 def test_a_shutdown_meanwhile_does_not_make_submit_fail() -> None:
     """What it has taken is done, so it has not refused it."""
     executor = SandboxExecutor(1)
