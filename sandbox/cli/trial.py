@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 
+from sandbox import host
 from sandbox.cli import inputs, options
 from sandbox.cli import run as run_command
 from sandbox.cli.inputs import UsageError
@@ -141,9 +143,10 @@ class Runner:
                 self._child(files, level, is_named=toml is not None)
             try:
                 _, wait_status = os.waitpid(child, 0)
-            except BaseException:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+            except BaseException:  # perhaps as it has just been waited for
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+                host.reap(child)
                 raise
             result = self._result(files, os.waitstatus_to_exitcode(wait_status))
             # For a traceback Python looks at the plugin's file by its name, which may lead through a link.

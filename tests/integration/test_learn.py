@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from sandbox.cli import trial
+
 from . import cli_harness, harness
 from .cli_harness import Caller, Done
 
@@ -391,3 +393,20 @@ def test_check_says_what_is_wrong(own: Caller) -> None:
     assert own.run("check", "/nonexistent").status == 125
     assert own.run("check", plugin, "argument").status == 125
     assert own.run("check", own.write("good.py", "print(1)\n")).status == 0
+
+
+def test_an_interrupt_that_comes_as_a_run_has_ended_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C on a terminal ends the run as well: it was told as "No such process", with the status of a failure of psie's."""
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("")
+    wait = os.waitpid
+
+    def interrupted(pid: int, options: int) -> None:
+        monkeypatch.setattr(os, "waitpid", wait)
+        wait(pid, options)
+        raise KeyboardInterrupt
+
+    runner = trial.Runner(str(plugin), (), ())
+    monkeypatch.setattr(os, "waitpid", interrupted)
+    with harness.nothing_left(), pytest.raises(KeyboardInterrupt):
+        runner.run(None)
