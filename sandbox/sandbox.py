@@ -259,6 +259,10 @@ class EnhancedPluginSandbox:
 
     async def _close_after_error(self) -> None:
         """Close it and raise nothing in place of what is raised already, which may be a cancellation."""
+        if running_loop() is None:  # its coroutine is thrown away, and its loop has gone: nobody can wait
+            with suppress(ResourceError):  # a fork
+                self._post(self._shut)
+            return
         try:
             await self._close()
         except Exception as error:

@@ -152,6 +152,8 @@ class Session:
     ) -> None:
         """The process ends as a program does: its threads are joined, its atexit functions called."""
         self._is_open = False
+        if asyncio._get_running_loop() is None:  # its coroutine is thrown away, as is its sandbox's
+            return
         async with self._turn:
             await self._end()
 

@@ -140,6 +140,30 @@ def test_who_is_interrupted_while_it_opens_waits_for_nothing_and_leaves_nothing(
 
 
 @rootless
+@pytest.mark.parametrize("has_session", [False, True], ids=["sandbox", "session"])
+def test_a_coroutine_that_is_thrown_away_after_its_loop_closes_its_sandbox(has_session: bool) -> None:
+    """As where something ends the loop, and nobody ends its tasks."""
+    sandbox = harness.open_sandbox(IsolationLevel.STRICT)
+
+    async def use() -> None:
+        async with sandbox, sandbox.session() if has_session else contextlib.nullcontext():
+            stands.set_result(None)
+            await asyncio.sleep(3600)
+
+    loop = asyncio.new_event_loop()
+    stands = loop.create_future()
+    work = use()
+    task: Any = loop.create_task(work)
+    loop.run_until_complete(stands)
+    loop.close()
+    work.close()
+    task._log_destroy_pending = False
+    opened = sandbox._sandbox
+    assert opened is not None
+    assert harness.wait_until(lambda: opened.is_gone)
+
+
+@rootless
 def test_more_sandboxes_than_the_first_ones_limit_of_descriptors() -> None:
     """A caller that raises its own limit has a zygote from before, which is not to die of the next sandbox with all others."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
