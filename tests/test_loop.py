@@ -294,6 +294,21 @@ def test_the_turn_is_given_back_by_who_fails(engine: service.ThreadLoop) -> None
     at_rest(engine, lambda: None)
 
 
+def test_who_is_interrupted_as_he_begins_to_wait_is_told_so() -> None:
+    """And nothing of a lock that he does not have."""
+    condition = service.Condition()
+
+    class Interrupted(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            condition.release()
+            raise KeyboardInterrupt
+
+    condition._waited = Interrupted()
+    with pytest.raises(KeyboardInterrupt), condition:
+        condition.wait()
+    assert not condition._is_owned()  # type: ignore[attr-defined]
+
+
 def test_what_is_registered_while_it_rests_is_heard(engine: service.ThreadLoop) -> None:
     """And hears nothing of what had its number before."""
     heard: Queue[bytes] = Queue()

@@ -55,7 +55,12 @@ class Condition(RLock):  # type: ignore[misc]  # a class as any, whatever typesh
 
     def wait(self, timeout: float | None = None) -> bool:
         self._waited = self._waited or threading.Condition(self)
-        return self._waited.wait(timeout)
+        try:
+            return self._waited.wait(timeout)
+        except BaseException:  # a signal's: as it has just let go of the lock, who leaves `with` would raise that in its place
+            if not self._is_owned():  # type: ignore[attr-defined]
+                self.acquire()
+            raise
 
     def notify_all(self) -> None:
         if self._waited is not None:
