@@ -689,6 +689,21 @@ def test_locks_that_outlive_descriptors(profile: str, tmp_path: Path) -> None:
 
 
 @every_profile
+def test_who_waits_is_moved_within_its_process_only(profile: str) -> None:
+    """As C libraries do."""
+
+    def attempts() -> dict[str, str]:
+        one, other = bytes(4), bytes(8)
+        ways = {"FUTEX_WAKE": 1, "FUTEX_REQUEUE": 3, "FUTEX_CMP_REQUEUE": 4, "private": 3 | 128, "private, compared": 4 | 128}
+        return {name: call("futex", one, operation, 0, 0, other, 0) for name, operation in ways.items()}
+
+    assert set(confined(attempts, None).value.values()) == {"ok"}
+    outcome = confined(attempts, compiled(profile, OPEN))
+    assert [name for name, answer in outcome.value.items() if answer == "EPERM"] == ["FUTEX_REQUEUE", "FUTEX_CMP_REQUEUE"]
+    assert outcome.notified == []
+
+
+@every_profile
 def test_ioctls_of_file_systems(profile: str, tmp_path: Path) -> None:
     """The denylist refuses them where the host's files are there as they are; the others in any case."""
     (tmp_path / "file").write_bytes(b"content")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +17,7 @@ from pathlib import Path
 
 from sandbox.selftest.attacks import (
     NAMESPACED,
+    PATIENCE,
     SECRET,
     SIGNALS_KEPT,
     STRICTER,
@@ -322,6 +328,77 @@ def write_posix_shared_memory(path: str) -> str:
 @attack(IPC, NAMESPACED, scene=file_in_shared_memory)
 def read_posix_shared_memory(path: str) -> str:
     return attempt(lambda: open(path).read())
+
+
+WAITER = """
+import ctypes, mmap, sys
+with open(sys.argv[1], "r+b") as file:
+    place = mmap.mmap(file.fileno(), 4096)
+print(flush=True)
+ctypes.CDLL(None).syscall(int(sys.argv[2]), ctypes.byref(ctypes.c_uint32.from_buffer(place)), 0, 0, None)  # FUTEX_WAIT
+"""
+
+
+@contextmanager
+def waiter(where: Where) -> Iterator[Scene]:
+    """A process that waits, as for a semaphore, for a place in a file that the attacker may read."""
+    path = where.folder / "semaphore"
+    path.write_bytes(bytes(4096))
+    path.chmod(0o644)
+    numbers = {name: SYSCALLS[name] for name in ("futex", "futex_requeue") if name in SYSCALLS}
+    command = [sys.executable, "-I", "-S", "-c", WAITER, str(path), str(numbers["futex"])]
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 4096) as mapped:
+        word = ctypes.addressof(ctypes.c_uint32.from_buffer(mapped))
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+
+            def harm() -> str:
+                end = time.monotonic() + PATIENCE
+                while process.poll() is None and time.monotonic() < end:
+                    syscall(numbers["futex"], ctypes.c_void_p(word), 1, 1)  # FUTEX_WAKE
+                    time.sleep(0.01)
+                return "" if process.poll() is not None else "nobody can wake it any more"
+
+            try:
+                yield Scene({"path": str(path), "numbers": numbers}, harm, {"readable_paths": [str(path)]})
+            finally:
+                process.kill()
+
+
+@attack(IPC, scene=waiter)
+def keep_somebody_waiting(path: str, numbers: dict[str, int]) -> str:
+    """Whoever waits for a place in a file can be moved to another place, by who may only read that file: futex(2)."""
+    import ctypes
+    import mmap
+    import os
+    import struct
+    import time
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    fd = os.open(path, os.O_RDONLY)
+    start = libc.mmap(None, ctypes.c_size_t(4096), mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_long(0))
+    os.close(fd)
+    own = ctypes.c_uint32(0)
+    places = struct.pack("QQIIQQII", 0, start, 2, 0, 0, ctypes.addressof(own), 2, 0)  # struct futex_waitv: FUTEX2_SIZE_U32
+
+    def move(number: int, *arguments: object) -> int:
+        moved, end = 0, time.monotonic() + 2
+        while not moved and time.monotonic() < end:  # it may not wait yet
+            moved = syscall(number, *arguments)
+        if not moved:
+            raise RuntimeError("nobody waits")
+        return moved
+
+    one, other = ctypes.c_void_p(start), ctypes.byref(own)
+    ways = {
+        "requeue": lambda: move(numbers["futex"], one, 3, 0, ctypes.c_void_p(9), other, 0),  # FUTEX_REQUEUE
+        "compare": lambda: move(numbers["futex"], one, 4, 0, ctypes.c_void_p(9), other, 0),  # FUTEX_CMP_REQUEUE
+    }
+    if "futex_requeue" in numbers:
+        ways["new call"] = lambda: move(numbers["futex_requeue"], places, 0, 0, 9)
+    return first_escape(ways)
 
 
 # -- namespaces ----------------------------------------------------------------------------------------------------------
