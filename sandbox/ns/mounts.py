@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from _codecs import escape_decode
 
 from sandbox.ns import syscalls as sc
 
@@ -174,6 +175,27 @@ def host_root(root: str, skip: list[str], flags: str) -> None:
             os.symlink(os.readlink(path), root + path)
         else:
             bind_optional(root, path, path, flags)
+    for path, mounted in automounts(root):
+        tmpfs(root, path, "nosuid,nodev", "mode=755,size=64k,nr_inodes=4096", mounted)
+        readonly(root, path)
+
+
+def automounts(root: str) -> list[tuple[str, list[str]]]:
+    """Folders below `root` that an automounter serves, and what is mounted in them (proc_pid_mountinfo(5)), as paths below it.
+
+    Whoever looks up a name there asks that program, which is the host's and may look for a host of that name.
+    """
+    with open("/proc/self/mountinfo", "rb") as file:
+        lines = [line.split() for line in file]
+    points = {line[0]: os.fsdecode(escape_decode(line[4])[0]).removeprefix(root) for line in lines}
+    found = []
+    for line in lines:
+        path = points[line[0]]
+        if line[line.index(b"-") + 1] == b"autofs" and escape_decode(line[4])[0].startswith(os.fsencode(root) + b"/"):
+            inside = [points[other[0]] for other in lines if other[1] == line[0]]
+            if path not in inside:  # else it is behind what it has mounted
+                found.append((path, inside))
+    return sorted(found)
 
 
 def directory(root: str, path: str, mode: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -92,6 +93,63 @@ def test_what_a_hidden_folder_is_a_link_to_is_hidden(is_link: bool) -> None:
         os.unlink(link)
         shutil.rmtree(target)
     assert done.value == [not is_link, SECRET, 1], done
+
+
+AUTOMOUNTER = """
+import ctypes, fcntl, os, struct, sys
+mount = ctypes.CDLL(None).mount
+folder = os.fsencode(sys.argv[1])
+os.setpgid(0, 0)
+reader, writer = os.pipe()
+options = f"fd={writer},pgrp={os.getpgrp()},minproto=5,maxproto=5,indirect"
+if mount(b"psie-escape", folder, b"autofs", 0, options.encode()):
+    sys.exit(1)
+os.close(writer)
+control = os.open(folder, os.O_RDONLY)
+print("mounted", flush=True)
+while packet := os.read(reader, 304):  # struct autofs_v5_packet, linux/auto_fs.h
+    (token,), (length,) = struct.unpack_from("I", packet, 8), struct.unpack_from("I", packet, 40)
+    name = packet[44 : 44 + length]
+    if name == b"there":
+        os.mkdir(folder + b"/there")
+        mount(b"psie-escape", folder + b"/there", b"tmpfs", 0, b"size=64k,mode=755")
+        open(folder + b"/there/file", "w").close()
+    print(os.fsdecode(name), flush=True)
+    fcntl.ioctl(control, 0x9360 if name == b"there" else 0x9361, token)  # AUTOFS_IOC_READY, AUTOFS_IOC_FAIL
+"""
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can mount for others")
+def test_an_automounter_is_asked_nothing() -> None:
+    """It is a program of the host, which may look for a host of the name that it is asked for (autofs(5), -hosts)."""
+    folder = place()
+    if folder is None:
+        pytest.skip("this host has no folder for what standard shows")
+    served = folder / f"served {os.getpid()}"
+    served.mkdir()
+
+    def look(served: str) -> list[bool]:
+        import os
+
+        return [os.path.exists(f"{served}/{name}") for name in ("there/file", "secret.example")]
+
+    with subprocess.Popen([sys.executable, "-c", AUTOMOUNTER, str(served)], stdout=subprocess.PIPE, text=True) as automounter:
+        assert automounter.stdout is not None
+        try:
+            if not automounter.stdout.readline():
+                pytest.skip("this kernel has no autofs")
+            assert look(str(served)) == [True, False]
+            assert [automounter.stdout.readline() for _ in range(2)] == ["there\n", "secret.example\n"]
+            _unless_closed(IsolationLevel.STANDARD)
+            fresh = {"preload": ("colorsys",)}  # else a zygote may be taken that has never seen that folder
+            done = trial.run_inside(look, str(served), level=IsolationLevel.STANDARD, config=fresh)
+            assert done.value == [True, False], done  # what is mounted is there
+            os.path.exists(served / "last")
+            assert automounter.stdout.readline() == "last\n"
+        finally:
+            subprocess.run(["umount", "--lazy", "--recursive", str(served)], check=False)
+            automounter.kill()
+            served.rmdir()
 
 
 @pytest.mark.parametrize("level", ALL)
