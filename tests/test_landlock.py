@@ -300,6 +300,23 @@ def test_signals_and_abstract_sockets_stay_inside_from_abi_6(tree: Tree, abi: in
         assert inside == (everything if abi < 6 else {**everything, "signal": "EPERM", "abstract": "EPERM"})
 
 
+@pytest.mark.parametrize(("abi", "flags"), [(6, 0), (7, 1 | 4)])
+def test_refusals_are_no_lines_of_the_hosts_audit_log(
+    abi: int, flags: int, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From ABI 7 on each would be one; those of domains that a plugin makes for itself as well. (Read from what is asked for:
+    whether there are any is a setting of the whole machine.)"""
+    asked: list[tuple[object, ...]] = []
+
+    def record(name: str, *arguments: object, what: str = "") -> int:
+        asked.append((name, *arguments))
+        return os.open("/", os.O_PATH) if name == "landlock_create_ruleset" else 0
+
+    monkeypatch.setattr(landlock, "syscall", record)
+    landlock.restrict([[str(tree.readable), "read"]], abi=abi, deny_network=False, scopes=False)
+    assert [arguments[1] for name, *arguments in asked if name == "landlock_restrict_self"] == [flags]
+
+
 def test_newer_abis_count_as_the_newest_known(tree: Tree) -> None:
     assert landlock.handled_access_fs(99) == landlock.handled_access_fs(landlock.NEWEST_ABI)
     assert [landlock.handled_access_fs(abi).bit_count() for abi in range(1, 8)] == [13, 14, 15, 15, 16, 16, 16]

@@ -31,6 +31,9 @@ from sandbox.ns.syscalls import syscall
 LANDLOCK_CREATE_RULESET_VERSION = 1 << 0
 LANDLOCK_RULE_PATH_BENEATH = 1
 LANDLOCK_RESTRICT_SELF_LOG_SAME_EXEC_OFF = 1 << 0
+LANDLOCK_RESTRICT_SELF_LOG_SUBDOMAINS_OFF = 1 << 2
+# Of what the rules refuse, and of what those refuse that a plugin gives itself beyond them.
+_LOG_OFF = LANDLOCK_RESTRICT_SELF_LOG_SAME_EXEC_OFF | LANDLOCK_RESTRICT_SELF_LOG_SUBDOMAINS_OFF
 
 LANDLOCK_ACCESS_FS_EXECUTE = 1 << 0
 LANDLOCK_ACCESS_FS_WRITE_FILE = 1 << 1
@@ -130,7 +133,7 @@ def restrict(rules: list[list[str]], *, abi: int, deny_network: bool, scopes: bo
         for path, rights in rules:
             _allow(ruleset, path, RIGHTS[rights] & handled)
         # Refusals are not worth a line each in the host's audit log: the code is hostile and could flood it.
-        flags = LANDLOCK_RESTRICT_SELF_LOG_SAME_EXEC_OFF if abi >= 7 else 0
+        flags = _LOG_OFF if abi >= 7 else 0
         syscall("landlock_restrict_self", ruleset, flags, what="Landlock ruleset")
     finally:
         os.close(ruleset)
