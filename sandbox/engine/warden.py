@@ -52,6 +52,7 @@ LOCKS_REST = 20  # times what it has taken to count them, until those of calls t
 LONGEST_REST = 1.0  # seconds of that
 INODE_BYTES = 1024  # of a file in a tmpfs, without what is in it: struct shmem_inode_info and struct dentry
 MAPPING_BYTES = 300  # struct vm_area_struct and its share of the tree that it is in
+LINE_BYTES = 256  # of what is told of a mapping; a name can be as long as 4 KB, and so many take seconds to be told
 MAPPINGS = 65_530  # of all processes of a call together: as many as the kernel lets one have (vm.max_map_count)
 LONGEST_MS = 1 << 30  # of one wait: poll(2) takes an int, and a call may have a year
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -695,7 +696,7 @@ def proportion_of(pid: int) -> int:
 
 
 def mappings_of(pids: list[int], most: int) -> int:
-    """How many mappings these have together (proc_pid_maps(5)), `most` at most."""
+    """How many mappings these have together (proc_pid_maps(5)), `most` at most; those with long names count as several."""
     found = 0
     for pid in pids:
         for thread in names_in(f"/proc/{pid}/task"):
@@ -707,13 +708,14 @@ def mappings_of(pids: list[int], most: int) -> int:
 
 
 def lines_in(path: str, most: int) -> int:
-    """How many lines a file of /proc has, `most` at most; none where its process has just ended, nor where nobody may look:
-    without root at level minimal, which without controllers has one process only."""
+    """How many lines a file of /proc has, `most` at most, each LINE_BYTES long or as many of them as it is; none where its
+    process has just ended, nor where nobody may look: without root at level minimal, which without controllers has one process
+    only."""
     found = 0
     try:
         with open(path, "rb", 0) as file:
             while found < most and (piece := file.read(1 << 16)):
-                found += piece.count(b"\n")
+                found += max(piece.count(b"\n"), len(piece) // LINE_BYTES)
     except OSError:
         pass
     return min(found, most)

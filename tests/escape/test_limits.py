@@ -147,6 +147,38 @@ def test_the_deadline_strikes(level: IsolationLevel, plugin: object) -> None:
     kit.still_works(level)
 
 
+def map_files_of_long_names(seconds: float) -> str:
+    """Of each mapping /proc tells the whole path of its file."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    os.chdir("/tmp")
+    for _ in range(1900):
+        os.mkdir("x")
+        os.chdir("x")
+    fd = os.open("file", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, 8192)
+    for number in range(32_000):
+        libc.mmap(None, ctypes.c_size_t(4096), 1, 1, fd, ctypes.c_long(number % 2 * 4096))  # PROT_READ, MAP_SHARED
+    os.fork()
+    time.sleep(seconds)
+    return "escaped: it has had all the time"
+
+
+@pytest.mark.parametrize("level", NAMESPACED)
+def test_long_names_delay_no_deadline(level: IsolationLevel) -> None:
+    """Where no controller counts memory, the mappings of several processes are counted in what /proc tells of them."""
+    _unless_closed(level)
+    limits = {"max_execution_time_seconds": PATIENCE, "max_memory_mb": 512.0, "max_subprocess_count": 4}
+    permissions = {"allow_subprocess_execution": True}
+    began = time.monotonic()
+    outcome = trial.run_inside(map_files_of_long_names, 15 * PATIENCE, level=level, limits=limits, permissions=permissions)
+    took = time.monotonic() - began
+    assert getattr(outcome.error, "limit", None) in ("time", "memory"), outcome
+    assert took < 2.5 * PATIENCE
+
+
 @pytest.mark.parametrize("level", ALL)
 def test_without_init_nothing_lives(level: IsolationLevel) -> None:
     """Where there is a PID namespace init cannot be killed; where there is none, the call ends with it."""
