@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import stat
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -427,6 +428,26 @@ def test_a_folder_that_has_been_moved_away_is_not_written(case: Case, tmp_path: 
             commit.commit([folder])
     assert tree(moved) == old
     assert not os.path.exists(tmp_path / "state" / "commits")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives capabilities to a program")
+def test_capabilities_of_a_program_are_not_those_of_what_takes_its_place(case: Case, tmp_path: Path) -> None:
+    """As after any other write to it, whoever commits: root takes them away as well by giving the file its owner."""
+    program, made = case.lower / "kept" / "changed", tmp_path / "made"
+    os.setxattr(program, "security.capability", struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0))  # VFS_CAP_REVISION_2
+    os.setxattr(program, "trusted.kept", b"x")
+    folder = os.open(case.lower, os.O_RDONLY)
+    try:
+        with made.open("wb") as file:
+            commit.copy_attributes(folder, "kept/changed", file.fileno())
+    finally:
+        os.close(folder)
+    case.work()
+    case.commit()
+    assert program.read_text() == "after"
+    for path in (made, program):
+        assert "trusted.kept" in os.listxattr(path)
+        assert "security.capability" not in os.listxattr(path)
 
 
 def test_who_may_change_a_mode_gives_nobody_the_bits_of_its_owner(case: Case) -> None:

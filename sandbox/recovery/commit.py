@@ -40,6 +40,7 @@ VERSION = 1
 # What a journal says of the stages: they are to be removed (nothing was done yet, or all of it), or put into place.
 CLEAR, APPLY = "clear", "apply"
 MODES = 0o777  # what a committed file can have: no set-user-ID, set-group-ID or sticky bit
+CAPABILITIES = "security.capability"  # of a program, and not of what a plugin has made of it: capabilities(7)
 
 
 class Unfinished(OSError):
@@ -462,7 +463,8 @@ class Stage:
                 self.closing.append(Step("mode", path, inode, mode=mode, before=0o700))
 
     def _copy(self, path: str, place: str, mode: int, *, keep_attributes: bool) -> None:
-        """Content, holes as holes; and of the file that it replaces the extended attributes (access lists, labels)."""
+        """Content, holes as holes; and of the file that it replaces the extended attributes (access lists, labels), as far as a
+        write would have left them."""
         with parent(self.folder.upper, path) as (folder, name):
             source = changes.open_file(folder, name)
         try:
@@ -498,6 +500,8 @@ def copy_attributes(folder: int, path: str, target: int) -> None:
     source = sc.open_beneath(folder, path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         for name in os.listxattr(source):
+            if name == CAPABILITIES:
+                continue
             with suppress(OSError):  # a label that only the system may give
                 os.setxattr(target, name, os.getxattr(source, name))
     finally:
