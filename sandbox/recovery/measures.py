@@ -362,13 +362,17 @@ class Recovery:
         if not self._has("cpu"):
             try:
                 yield from self._halt()  # else new ones come meanwhile
-                threads = [int(thread) for pid in self._pids() for thread in os.listdir(f"/proc/{pid}/task")]
+                pids = self._pids()
+                threads = [int(thread) for pid in pids for thread in os.listdir(f"/proc/{pid}/task")]
                 nice = min((os.getpriority(os.PRIO_PROCESS, thread) for thread in threads), default=0)
                 for thread in threads:
                     os.setpriority(os.PRIO_PROCESS, thread, NICEST)
+                are_told = [slow_session(pid) for pid in pids]
             finally:
                 self._thaw()
             note = "by nice, for as long as they run: there is no cpu controller"
+            if not all(are_told):
+                note += "; towards other sessions, which have as much each (sched_autogroup_enabled), it changes nothing"
             return self._tell(violation, "slow down", {"nice": nice}, {"nice": NICEST}, bool(threads), note)
         names = ("cpu.max", "cpu.weight")
         before = {name: self._get(name) for name in names}
@@ -485,3 +489,24 @@ def drive(loop: Loop, steps: Steps, then: Callable[[bool], None]) -> None:
         then(False)
         raise
     loop.call_later(pause, drive, loop, steps, then)
+
+
+def slow_session(pid: int) -> bool:
+    """Where each session has as much as any other, nice counts among its own processes only, and that of the session towards
+    others (sched(7), autogroup). False where that is not ours to write: without root, of a process that is not dumpable."""
+    try:
+        with open(f"/proc/{pid}/autogroup", "w") as file:
+            file.write(str(NICEST))
+    except (FileNotFoundError, ProcessLookupError):  # there is no such thing here, or the process has just ended
+        return True
+    except OSError:
+        return not is_by_session()
+    return True
+
+
+def is_by_session() -> bool:
+    try:
+        with open("/proc/sys/kernel/sched_autogroup_enabled") as file:
+            return file.read().strip() != "0"
+    except OSError:
+        return False

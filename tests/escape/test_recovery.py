@@ -38,7 +38,7 @@ from sandbox import (
 )
 from sandbox.engine import sockets
 from sandbox.seccomp import notifier
-from sandbox.selftest.attacks import ALL, NAMESPACED, PATIENCE, SECONDS
+from sandbox.selftest.attacks import ALL, NAMESPACED, PATIENCE, ROOT, SECONDS
 
 Kind = SandboxViolationType
 levels = pytest.mark.parametrize("level", ALL, ids=lambda level: level.value)
@@ -226,6 +226,22 @@ def test_priority_stays_low(level: IsolationLevel) -> None:
     without, slow = with_and_without(level, be_nice_no_more, Kind.RESOURCE_EXCEEDED, "cpu")
     assert without == usual
     assert slow == (usual if "cpu" in host.facts().controllers else 19)
+
+
+def nice_of_its_session() -> int:
+    """Which counts where others have sessions of their own: sched(7), autogroup."""
+    go_on()
+    with open("/proc/self/autogroup") as file:
+        return int(file.read().split()[-1])
+
+
+@pytest.mark.skipif(not ROOT, reason="only root may write it of a process that is not dumpable")
+@pytest.mark.skipif(not os.path.exists("/proc/self/autogroup"), reason="this kernel has no groups of sessions")
+@levels
+def test_its_session_is_slow_as_well(level: IsolationLevel) -> None:
+    without, slow = with_and_without(level, nice_of_its_session, Kind.RESOURCE_EXCEEDED, "cpu")
+    assert without == 0
+    assert slow == (0 if "cpu" in host.facts().controllers else 19)
 
 
 # -- network -----------------------------------------------------------------------------------------------------------
