@@ -1014,6 +1014,7 @@ class Call:
         self._lent: list[int] = []  # fds of a session's large jobs: see sandbox.engine.channel
         self._waiting: loops.Patience | None = None  # for the warden
         self._left: bytes | None = None  # a frame that was read there and is to be read here
+        self._is_deaf = False  # the worker has ended what it says there, or is not listened to any more
         self.is_lent = False  # the job's socket, to its caller's loop, which reads it and has to give it back: see `lend`
 
     def sealed(self, fields: dict[str, str]) -> None:
@@ -1108,7 +1109,7 @@ class Call:
 
     def _is_value(self, frame: bytes) -> bool:
         is_first = self.awaits and not self.reply_kind and not self.strays and self._memory < 0 and self._left is None
-        return is_first and len(frame) > 1 and frame[:1] == WHOLE_VALUE and len(frame) - 1 <= self.reply_limit
+        return is_first and not self._is_deaf and len(frame) > 1 and frame[:1] == WHOLE_VALUE and len(frame) - 1 <= self.reply_limit
 
     def _listen(self) -> None:
         if not self.done and self.job.fileno() >= 0:
@@ -1217,7 +1218,7 @@ class Call:
     def _frame(self, kind: bytes, data: bytes) -> None:
         """One frame of the reply. What belongs to no reply is nobody's; who sends much of it is not listened to any more."""
         last, kind = kind.isupper(), kind.lower()
-        if kind == channel.NOTE and self._note(data):
+        if self._is_deaf or (kind == channel.NOTE and self._note(data)):
             return
         if kind == channel.REPLY_SIZE and self._give_memory(data):
             return
@@ -1361,6 +1362,7 @@ class Call:
             self._frame(data[:1], data[1:])
 
     def _close_job(self) -> None:
+        self._is_deaf = True  # what it has sent before, or sends after an empty frame, is in the socket still while that is lent
         if self.job.fileno() >= 0:
             self.loop.remove_reader(self.job.fileno())
             (shut_down if self.is_lent else hang_up)(self.job)  # what is lent is closed when it is given back

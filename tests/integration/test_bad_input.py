@@ -30,6 +30,7 @@ from sandbox import (
     host,
 )
 from sandbox.engine import channel, codec
+from sandbox.listener import Listener
 
 from . import harness, hostile, plugins
 
@@ -191,6 +192,19 @@ def nothing_runs() -> bool:
     """Neither a worker nor what it has started."""
     found = harness.roles(os.getpid())
     return not found["worker"] and not found["other"]
+
+
+def test_who_has_ended_the_socket_says_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the engine has ended the call before whoever waits for it has given the socket back."""
+    stop = Listener.stop
+
+    def late(listener: Listener) -> None:
+        assert harness.wait_until(lambda: listener.call.done)
+        stop(listener)
+
+    monkeypatch.setattr(Listener, "stop", late)
+    with pytest.raises(PluginExecutionError):
+        harness.call(IsolationLevel.STRICT, hostile.forge, b"")
 
 
 @pytest.mark.long

@@ -301,7 +301,7 @@ def test_cpu_comes_last(level: IsolationLevel) -> None:
                 settings = [Path(f"/proc/self/fd/{fd}/{name}").read_text().strip() for name in step["before"]]
                 assert settings == list(step["before"].values())  # over with the call
             else:
-                assert step["note"].endswith("there is no cpu controller")
+                assert "there is no cpu controller" in step["note"]
                 assert await task == 19
 
     asyncio.run(main())
