@@ -1430,8 +1430,8 @@ class _Run:
         if self._loop is not None:
             try:
                 self._loop.call_soon_threadsafe(self._wake)
-            except RuntimeError:
-                pass  # it is closed: nobody waits any more
+            except RuntimeError:  # it is closed: nobody waits any more, or gives the socket back
+                self.call.give_back()
 
     def _on_done(self) -> None:
         for key, fields in self.call.violations.items():

@@ -1108,8 +1108,9 @@ class Call:
         return True
 
     def _is_value(self, frame: bytes) -> bool:
-        is_first = self.awaits and not self.reply_kind and not self.strays and self._memory < 0 and self._left is None
-        return is_first and not self._is_deaf and len(frame) > 1 and frame[:1] == WHOLE_VALUE and len(frame) - 1 <= self.reply_limit
+        is_heard = self.awaits and not self._is_deaf and self._memory < 0
+        is_first = is_heard and not self.reply_kind and not self.strays and self._left is None
+        return is_first and len(frame) > 1 and frame[:1] == WHOLE_VALUE and len(frame) - 1 <= self.reply_limit
 
     def _listen(self) -> None:
         if not self.done and self.job.fileno() >= 0:
@@ -1362,7 +1363,7 @@ class Call:
             self._frame(data[:1], data[1:])
 
     def _close_job(self) -> None:
-        self._is_deaf = True  # what it has sent before, or sends after an empty frame, is in the socket still while that is lent
+        self._is_deaf = True  # what else it has sent is in the socket still while that is lent
         if self.job.fileno() >= 0:
             self.loop.remove_reader(self.job.fileno())
             (shut_down if self.is_lent else hang_up)(self.job)  # what is lent is closed when it is given back

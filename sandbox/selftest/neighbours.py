@@ -331,9 +331,10 @@ def read_posix_shared_memory(path: str) -> str:
 
 
 WAITER = """
-import ctypes, mmap, sys
+import ctypes, mmap, os, sys, threading
 with open(sys.argv[1], "r+b") as file:
     place = mmap.mmap(file.fileno(), 4096)
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()  # it ends with who has started it
 print(flush=True)
 ctypes.CDLL(None).syscall(int(sys.argv[2]), ctypes.byref(ctypes.c_uint32.from_buffer(place)), 0, 0, None)  # FUTEX_WAIT
 """
@@ -349,7 +350,7 @@ def waiter(where: Where) -> Iterator[Scene]:
     command = [sys.executable, "-I", "-S", "-c", WAITER, str(path), str(numbers["futex"])]
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 4096) as mapped:
         word = ctypes.addressof(ctypes.c_uint32.from_buffer(mapped))
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()
 

@@ -21,10 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sandbox import IsolationLevel, host
 from sandbox.recipe_data import Recipe
+from sandbox.selftest.attacks import SYSCALLS
 from sandbox.version import __version__
 
 from . import cli_harness, harness
@@ -1848,6 +1850,21 @@ command()
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=cli_harness.SECONDS)
     assert (ended.returncode, ended.stdout, ended.stderr) == (128 + number, said, b"")
+
+
+def test_a_killed_selftest_takes_along_whom_it_attacks(twice: Caller, temporary: dict[str, dict[str, str]]) -> None:
+    def victims() -> list[int]:
+        """That wait: one that is about to would end of itself, because nobody reads what it says."""
+        children = [child.pid for child in psutil.Process(process.pid).children() if "FUTEX" in "".join(child.cmdline())]
+        return [pid for pid in children if harness.read_proc(pid, "syscall").split()[0] == b"%d" % SYSCALLS["futex"]]
+
+    with twice.start("selftest", "--level", twice.level, "keep_somebody_waiting", **temporary) as process:
+        assert harness.wait_until(victims, 4 * harness.SETTLE)
+        process.send_signal(signal.SIGSTOP)
+        (victim,) = map(os.pidfd_open, victims())
+        process.kill()
+    assert select.select([victim], [], [], harness.SETTLE)[0]
+    os.close(victim)
 
 
 def test_a_killed_selftest_takes_along_what_it_tries_outside(
