@@ -107,8 +107,6 @@ def in_child(action: Callable[[], None], seconds: float = 10.0) -> str:
 
 def _forked(action: Callable[[], None], seconds: float) -> bytes:
     """What a child says of `action`, after a byte that is 0, or what it was SHORT of; nothing if it did not in time."""
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
 
     def tell() -> None:
         text, short = b"the probe did not finish", 0
@@ -121,21 +119,22 @@ def _forked(action: Callable[[], None], seconds: float) -> bytes:
         except BaseException as error:
             text = repr(error).encode()
         finally:
-            os.write(writer, bytes([short]) + text)
+            telling.write(bytes([short]) + text)
 
-    try:
-        with forked(tell):
-            # Its word, not the pipe's end: others may have been forked meanwhile, and keep that open.
-            waiting = select.poll()
-            waiting.register(reader, select.POLLIN)
-            if not waiting.poll(seconds * 1000):
-                raise TimeoutError
-            return os.read(reader, 65536)
-    except TimeoutError:
-        return b""
-    finally:
-        os.close(reader)
-        os.close(writer)
+    reader, writer = os.pipe()
+    with open(reader, "rb", 0) as told, open(writer, "wb", 0) as telling:
+        os.set_blocking(reader, False)
+        try:
+            with forked(tell):
+                telling.close()
+                # Its word, not the pipe's end: others may have been forked meanwhile, and keep that open.
+                waiting = select.poll()
+                waiting.register(reader, select.POLLIN)
+                if not waiting.poll(seconds * 1000):
+                    raise TimeoutError
+                return told.read(65536) or b""
+        except TimeoutError:
+            return b""
 
 
 @contextmanager
