@@ -19,7 +19,7 @@ import pytest
 
 from sandbox.errors import CommitError
 from sandbox.ns import syscalls
-from sandbox.recovery import changes, commit
+from sandbox.recovery import changes, commit, private
 from sandbox.recovery.changes import HOLES, Comparison, Difference, is_same, leads_out, unified
 from sandbox.recovery.granted import described
 
@@ -284,8 +284,9 @@ def test_where_nobody_can_look_nothing_is_thrown_away(case: Case, own_state: Pat
 
 
 @pytest.mark.long
-def test_one_commit_at_a_time(case: Case) -> None:
+def test_one_commit_at_a_time(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.work()
+    monkeypatch.setattr(private, "PATIENCE", 0.2)
     refused = pytest.raises(CommitError, match="another commit")
     with case.opened() as folder, case.opened() as other, commit.locked([folder]), refused:
         commit.commit([other])
