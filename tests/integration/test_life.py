@@ -586,7 +586,7 @@ def test_several_wait_for_the_room_that_is_being_made(tmp_path: Path) -> None:
 
 
 GIVING_UP = """
-import asyncio
+import asyncio, threading
 from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2
 from sandbox.engine.service import service
 
@@ -594,11 +594,21 @@ def settings(level):
     return PluginLimitsV2(), PluginPermissionsV2(), IsolationConfig(level=level)
 
 async def main():
+    loop, asked, cancelled = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    def hold(then):
+        found = give_way(then)
+        loop.call_soon_threadsafe(asked.set)
+        cancelled.wait()  # else it may have come by then
+        return found
+
     standing = await EnhancedPluginSandbox.prewarm(1, *settings(IsolationLevel.STRICT))
+    give_way, service().give_way = service().give_way, hold
     opening = asyncio.create_task(EnhancedPluginSandbox(*settings(IsolationLevel.MAXIMUM)).__aenter__())
-    while not service().waiting_for_room:
-        await asyncio.sleep(0)
+    await asked.wait()
     opening.cancel()
+    await asyncio.sleep(0)
+    cancelled.set()
     await asyncio.wait([opening])
     async with EnhancedPluginSandbox(*settings(IsolationLevel.STRICT)) as sandbox:
         print(standing, opening.cancelled(), await sandbox.execute_plugin_safe(abs, -1))
