@@ -1711,7 +1711,10 @@ def imported(caller: Caller) -> set[str]:
 
 def test_a_second_run_imports_nothing_heavy(twice: Caller) -> None:
     imported(twice)
-    modules = imported(twice)
+    for _ in range(3):  # a set-up that fails in another process of this user has all recipes forgotten
+        modules = imported(twice)
+        if not modules & HEAVY:
+            break
     assert "sandbox.cli.session" in modules
     assert not modules & HEAVY
 
@@ -1855,12 +1858,25 @@ command()
 def test_a_killed_selftest_takes_along_whom_it_attacks(twice: Caller, temporary: dict[str, dict[str, str]]) -> None:
     def victims() -> list[int]:
         """That wait: one that is about to would end of itself, because nobody reads what it says."""
-        children = [child.pid for child in psutil.Process(process.pid).children() if "FUTEX" in "".join(child.cmdline())]
-        return [pid for pid in children if harness.read_proc(pid, "syscall").split()[0] == b"%d" % SYSCALLS["futex"]]
+        found = []
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.Error, OSError):
+                if "FUTEX" in "".join(child.cmdline()):
+                    found += [child.pid] if harness.read_proc(child.pid, "syscall").split()[0] == number else []
+        return found
 
+    def is_stopped_beside_one() -> bool:
+        if victims():
+            process.send_signal(signal.SIGSTOP)
+            assert harness.wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+            if victims():
+                return True
+            process.send_signal(signal.SIGCONT)
+        return False
+
+    number = b"%d" % SYSCALLS["futex"]
     with twice.start("selftest", "--level", twice.level, "keep_somebody_waiting", **temporary) as process:
-        assert harness.wait_until(victims, 4 * harness.SETTLE)
-        process.send_signal(signal.SIGSTOP)
+        assert harness.wait_until(is_stopped_beside_one, 4 * harness.SETTLE)
         (victim,) = map(os.pidfd_open, victims())
         process.kill()
     assert select.select([victim], [], [], harness.SETTLE)[0]
