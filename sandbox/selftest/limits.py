@@ -442,7 +442,7 @@ def memory_behind_temporary_files() -> str:
 @attack(
     MEMORY,
     () if "memory" in facts().controllers else NAMESPACED,  # the controller counts them
-    limits={"max_memory_mb": 32.0, "max_inodes": 100_000, "max_file_operations": 1_000_000},
+    limits={"max_memory_mb": 24.0, "max_inodes": 100_000, "max_file_operations": 1_000_000},
     ends=LIMIT,
     memory_mb=64,
 )
@@ -450,7 +450,7 @@ def memory_behind_empty_files() -> str:
     """Each is a kilobyte of the kernel's, and no block of a tmpfs."""
     import shutil
 
-    count = 40_000
+    count = 26_000
     folder = "/dev/shm" if os.getcwd() == "/workspace" else os.getcwd()
     os.mkdir(folder + "/empty")
     try:
