@@ -22,8 +22,8 @@ from contextlib import ExitStack, suppress
 from inotify_simple import INotify, flags, parse_events
 
 from sandbox.config import IsolationConfig
-from sandbox.engine.client import close_fds
 from sandbox.engine.loop import PollLoop
+from sandbox.monitor.thread import WatchThread
 from sandbox.monitor.tree import ATTRIBUTES, CREATE, MODIFY, MOVE, OVERFLOW, FileTree, Node, Seen
 
 TYPE_CHECKING = False
@@ -399,8 +399,7 @@ class FilesystemWatchdog:
         self.count = 0
         self._records: list[dict[str, Any]] = []
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._stop = (-1, -1)
+        self._thread: WatchThread | None = None
 
     def start_watching(self) -> bool:
         """Watch from now on. False, with `reason`, where that cannot be, or goes on already."""
@@ -429,42 +428,16 @@ class FilesystemWatchdog:
         watch = FileWatch(loop, root, self._record)
         undo.callback(watch.close, look=False)
         watch.listen()
-        stop = os.pipe2(os.O_CLOEXEC)
-        undo.callback(close_fds, stop)
-        stopped = threading.Event()
-        loop.add_reader(stop[0], stopped.set)
-
-        def serve() -> None:
-            try:
-                loop.run_until(stopped.is_set)
-            finally:
-                watch.close()
-                loop.close()
-                left.close()
-
-        thread = threading.Thread(target=serve, name="psie watchdog", daemon=True)
-        opened, left = undo.pop_all(), ExitStack()
-        try:
-            thread.start()
-        except RuntimeError:
-            opened.close()
-            raise
-        except BaseException:  # a signal's: by now the thread may be there
-            left.callback(close_fds, stop)
-            os.write(stop[1], b"\0")
-            raise
-        self._stop, self._thread = stop, thread
+        self._thread = WatchThread("psie watchdog", loop, undo, watch.close)
 
     def stop_watching(self) -> None:
         """End it, after a last look at everything. Does nothing where nothing is watched."""
         with self._lock:
             if self._thread is None:
                 return
-            if self._thread.is_alive():  # else an exception has come after it had ended
-                os.write(self._stop[1], b"\0")
-                self._thread.join()
-            self._thread = None  # so that nothing is closed twice
-            close_fds(self._stop)
+            self._thread.stop()
+            thread, self._thread = self._thread, None  # so that nothing is closed twice
+            thread.close()
 
     def get_file_operations(self) -> list[dict[str, Any]]:
         """The records so far, oldest first."""

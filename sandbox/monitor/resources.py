@@ -10,10 +10,11 @@ from dataclasses import replace
 
 from sandbox.cgroups import place
 from sandbox.config import IsolationConfig, PluginLimitsV2
-from sandbox.engine.client import close_fds, mend_of
+from sandbox.engine.client import mend_of
 from sandbox.engine.loop import PollLoop
 from sandbox.errors import SHORT, ResourceError
 from sandbox.monitor.sources import CgroupSource, ProcessSource
+from sandbox.monitor.thread import WatchThread
 from sandbox.monitor.watch import Thresholds, Watch
 from sandbox.ns import processes
 
@@ -50,8 +51,7 @@ class EnhancedResourceMonitor:
         self.source = ""
         self._lock = threading.Lock()
         self._watch: Watch | None = None
-        self._thread: threading.Thread | None = None
-        self._stop = (-1, -1)
+        self._thread: WatchThread | None = None
         self._stats: dict[str, Any] = {}
         self._violations: list[SandboxViolation] = []
 
@@ -86,35 +86,17 @@ class EnhancedResourceMonitor:
         watch.counted = source.events()
         watch.on_sample = self._stats.update
         watch.on_violation = self._record
-        stop = os.pipe2(os.O_CLOEXEC)
-        undo.callback(close_fds, stop)
-        stopped = threading.Event()
-        loop.add_reader(stop[0], stopped.set)
         run = watch.begin()
         watch.sample()
 
-        def serve() -> None:
+        def end() -> None:
             try:
-                loop.run_until(stopped.is_set)
                 watch.end(run)
             finally:
                 watch.close()
-                loop.close()
-                left.close()
 
-        thread = threading.Thread(target=serve, name="psie monitor", daemon=True)
-        opened, left = undo.pop_all(), ExitStack()
-        try:
-            thread.start()
-        except RuntimeError:
-            opened.close()
-            raise
-        except BaseException:  # a signal's: by now the thread may be there
-            left.callback(close_fds, stop)
-            os.write(stop[1], b"\0")
-            raise
-        self.source = source.name
-        self._watch, self._stop, self._thread = watch, stop, thread
+        self._thread = WatchThread("psie monitor", loop, undo, end)
+        self.source, self._watch = source.name, watch
 
     def _record(self, violation: SandboxViolation) -> None:
         if violation.explanation is not None:  # nothing is enforced here, and no command started it
@@ -127,11 +109,9 @@ class EnhancedResourceMonitor:
             if self._thread is None:
                 return
             self._watch = None  # which the thread closes
-            if self._thread.is_alive():  # else an exception has come after it had ended
-                os.write(self._stop[1], b"\0")
-                self._thread.join()
-            self._thread = None  # so that nothing is closed twice
-            close_fds(self._stop)
+            self._thread.stop()
+            thread, self._thread = self._thread, None  # so that nothing is closed twice
+            thread.close()
 
     def get_current_stats(self) -> dict[str, Any]:
         """Numbers of this moment, or the last ones where nothing runs: see sandbox.monitor.watch.Watch for the fields.
