@@ -1354,6 +1354,7 @@ class _Run:
             self._watched = self.owner._watch_begins()
         except (OSError, ImportError) as error:
             self._unwatched = str(error)
+            self.call.sandbox.lift_high()
             interval = float(self.call.sandbox.recipe.monitoring["interval_seconds"])
             self._watch_timer = self.call.loop.call_later(interval, self._watch)
 

@@ -470,6 +470,7 @@ class Session:
             run, recorded = watch.begin(), self.call.on_done
         except (OSError, ImportError) as error:  # what is lacking now may be there a little later
             self.unwatched = str(error)
+            self.call.sandbox.lift_high()
             self.loop.call_later(float(self.recipe.monitoring["interval_seconds"]), self._begin_watch)
             return
         self.watch = watch

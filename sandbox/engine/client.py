@@ -470,6 +470,7 @@ class Sandbox:
         self.slot = userids.claim(int(recipe.limits["memory_bytes"]), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         self.leaf: tuple[int, str] | None = None
         self.leaf_fd = -1  # of its cgroup, for a watch
+        self.high_is_lifted = False  # memory.high of its cgroup
         self.folder: str | None = None
         self.line = board.Line(self._facts(door), plugin)
         try:
@@ -923,6 +924,17 @@ class Sandbox:
             self.left = f"{error.filename}: {error.strerror}"
         self.line.forget()
         self.slot.release()
+
+    def lift_high(self) -> None:
+        """Whoever is above memory.high, the warning threshold, stands still until somebody who watches lifts it: after its
+        warning, or where nobody can watch."""
+        if self.leaf_fd < 0 or self.high_is_lifted or "memory.high" not in (self.recipe.cgroup or {}).get("settings", {}):
+            return
+        try:
+            leaf.write(self.leaf_fd, "memory.high", "max")
+        except OSError:
+            return  # it has gone, or there is no descriptor left: the watch is tried again
+        self.high_is_lifted = True
 
     def _close_leaf_fd(self) -> None:
         if self.leaf_fd >= 0:

@@ -7,6 +7,7 @@ Heavy imports: only a call that has run for client.WATCH_AFTER seconds is worth 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from sandbox.monitor.sources import CgroupSource, Nothing, ProcessSource, Reading
 from sandbox.monitor.watch import Thresholds, Watch, Watched
@@ -27,14 +28,12 @@ class SandboxWatch(Watch):
         self.sandbox = sandbox
         super().__init__(sandbox.loop, Nothing(), Thresholds.of_recipe(recipe), float(recipe.monitoring["interval_seconds"]))
         self.high = int((recipe.cgroup or {}).get("settings", {}).get("memory.high", 0))
-        self.is_lifted = False
 
     def begin(self) -> Watched:
         if not self.running:
             if isinstance(self.source, Nothing):
                 self.source = source_of(self.sandbox)
-            if self.is_lifted:
-                self._set_high(self.high)
+            self._set_high()
         try:
             return super().begin()
         except BaseException:
@@ -58,15 +57,12 @@ class SandboxWatch(Watch):
 
     def passed_high(self) -> None:
         super().passed_high()
-        self._set_high(None)
+        self.sandbox.lift_high()
 
-    def _set_high(self, value: int | None) -> None:
-        if self.high and isinstance(self.source, CgroupSource):
-            try:
-                self.source.warn_at(value)
-            except OSError:
-                return  # the cgroup has gone
-            self.is_lifted = value is None
+    def _set_high(self) -> None:
+        if self.sandbox.high_is_lifted and isinstance(self.source, CgroupSource):
+            with suppress(OSError):  # the cgroup has gone
+                self.sandbox.high_is_lifted = not self.source.warn_at(self.high)
 
 
 def source_of(sandbox: Sandbox) -> Source:

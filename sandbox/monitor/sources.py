@@ -122,14 +122,16 @@ class CgroupSource:
                     continue
         return found
 
-    def warn_at(self, value: int | None) -> None:
-        """Set memory.high (bytes): an event is counted above it, and those above it are slowed down.
+    def warn_at(self, value: int) -> bool:
+        """Set memory.high (bytes): an event is counted above it, and those above it are slowed down. Whether that was done:
 
-        Not where more is used by now: no event would tell more than a sample, and the kernel would have us reclaim memory.
+        not where more is used by now: no event would tell more than a sample, and the kernel would have us reclaim memory.
         """
         used = _get(lambda: self.memory.current)
-        if value is None or (used is not None and used < value):
-            setattr(self.memory, "high", value)  # noqa: B010  (a descriptor of an untyped package)
+        if used is None or used >= value:
+            return False
+        setattr(self.memory, "high", value)  # noqa: B010  (a descriptor of an untyped package)
+        return True
 
     def close(self) -> None:
         self.folder.close()
