@@ -259,9 +259,14 @@ def test_limits_are_measured_and_hold(own: Caller) -> None:
 
 
 def test_limits_that_are_passed_are_raised(own: Caller) -> None:
-    """Threads and files; stacks of threads are more address space than memory, which some hosts limit in its place."""
+    """Threads and files; stacks of threads are more address space than memory, which some hosts limit in its place.
+
+    The stacks are of a size that leaves some memory where one more does not fit: with next to none left malloc still finds a
+    place, but after so many system calls that a traceback takes seconds.
+    """
     source = """\
         import threading
+        threading.stack_size(12 << 20)
         files = [open(f"{number}", "w") for number in range(60)]
         gate = threading.Barrier(8)
         threads = [threading.Thread(target=gate.wait, args=(20,), daemon=True) for _ in range(8)]
