@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ PLAIN = "python3 -I (no isolation)"
 POOL = "ProcessPoolExecutor(2) (no isolation)"
 FLOOR = "C program, same namespaces, no Python (the floor)"
 FORKS = "C program, the same, and forks that copy as many pages"
+FORKED = "python3, a fork that waits (no isolation)"
 
 
 @functools.cache
@@ -217,6 +219,48 @@ def floor() -> Iterator[Floor | None]:
             yield None
         else:
             yield made
+
+
+# For each socket that it is handed a fork, which calls what comes there, code and arguments, and sends back what that returns.
+FORKING = """
+import gc, marshal, os, signal, socket, sys
+gc.disable()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+control = socket.socket(fileno=int(sys.argv[1]))
+Function = type(lambda: None)
+gc.freeze()
+while (received := socket.recv_fds(control, 1, 1))[0]:
+    if os.fork() == 0:
+        control.close()
+        with socket.socket(fileno=received[1][0]) as job:
+            while data := job.recv(65536):
+                code, arguments = marshal.loads(data)
+                job.send(marshal.dumps(Function(code, {})(*arguments)))
+        os._exit(0)
+    os.close(received[1][0])
+"""
+
+
+class Forking:
+    """A small Python whose forks call what they are sent: what a call into another process takes without any isolation."""
+
+    def __init__(self) -> None:
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, "-I", "-S", "-c", FORKING, str(theirs.fileno())]
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+
+    def fork(self) -> socket.socket:
+        """A socket to a fresh one, which ends when that is closed."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            socket.send_fds(self.control, [b"."], [theirs.fileno()])
+        ours.setblocking(False)
+        return ours
+
+    def close(self) -> None:
+        self.control.close()
+        self.process.wait()
 
 
 def milliseconds(work: Callable[[], object]) -> float:
