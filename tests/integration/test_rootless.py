@@ -29,7 +29,7 @@ LONG = ["test_documentation.py", "test_faults.py"]
 UNITS = ["test_landlock.py", "test_refusals.py", "test_seccomp.py", "test_state.py"]
 
 # Where each level takes a second or more and what is done does not depend on it: once without namespaces, once with all.
-TWO_LEVELS = {"test_recovery.py", "test_lifetimes.py", "test_faults.py", "test_sessions.py"}
+TWO_LEVELS = {"test_calls.py", "test_recovery.py", "test_lifetimes.py", "test_faults.py", "test_sessions.py"}
 
 
 @pytest.mark.timeout(120 * harness.PATIENCE)
