@@ -755,7 +755,8 @@ class _Compiler:
         )  # fmt: skip
         self.limit(
             "CPU", f"{limits.max_cpu_percent:g} % of one CPU", "cpu", "cpu.max",
-            f"RLIMIT_CPU: {self.cpu_seconds()} s in all, not the rate", {"limit/Max cpu time": str(self.cpu_seconds())},
+            f"RLIMIT_CPU: {self.cpu_seconds()} s for each process, not the rate",
+            {"limit/Max cpu time": str(self.cpu_seconds())},
         )  # fmt: skip
         if limits.max_io_mb_per_second is not None:
             detail = f"{limits.max_io_mb_per_second:g} MB a second read, and as much written, of each disk"

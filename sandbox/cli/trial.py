@@ -143,10 +143,11 @@ class Runner:
                 self._child(files, level, is_named=toml is not None)
             try:
                 _, wait_status = os.waitpid(child, 0)
-            except BaseException:  # perhaps as it has just been waited for
-                with suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-                host.reap(child)
+            except BaseException:  # perhaps as it has just been waited for: then its number may be another's
+                with suppress(ChildProcessError):
+                    if os.waitpid(child, os.WNOHANG)[0] == 0:
+                        os.kill(child, signal.SIGKILL)
+                        host.reap(child)
                 raise
             result = self._result(files, os.waitstatus_to_exitcode(wait_status))
             # For a traceback Python looks at the plugin's file by its name, which may lead through a link.
