@@ -90,9 +90,9 @@ main()
 
 @pytest.mark.parametrize("times", [1, 100_000], ids=["for a moment", "for ever"])
 def test_a_run_that_cannot_be_watched_goes_on(own: Caller, times: int) -> None:
-    """It is tried again; where nothing comes of that, it is told."""
-    settings = own.write("settings.toml", SETTINGS)
-    path = own.write("plugin.py", "import time; time.sleep(0.5); print('done')")
+    """It is tried again; where nothing comes of that, it is told. Above memory.high it would stand still."""
+    settings = own.write("settings.toml", SETTINGS + "[limits]\nmemory_warning_threshold_mb = 50\n")
+    path = own.write("plugin.py", "import time; held = bytearray(60 << 20); time.sleep(0.5); print('done')")
     options = ["--config", str(settings), "--report", "out.html", "--result-file", "out.json"]
     words = own.as_module().command("run", "--level", "strict", *options, path)
     place = words.index("-m")
