@@ -125,7 +125,8 @@ class CgroupSource:
     def warn_at(self, value: int) -> bool:
         """Set memory.high (bytes): an event is counted above it, and those above it are slowed down.
 
-        Returns whether: not where more is used by now, for no event would tell more than a sample, and the kernel would have us reclaim memory.
+        Returns whether: not where more is used by now, for no event would tell more than a sample, and the kernel would have
+        us reclaim memory.
         """
         used = _get(lambda: self.memory.current)
         if used is None or used >= value:
