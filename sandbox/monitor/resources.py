@@ -160,7 +160,9 @@ def own_cgroup(pid: int, tree: Callable[[], list[int]]) -> CgroupSource | None:
         return None
     try:
         source = CgroupSource(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    except OSError:
+    except OSError as error:
+        if error.errno in SHORT:
+            raise
         return None  # another cgroup namespace's path, or not ours to see
     with ExitStack() as undo:
         undo.callback(source.close)

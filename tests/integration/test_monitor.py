@@ -300,7 +300,7 @@ def test_a_monitor_that_is_short_of_descriptors_says_so_and_leaves_nothing() -> 
     """And can be started when there are some; of a cgroup it reads more files than of processes."""
     shut_down()  # sandboxes that are made to stand ready take descriptors, too
     enough: list[int] = []
-    for count in range(16):
+    for count in range(20):
         watch, said = monitor(), ""
         with harness.nothing_left():
             with harness.descriptors_left(count):
@@ -313,8 +313,8 @@ def test_a_monitor_that_is_short_of_descriptors_says_so_and_leaves_nothing() -> 
             assert not said or "(Too many open files): raise the limit of open files" in said
             watch.start_monitoring(os.getppid())
             watch.stop_monitoring()
-    assert enough == list(range(enough[0], 16))
-    assert 2 <= enough[0] <= 12
+    assert enough == list(range(enough[0], 20))
+    assert 2 <= enough[0] <= {"psutil": 12, "cgroup": 15}[watch.source]
 
 
 def test_several_threads_may_ask_for_the_numbers_of_this_moment() -> None:
