@@ -313,8 +313,8 @@ def test_a_monitor_that_is_short_of_descriptors_says_so_and_leaves_nothing() -> 
             assert not said or "(Too many open files): raise the limit of open files" in said
             watch.start_monitoring(os.getppid())
             watch.stop_monitoring()
-    assert enough == list(range(enough[0], 20))
-    assert 2 <= enough[0] <= {"psutil": 12, "cgroup": 15}[watch.source]
+    assert min(enough) >= 2
+    assert {"psutil": set(range(12, 20)), "cgroup": set(range(15, 20))}[watch.source] <= set(enough)
 
 
 def test_several_threads_may_ask_for_the_numbers_of_this_moment() -> None:
