@@ -194,6 +194,21 @@ class Sandbox:
         self.folder = folder  # (fd of the parent folder, name)
 
 
+def what_was_made(instruction: dict[str, Any], fds: list[int]) -> tuple[Sandbox, dict[str, int]]:
+    """What the caller has made for a sandbox; and the descriptors, by name, that are not needed to remove that."""
+    given = dict(zip(instruction["fds"], fds, strict=True))
+    leaf = (given.pop("cgroup_parent"), instruction["cgroup"]) if "cgroup_parent" in given else None
+    folder = (given.pop("folder_parent"), instruction["folder"]) if "folder_parent" in given else None
+    return Sandbox(instruction["sandbox"], given["lock"], leaf, folder), given
+
+
+def close_all_but_lock(fds: dict[str, int]) -> None:
+    """The lock is the sandbox's until nothing of it is left."""
+    for name, fd in fds.items():
+        if name != "lock":
+            os.close(fd)
+
+
 class Warden:
     """One warden: at work for a sandbox, or idle and ready for the next."""
 
@@ -270,10 +285,7 @@ class Zygote:
 
     def open(self, instruction: dict[str, Any], fds: list[int]) -> None:
         """Give a warden a sandbox. `instruction["fds"]` names the fds: hub, violations, lock, those of cgroup and folder."""
-        given = dict(zip(instruction["fds"], fds, strict=True))
-        leaf = (given.pop("cgroup_parent"), instruction["cgroup"]) if "cgroup_parent" in given else None
-        folder = (given.pop("folder_parent"), instruction["folder"]) if "folder_parent" in given else None
-        sandbox = Sandbox(instruction["sandbox"], given["lock"], leaf, folder)
+        sandbox, given = what_was_made(instruction, fds)
         instruction["fds"] = list(given)
         if self.single:
             self.be_warden(sandbox, instruction, given)
@@ -294,9 +306,7 @@ class Zygote:
             self.report_failure(mounts.LineFailed("sandbox: clone of the warden", error), sandbox.name)
             self.over(sandbox)
         finally:
-            for name, fd in given.items():
-                if name != "lock":
-                    os.close(fd)
+            close_all_but_lock(given)
         if self.spare and all(known.number for known in self.idle):
             try:
                 self.idle.append(self.clone_warden())
@@ -327,9 +337,7 @@ class Zygote:
             sandbox.lock = os.dup(fds["lock"])  # which is given back when leaf and folder have gone
         except OSError as error:
             self.report_failure(mounts.LineFailed("sandbox: second descriptor of its lock", error), sandbox.name)
-            for name, fd in fds.items():
-                if name != "lock":
-                    os.close(fd)
+            close_all_but_lock(fds)
             self.over(sandbox)
             return
         instruction["baseline"] = self.baseline
@@ -515,9 +523,28 @@ class Zygote:
         elif fd in self.wardens:
             self.buried(fd)
 
+    def decline_the_rest(self) -> None:
+        """Sandboxes that the caller had asked for and made a cgroup or a folder for, when it went, are never opened."""
+        self.control.setblocking(False)
+        while True:
+            try:
+                instruction, fds = channel.receive_instruction(self.control)
+            except BlockingIOError:
+                return  # a fork of the caller's has its end of the socket
+            if instruction is None:
+                return
+            if "sandbox" in instruction:
+                sandbox, given = what_was_made(instruction, fds)
+                close_all_but_lock(given)
+                self.over(sandbox)
+            else:
+                for fd in fds:
+                    os.close(fd)
+
     def finish(self) -> None:
         """The caller has gone: the wardens see their hubs close; those that do not leave in time are killed."""
         self.finishing = True
+        self.decline_the_rest()
         self.epoll.unregister(CONTROL)
         self.epoll.unregister(CALLER)
         self.settle()

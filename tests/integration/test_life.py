@@ -314,6 +314,19 @@ def test_a_killed_caller_leaves_nothing_after_a_second(level: IsolationLevel) ->
         assert harness.wait_until(lambda: gone(token), harness.SOON), f"{harness.engine_processes(token)} after a second"
 
 
+@rootless
+def test_a_killed_caller_leaves_nothing_of_what_it_had_asked_for(level: IsolationLevel) -> None:
+    """A zygote that was slow hears of sandboxes after their caller has gone: what was made for them goes, too."""
+    with harness.nothing_left():
+        with run_script("asking_caller.py", level.value, "5") as caller:
+            assert caller.stdout is not None
+            token, _, made = caller.stdout.readline().partition(" ")
+            caller.kill()
+        assert token
+        assert int(made) == (5 if level is IsolationLevel.MINIMAL or host.facts().cgroup_kind in ("root", "delegated") else 0)
+        assert harness.wait_until(lambda: gone(token)), harness.engine_processes(token)
+
+
 def stale_places(number: int) -> list[Path]:
     """A cgroup and a workspace folder as they stay when a caller and its zygote are killed together."""
     facts = host.facts()
