@@ -459,6 +459,7 @@ async def forked_pages() -> tuple[int, int, int]:
     shut_down()
     before = set(children(os.getpid()))
     with environment(PSIE_STANDING="0"):
+        await settle_zygote(STRICT)
         async with many_open(1, STRICT):
             await asyncio.sleep(0.2)
             (zygote,) = set(children(os.getpid())) - before
@@ -470,6 +471,12 @@ async def forked_pages() -> tuple[int, int, int]:
     shut_down()
     copies = [len(mine.items() - theirs.items()) for mine, theirs in ((of_init, of_warden), (of_worker, of_init))]
     return anonymous // PAGE, copies[0], copies[1]
+
+
+async def settle_zygote(level: IsolationLevel) -> None:
+    """It has done by now what it does once, which is to make what it has immortal, if its Python knows that."""
+    async with many_open(1, level):
+        await asyncio.sleep(0.3)
 
 
 @contextlib.asynccontextmanager
@@ -487,6 +494,7 @@ async def psie_memory(count: int) -> float:
     """MB of each of `count` warm sandboxes: what is theirs alone, and their part of what the zygote has."""
     shut_down()
     before = set(children(os.getpid()))
+    await settle_zygote(MAXIMUM)
     async with many_open(count, MAXIMUM) as sandboxes:
         await asyncio.sleep(0.2)
         own = shared = 0
@@ -499,12 +507,14 @@ async def psie_memory(count: int) -> float:
     return (own + shared) / count / 2**20
 
 
-# A zygote with the modules of psie's, and forks of forks as a warden, an init and a worker are, of which none does anything.
+# A zygote with the modules of psie's, and forks of forks as a warden, an init and a worker are, of which none does anything;
+# nor do the modules' handlers of forks, which psie puts off too.
 IDLE = """
 import gc, os, signal, sys
 path, count, modules = sys.argv[1:]
 sys.path[:] = path.split(os.pathsep)
 gc.disable()
+os.register_at_fork = lambda **hooks: None
 for module in modules.split():
     __import__(module)
 gc.freeze()

@@ -53,6 +53,7 @@ import resource
 import select
 import sys
 from _collections import deque  # collections makes its classes by exec, for a millisecond
+from time import monotonic
 
 from sandbox.cgroups import leaf
 from sandbox.engine import channel, forkhooks, meeting, warden, worker
@@ -64,6 +65,7 @@ CALLER = 4  # a pidfd of the caller
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any, ClassVar
 
 # Looked up once, here, where libseccomp's table can still be reached.
@@ -87,6 +89,8 @@ LINK = "zygote: network namespace of the link's outer end"
 REAP_SECONDS = 0.02
 # Wardens without a sandbox that are kept for the next ones.
 IDLE_WARDENS = 16
+# After which a zygote makes what it has immortal: a caller who wants one sandbox only has gone by then.
+SETTLED_SECONDS = 0.05
 
 
 def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> None:
@@ -212,10 +216,11 @@ def close_all_but_lock(fds: dict[str, int]) -> None:
 class Warden:
     """One warden: at work for a sandbox, or idle and ready for the next."""
 
-    def __init__(self, pid: int, pidfd: int, tasks: _socket.socket) -> None:
+    def __init__(self, pid: int, pidfd: int, tasks: _socket.socket, *, early: bool) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.tasks = tasks
+        self.early = early  # whether it was cloned before all was immortal
         self.sandbox: Sandbox | None = None
         self.number = 0  # of the one recipe that it knows: its workers have all of its memory
 
@@ -239,6 +244,8 @@ class Zygote:
         self.nest = -1  # the descriptor of a new warden's end of its socket
         self.shared = -1  # the first of those that no warden is to have
         self.newest: Warden | None = None  # which shares our descriptors as far as we know
+        self.mortal: Iterator[None] | None = None  # what is left to be done to make all that we have immortal
+        self.immortal_at = 0.0
 
     def set_up(self, instruction: dict[str, Any]) -> None:
         try:
@@ -251,6 +258,9 @@ class Zygote:
         if not self.single:
             __import__(warden.SUPERVISOR)  # now, where it can be reached
             __import__("ctypes")  # which many plugins use
+            from sandbox.engine import immortal  # the zygote of one sandbox has no time for it
+
+            self.mortal = immortal.steps() if immortal.is_possible() else None
         worker.will_compile = self.single
         sc.know(instruction["calls"])
         sc.resolve(*CALLS)
@@ -281,6 +291,7 @@ class Zygote:
         self.shared = 1 + max(self.nest, *self.kept())
         freeze()
         self.baseline = anonymous_memory()
+        self.immortal_at = monotonic() + SETTLED_SECONDS
         channel.send(self.control, "ready", {})
 
     def open(self, instruction: dict[str, Any], fds: list[int]) -> None:
@@ -307,11 +318,27 @@ class Zygote:
             self.over(sandbox)
         finally:
             close_all_but_lock(given)
+        self.keep_one_ready()
+
+    def keep_one_ready(self) -> None:
         if self.spare and all(known.number for known in self.idle):
             try:
                 self.idle.append(self.clone_warden())
             except OSError:
                 pass  # the next sandbox tries again, and is told why if that fails
+
+    def make_immortal(self) -> None:
+        """One step of it; after the last one wardens that were cloned before serve no other sandbox."""
+        assert self.mortal is not None
+        for _ in self.mortal:
+            return
+        self.mortal = None
+        self.baseline = anonymous_memory()
+        self.settle()
+        for known in self.idle:
+            known.tasks.close()
+        self.idle.clear()
+        self.keep_one_ready()
 
     def suitable(self, number: int) -> Warden | None:
         """An idle warden that knows of no other recipe than this."""
@@ -365,7 +392,7 @@ class Zygote:
             self.empty_nest()
             ours.close()
             raise
-        self.newest = made = Warden(pid, pidfd, ours)
+        self.newest = made = Warden(pid, pidfd, ours, early=self.mortal is not None)
         try:
             self.epoll.register(pidfd, select.EPOLLIN)
         except OSError:  # nobody would hear of its end
@@ -448,7 +475,7 @@ class Zygote:
             return  # killed: its pidfd tells
         sandbox, warden.sandbox = warden.sandbox, None
         self.over(sandbox)
-        if self.finishing:
+        if self.finishing or (warden.early and self.mortal is None):
             warden.tasks.close()  # upon which it leaves
             return
         self.idle.append(warden)
@@ -497,8 +524,14 @@ class Zygote:
         while True:
             if self.orphans:
                 self.reap_orphans()
+            patience = [REAP_SECONDS] if self.orphans else []
+            if self.mortal is not None:
+                patience.append(max(0.0, self.immortal_at - monotonic()))
+            heard = self.epoll.poll(min(patience, default=None))
+            if not heard and self.mortal is not None and monotonic() >= self.immortal_at:
+                self.make_immortal()
             # CONTROL is the first: what is opened for it may get the number of a descriptor that another event has closed.
-            for fd, _ in sorted(self.epoll.poll(REAP_SECONDS if self.orphans else None)):
+            for fd, _ in sorted(heard):
                 if fd == CALLER:
                     return
                 if fd == CONTROL:

@@ -21,7 +21,7 @@ from sandbox import (
     ResourceError,
     SandboxExecutor,
 )
-from sandbox.engine import client, service
+from sandbox.engine import client, immortal, service
 from sandbox.sandbox import compiled
 
 from . import harness
@@ -341,3 +341,34 @@ def test_an_executor_can_be_warmed_up(level: IsolationLevel) -> None:
     with SandboxExecutor(3, level=level) as executor:
         assert executor.prewarm() == 3
         assert list(executor.map(abs, [-1, -2, -3])) == [1, 2, 3]
+
+
+@pytest.mark.skipif(not immortal.is_possible(), reason="before Python 3.12 nothing is immortal: make vm-test has a later one")
+def test_what_all_share_is_immortal_after_a_moment(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules, functions, code, classes and values that a zygote has; not what has a finalizer, nor what a plugin makes. The
+    wardens that were there before serve no other sandbox, those after do."""
+    monkeypatch.setenv("PSIE_STANDING", "0")
+
+    async def use() -> tuple[list[bool], list[int]]:
+        async with open_one(level, config={"preload": ("json",)}) as sandbox:
+            wardens = harness.roles(os.getpid())["warden"]
+            return await sandbox.execute_plugin_safe(_whether_immortal), wardens
+
+    async def main() -> None:
+        immortals, early = await use()
+        assert immortals == [False] * 7
+        await harness.wait_for(lambda: not set(early) & set(harness.engine_processes()))
+        immortals, wardens = await use()
+        assert immortals == [True] * 5 + [False] * 2
+        assert await use() == (immortals, wardens)
+
+    service.shut_down()
+    asyncio.run(main())
+
+
+def _whether_immortal() -> list[bool]:
+    import json
+    import sys
+
+    each = json, json.dumps, json.dumps.__code__, json.JSONEncoder, vars(json.decoder)["BACKSLASH"]
+    return [sys.getrefcount(value) >= immortal.COUNTED for value in (*each, sys.stdout, object())]
