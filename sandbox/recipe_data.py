@@ -136,6 +136,8 @@ class Recipe(Frozen):
 def differences(protections: tuple[Protection, ...], seen: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Where a running worker is not what its recipe says: {name: (expected, seen)}. What was not seen differs."""
     expected = {name: value for protection in protections for name, value in protection.expected.items()}
+    if expected.items() <= seen.items():  # as it nearly always is
+        return {}
     return {name: (value, seen.get(name, "nothing")) for name, value in expected.items() if not _holds(name, value, seen)}
 
 

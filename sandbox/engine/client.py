@@ -103,8 +103,9 @@ def understood(data: bytes) -> tuple[str, dict[str, str]]:
     if kind == "violation" and "operation" in fields:
         wanted += OPERATION
     lacking = [name for name in wanted if name not in fields]
-    odd = [name for name, text in fields.items() if (check := CHECKS.get(name)) is not None and not check(text)]
-    odd += [name for name, text in fields.items() if name.startswith(COUNTERS) and not is_whole(text)]
+    odd = [name for name in sorted(fields.keys() & CHECKS.keys()) if not CHECKS[name](fields[name])]
+    if kind == "ended":
+        odd += [name for name, text in fields.items() if name.startswith(COUNTERS) and not is_whole(text)]
     if lacking or odd:
         raise channel.Malformed(f"{kind[:TEXT]} lacks {lacking} or is wrong about {odd}")
     return kind, fields
