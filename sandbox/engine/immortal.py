@@ -19,8 +19,9 @@ COUNTED = 1 << 31  # an object that is counted has fewer references
 
 
 def is_possible() -> bool:
-    """Whether this interpreter has immortal objects, and the count of each where CPython has it (object.h)."""
-    if sys.version_info < (3, 12) or "t" in sys.abiflags or hasattr(sys, "getobjects"):  # free-threaded; Py_TRACE_REFS
+    """Whether this interpreter has immortal objects, counts under the GIL, and where CPython does (object.h)."""
+    is_debug = hasattr(sys, "gettotalrefcount")  # which checks that strings are immortal by its own ways
+    if sys.version_info < (3, 12) or "t" in sys.abiflags or is_debug:
         return False
     from ctypes import c_uint32
 
