@@ -144,8 +144,10 @@ def of_file(file: str, source: bytes) -> list[Finding]:
         tree = ast.parse(source, filename=file)
     except SyntaxError as error:
         return [Finding(SYNTAX, file, error.lineno or 1, "", f"is no Python {version()}: {error.msg}")]
-    except (ValueError, RecursionError, MemoryError) as error:
-        return [Finding(SYNTAX, file, 1, "", f"cannot be read: {str(error) or 'it is nested too deeply'}")]
+    except ValueError as error:
+        return [Finding(SYNTAX, file, 1, "", f"cannot be read: {error}")]
+    except (RecursionError, MemoryError):
+        return [Finding(SYNTAX, file, 1, "", "cannot be read: it is nested too deeply")]
     text = Text(file)
     for node in walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

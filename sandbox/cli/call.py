@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import marshal
 import math
 import os
 import sys
@@ -54,11 +55,16 @@ def call(given: dict[str, Any]) -> int:
 
 def from_json(where: str, text: str) -> object:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
         raise UsageError(f"{where}: this is no JSON ({error}): quote a text, as in '\"text\"'") from None
     except RecursionError:
         raise UsageError(f"{where[:60]}...: this is nested too deeply") from None
+    try:
+        marshal.dumps(value)  # as it travels, for which less depth is enough since Python 3.12
+    except ValueError:
+        raise UsageError(f"{where[:60]}...: this is nested too deeply") from None
+    return value
 
 
 def keyword(text: str) -> tuple[str, object]:

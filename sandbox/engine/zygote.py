@@ -328,7 +328,8 @@ class Zygote:
                 pass  # the next sandbox tries again, and is told why if that fails
 
     def make_immortal(self) -> None:
-        """One step of it; after the last one wardens that were cloned before serve no other sandbox."""
+        """One step of it; after the last one wardens that were cloned before serve no other sandbox. The idle ones are killed:
+        one that is stopped would not leave."""
         assert self.mortal is not None
         for _ in self.mortal:
             return
@@ -336,7 +337,7 @@ class Zygote:
         self.baseline = anonymous_memory()
         self.settle()
         for known in self.idle:
-            known.tasks.close()
+            sc.pidfd_send_signal(known.pidfd, signal.SIGKILL)
         self.idle.clear()
         self.keep_one_ready()
 

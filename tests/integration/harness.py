@@ -25,10 +25,12 @@ from typing import Any
 import pytest
 
 from sandbox import EnhancedPluginSandbox, IsolationConfig, IsolationLevel, PluginLimitsV2, PluginPermissionsV2, host, state
-from sandbox.engine import board, service
+from sandbox.engine import board, immortal, service
 from sandbox.engine.loop import PollLoop
 from sandbox.engine.zygote import IDLE_WARDENS
 from sandbox.ns import userids
+
+from . import plugins
 
 LEVELS = tuple(IsolationLevel)
 ROOT = os.getuid() == 0
@@ -172,6 +174,16 @@ def roles(caller: int, token: str = TOKEN) -> dict[str, list[int]]:
     for pid in marked:
         found[role(pid)].append(pid)
     return found
+
+
+async def settle(level: IsolationLevel, **settings: Any) -> None:
+    """Wait until the zygote for this level, which has no other sandbox, has made all immortal, where its Python can. Then it
+    has the warden that served us last, and one that is new; those of before have gone."""
+    zygote, is_settled = 0, not immortal.is_possible()
+    while not is_settled:
+        async with open_sandbox(level, **settings) as sandbox:
+            zygote, is_settled = zygote_of(sandbox), await sandbox.execute_plugin_safe(plugins.is_settled)
+    await wait_for(lambda: not zygote or sum(each.parent == zygote for each in engine_processes().values()) == 2)
 
 
 def zygote_of(sandbox: EnhancedPluginSandbox) -> int:

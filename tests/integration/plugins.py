@@ -102,6 +102,11 @@ def be_refused_and_sleep() -> None:
     signal_and_sleep()
 
 
+def is_settled() -> bool:
+    """Whether this is a fork of a zygote that has made all immortal: sandbox.engine.immortal."""
+    return sys.getrefcount(os.path.join) >= 1 << 31
+
+
 def loaded(module: str) -> bool:
     return module in sys.modules
 

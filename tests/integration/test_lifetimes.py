@@ -477,6 +477,7 @@ def test_stopped_wardens_when_one_is_to_stand(level: IsolationLevel, clock: Cloc
     """Those that were idle; they are killed one by one, and then there are new ones."""
 
     async def main() -> None:
+        await harness.settle(level, config=CONFIG)
         async with harness.open_sandbox(level, config=CONFIG):
             pass
         await harness.wait_for(lambda: len(harness.roles(os.getpid())["idle"]) >= 1)

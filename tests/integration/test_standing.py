@@ -350,28 +350,26 @@ def test_what_all_share_is_immortal_after_a_moment(level: IsolationLevel, monkey
     monkeypatch.setenv("PSIE_STANDING", "0")
 
     async def use() -> tuple[list[bool], list[int]]:
-        async with open_one(level, config={"preload": ("json",)}) as sandbox:
+        async with open_one(level) as sandbox:
             wardens = harness.roles(os.getpid())["warden"]
             return await sandbox.execute_plugin_safe(_whether_immortal), wardens
 
     async def main() -> None:
-        immortals, early = await use()
-        assert immortals == [False] * 7
-        await harness.wait_for(lambda: not set(early) & set(harness.engine_processes()))
+        await harness.settle(level)
         immortals, wardens = await use()
         assert immortals == [True] * 5 + [False] * 2
         assert await use() == (immortals, wardens)
 
-    service.shut_down()
     asyncio.run(main())
 
 
 def _whether_immortal() -> list[bool]:
     import gc
-    import json
     import sys
+    import traceback  # which every zygote has
 
     gc.unfreeze()
     gc.collect()  # which copes with it
-    each = json, json.dumps, json.dumps.__code__, json.JSONEncoder, vars(json.decoder)["BACKSLASH"]
+    function = traceback.print_exception
+    each = traceback, function, function.__code__, traceback.TracebackException, os.environ
     return [sys.getrefcount(value) >= immortal.COUNTED for value in (*each, sys.stdout, object())]
