@@ -37,6 +37,7 @@ from sandbox import (
 )
 from sandbox.engine import warden
 from sandbox.engine.service import CALL_MODULES, shut_down
+from sandbox.engine.zygote import WORTHWHILE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -474,8 +475,8 @@ async def forked_pages() -> tuple[int, int, int]:
 
 
 async def settle_zygote(level: IsolationLevel) -> None:
-    """It has done by now what it does once, which is to make what it has immortal, if its Python knows that."""
-    async with many_open(1, level):
+    """It has had so many sandboxes that it has made what it has immortal, if its Python knows that."""
+    async with many_open(WORTHWHILE, level):
         await asyncio.sleep(0.3)
 
 

@@ -53,7 +53,6 @@ import resource
 import select
 import sys
 from _collections import deque  # collections makes its classes by exec, for a millisecond
-from time import monotonic
 
 from sandbox.cgroups import leaf
 from sandbox.engine import channel, forkhooks, meeting, warden, worker
@@ -89,8 +88,9 @@ LINK = "zygote: network namespace of the link's outer end"
 REAP_SECONDS = 0.02
 # Wardens without a sandbox that are kept for the next ones.
 IDLE_WARDENS = 16
-# After which a zygote makes what it has immortal: a caller who wants one sandbox only has gone by then.
-SETTLED_SECONDS = 0.05
+# After so many sandboxes a zygote makes what it has immortal. It writes to each of its pages for that, and who has been forked
+# before keeps a copy of all: of one sandbox that stays open, or of a caller who wants no other, that is more than it saves.
+WORTHWHILE = 4
 
 
 def prepare_interpreter(path: list[str], prefix: str, modules: list[str]) -> None:
@@ -245,7 +245,7 @@ class Zygote:
         self.shared = -1  # the first of those that no warden is to have
         self.newest: Warden | None = None  # which shares our descriptors as far as we know
         self.mortal: Iterator[None] | None = None  # what is left to be done to make all that we have immortal
-        self.immortal_at = 0.0
+        self.opened = 0  # sandboxes
 
     def set_up(self, instruction: dict[str, Any]) -> None:
         try:
@@ -291,7 +291,6 @@ class Zygote:
         self.shared = 1 + max(self.nest, *self.kept())
         freeze()
         self.baseline = anonymous_memory()
-        self.immortal_at = monotonic() + SETTLED_SECONDS
         channel.send(self.control, "ready", {})
 
     def open(self, instruction: dict[str, Any], fds: list[int]) -> None:
@@ -301,6 +300,7 @@ class Zygote:
         if self.single:
             self.be_warden(sandbox, instruction, given)
             return
+        self.opened += 1
         try:
             while True:
                 known = self.suitable(instruction["recipe_number"])
@@ -525,11 +525,10 @@ class Zygote:
         while True:
             if self.orphans:
                 self.reap_orphans()
-            patience = [REAP_SECONDS] if self.orphans else []
-            if self.mortal is not None:
-                patience.append(max(0.0, self.immortal_at - monotonic()))
-            heard = self.epoll.poll(min(patience, default=None))
-            if not heard and self.mortal is not None and monotonic() >= self.immortal_at:
+            patience = REAP_SECONDS if self.orphans else None
+            is_worthwhile = self.mortal is not None and self.opened >= WORTHWHILE
+            heard = self.epoll.poll(0.0 if is_worthwhile else patience)
+            if is_worthwhile and not heard:
                 self.make_immortal()
             # CONTROL is the first: what is opened for it may get the number of a descriptor that another event has closed.
             for fd, _ in sorted(heard):
