@@ -459,7 +459,8 @@ def memory_behind_empty_files() -> str:
         time.sleep(0.5)
         return f"escaped: {count} files"
     finally:
-        shutil.rmtree(folder + "/empty")
+        if folder != os.getcwd():  # which goes as a whole
+            shutil.rmtree(folder + "/empty")
 
 
 # -- processes and threads -----------------------------------------------------------------------------------------------
