@@ -179,11 +179,14 @@ def roles(caller: int, token: str = TOKEN) -> dict[str, list[int]]:
 async def settle(level: IsolationLevel, **settings: Any) -> None:
     """Wait until the zygote for this level, which has no other sandbox, has made all immortal, where its Python can. Then it
     has the warden that served us last, and one that is new; those of before have gone."""
-    zygote, is_settled = 0, not immortal.is_possible()
+    zygotes: list[int] = []
+    is_settled = not immortal.is_possible()
     while not is_settled:
         async with open_sandbox(level, **settings) as sandbox:
-            zygote, is_settled = zygote_of(sandbox), await sandbox.execute_plugin_safe(plugins.is_settled)
-    await wait_for(lambda: not zygote or sum(each.parent == zygote for each in engine_processes().values()) == 2)
+            is_settled = await sandbox.execute_plugin_safe(plugins.is_settled)
+            zygotes.append(zygote_of(sandbox))
+    if len(zygotes) > 1:
+        await wait_for(lambda: sum(each.parent == zygotes[-1] for each in engine_processes().values()) == 2)
 
 
 def zygote_of(sandbox: EnhancedPluginSandbox) -> int:

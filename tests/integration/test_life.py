@@ -468,6 +468,7 @@ def test_workers_that_come_up_as_their_warden_is_killed_tell_the_caller_nothing(
 @pytest.mark.parametrize("victim", ["zygote", "warden"])
 def test_a_killed_part_between_calls(level: IsolationLevel, victim: str) -> None:
     async def main() -> None:
+        await harness.settle(level)
         async with harness.open_sandbox(level) as sandbox:
             await sandbox.execute_plugin_safe(plugins.give_back, 1)
             await sandbox._ends()  # its value comes earlier

@@ -455,6 +455,7 @@ def test_a_stopped_warden_and_granted_folders(level: IsolationLevel, clock: Cloc
     waits = WARDEN.format("granted folders were to be attached anew")
 
     async def main() -> None:
+        await harness.settle(level)
         async with harness.open_sandbox(level, config=CONFIG, permissions={"allowed_directories": [str(folder)]}) as sandbox:
             await sandbox.execute_plugin_safe(plugins.signal_and_sleep, str(folder / "made"), 0.0)
             with stopped(*harness.roles(os.getpid())["idle"]):
@@ -666,6 +667,7 @@ def test_what_a_warden_hears_at_once_is_told_apart(attempt: int) -> None:
     at once, by the supervisor's, and what was heard of the old ones is not to be taken for its end."""
 
     async def main() -> list[Any]:
+        await harness.settle(IsolationLevel.STRICT)
         async with harness.open_sandbox(IsolationLevel.STRICT) as sandbox:
             await sandbox.execute_plugin_safe(plugins.give_back, 1)
             wardens = harness.roles(os.getpid())["idle"]
