@@ -620,6 +620,7 @@ def test_a_diff_leads_from_one_side_to_the_other(work: int, monkeypatch: pytest.
 
 
 @pytest.mark.timeout(20)
+@pytest.mark.long
 def test_a_diff_is_there_soon_whatever_has_changed() -> None:
     """difflib alone would take hours."""
     old = [f"{number}\n" for number in range(200_000)]

@@ -444,6 +444,7 @@ def test_a_text_is_only_read(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.long
 def test_a_text_that_the_parser_takes_long_for_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time is the square of the number of its parts, and no signal of ours interrupts it."""
     monkeypatch.setattr(static, "SECONDS", 1)

@@ -23,10 +23,17 @@ from sandbox.selftest.outside import Outside
 os.environ["PSIE_STANDING"] = "0"
 
 
+# Attacks that take seconds each: `make test` leaves them to ALL=1.
+LONG = frozenset(
+    ("memory_behind_empty_files", "locks_of_mapped_files", "locks_of_many_places", "mappings_of_several_processes")
+    + ("many_file_operations", "many_file_operations_in_folders")
+)
+
+
 def matrix(modules: str) -> pytest.MarkDecorator:
     """Parametrize a test by the attacks of these modules (a prefix of their names) and the levels that claim to stop them."""
     rows = [
-        pytest.param(one, level, id=f"{one.name}-{level.value}")
+        pytest.param(one, level, id=f"{one.name}-{level.value}", marks=[pytest.mark.long] if one.name in LONG else [])
         for one in REGISTRY
         if one.function.__module__.startswith(modules)
         for level in one.levels

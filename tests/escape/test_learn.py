@@ -147,6 +147,7 @@ def test_a_name_writes_no_settings(place: Path, name: str) -> None:
         assert "\u2028" not in said
 
 
+@pytest.mark.long
 def test_a_forged_record_is_only_a_wish(place: Path) -> None:
     """It tells of accesses that there were none of: some are no wishes at all, others need the person's consent, and what it
     does without is left out again."""

@@ -199,6 +199,7 @@ def all_on(processor: int) -> Iterator[None]:
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="the locks of each processor are listed in turn, and here is one")
 @pytest.mark.parametrize("name", ["locks_of_many_places", "locks_of_mapped_files"])
 @pytest.mark.parametrize("level", ALL)
+@pytest.mark.long
 def test_locks_of_others_hide_none(level: IsolationLevel, name: str, tmp_path: Path) -> None:
     """/proc/locks has those of the first processor first, and takes long: many that are not the plugin's are no way past it."""
     if kit.why_closed(level):
@@ -215,6 +216,7 @@ def test_locks_are_counted_where_nobody_may_look_at_descriptors(monkeypatch: pyt
     assert warden.locks_of([7], ["7"] * warden.LOCKS) == warden.LOCKS
 
 
+@pytest.mark.long
 def test_locks_of_others_keep_no_warden_busy() -> None:
     """To list them takes long, and each user of this host may have many."""
     per_second = os.sysconf("SC_CLK_TCK")
@@ -280,6 +282,7 @@ def many_entries_of_epoll(seconds: float) -> str:
 
 
 @pytest.mark.parametrize("level", ALL)
+@pytest.mark.long
 def test_locks_of_others_delay_no_deadline(level: IsolationLevel) -> None:
     """While there are many, psie looks at what the plugin has open, which must not take long."""
     if kit.why_closed(level):

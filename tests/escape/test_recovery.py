@@ -162,6 +162,7 @@ def be_another_each_time() -> None:
 
 
 @namespaced
+@pytest.mark.long
 def test_forks_of_a_moving_process_are_stopped(level: IsolationLevel) -> None:
     moved: list[bool] = []
 

@@ -581,6 +581,7 @@ def replies_and_goes_on(forks: bool) -> None:
 
 
 @pytest.mark.parametrize("level", ALL)
+@pytest.mark.long
 def test_what_goes_on_after_the_reply_is_ended_before_anybody_looks(level: IsolationLevel) -> None:
     """The value comes at once; whoever looks at files, calls again or closes the sandbox finds nothing of the call alive."""
 

@@ -269,6 +269,7 @@ def test_memory_that_was_given_for_a_call_is_not_kept_for_the_next(level: Isolat
 
 
 @pytest.mark.parametrize("level", HOST_SIDE)
+@pytest.mark.long
 def test_a_value_of_a_session_does_not_change_once_it_is_there(level: IsolationLevel) -> None:
     """Nor does who takes its memory away while it is read do more than spoil a call."""
     pytest.importorskip("numpy")

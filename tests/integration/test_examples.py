@@ -114,6 +114,7 @@ def test_a_plugin_host_keeps_a_hostile_plugin_out_until_it_is_released(tmp_path:
 # -- the code runner -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_code_runner_tells_value_print_and_refusal() -> None:
     module = example("code_runner")
     array = asyncio.run(module.run_code("print('\\x1b[2J')\nnp.arange(3) * 2"))

@@ -751,6 +751,7 @@ asyncio.run(main())
 
 
 @pytest.mark.timeout(180 * harness.PATIENCE)
+@pytest.mark.long
 def test_two_hundred_at_once_from_two_processes(tmp_path: Path) -> None:
     write(tmp_path, {"good.py": "def main(): return 1"})
     environment = {

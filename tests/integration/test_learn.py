@@ -214,6 +214,7 @@ def test_deletions_and_changes_are_learned_and_not_done(own: Caller) -> None:
     assert os.listdir(old.parent) == ["old"]
 
 
+@pytest.mark.long
 def test_folders_that_it_would_make_are_seen(own: Caller) -> None:
     """os.makedirs begins at the first folder that it does not see, and that is above what it is about."""
     inner = own.write("out/deep/old", "x").parent
@@ -319,6 +320,7 @@ def test_nothing_is_left_of_one_that_was_killed(own: Caller) -> None:
     assert own.run("gc").status == 0  # an empty cgroup is left where all that would have removed it was killed as well
 
 
+@pytest.mark.long
 def test_nothing_is_remembered_or_quarantined(own: Caller, tmp_path: Path) -> None:
     own = cli_harness.remembering(own, tmp_path)
     source = """\

@@ -216,6 +216,7 @@ def test_it_fits(caller: Caller) -> None:
     assert max(map(len, live)) < 34
 
 
+@pytest.mark.long
 def test_what_a_plugin_writes_cannot_disturb_it(caller: Caller) -> None:
     hostile = f"""
         import os, time

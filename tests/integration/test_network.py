@@ -498,6 +498,7 @@ def closing() -> Iterator[int]:
 
 
 @TWO
+@pytest.mark.long
 def test_a_connect_that_was_interrupted_tells_its_end(level: IsolationLevel) -> None:
     before = signal.getsignal(signal.SIGALRM)
     with closing() as port:

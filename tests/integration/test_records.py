@@ -165,6 +165,7 @@ def test_killed_at_any_moment_nothing_is_lost(here: Path, monkeypatch: pytest.Mo
     assert_intact(here)
 
 
+@pytest.mark.long
 def test_killed_while_it_is_made_it_is_made_the_next_time(here: Path) -> None:
     chance = random.Random()
     unfinished = 0

@@ -290,6 +290,7 @@ def test_folders_that_are_made_faster_than_they_can_be_watched(tmp_path: Path) -
     assert len(made) == len(set(made)) == 800
 
 
+@pytest.mark.long
 def test_an_overflow_is_told_and_nothing_of_the_state_is_missed(tmp_path: Path, loop: PollLoop) -> None:
     records: list[dict[str, Any]] = []
     watch = FileWatch(loop, os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), records.append)
