@@ -24,10 +24,10 @@ os.environ["PSIE_STANDING"] = "0"
 
 
 # Attacks that take seconds each: `make test` leaves them to ALL=1.
-LONG = frozenset(
-    ("memory_behind_empty_files", "locks_of_mapped_files", "locks_of_many_places", "mappings_of_several_processes")
-    + ("many_file_operations", "many_file_operations_in_folders")
-)
+LONG = {
+    *("memory_behind_empty_files", "locks_of_mapped_files", "locks_of_many_places", "mappings_of_several_processes"),
+    *("many_file_operations", "many_file_operations_in_folders"),
+}
 
 
 def matrix(modules: str) -> pytest.MarkDecorator:
