@@ -17,7 +17,6 @@ FILES = [
     "test_explanations.py",
     "test_file_records.py",
     "test_network.py",
-    "test_records.py",
     "test_shared_network.py",
     "test_sessions.py",
     "test_executor.py",
@@ -25,7 +24,7 @@ FILES = [
     "test_recovery.py",
     "test_lifetimes.py",
 ]
-LONG = ["test_documentation.py", "test_faults.py"]
+LONG = ["test_documentation.py", "test_faults.py", "test_records.py"]
 UNITS = ["test_landlock.py", "test_refusals.py", "test_seccomp.py", "test_state.py"]
 
 # Where each level takes a second or more and what is done does not depend on it: once without namespaces, once with all.
