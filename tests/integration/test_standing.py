@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -343,7 +345,10 @@ def test_an_executor_can_be_warmed_up(level: IsolationLevel) -> None:
         assert list(executor.map(abs, [-1, -2, -3])) == [1, 2, 3]
 
 
-@pytest.mark.skipif(not immortal.is_possible(), reason="before Python 3.12 nothing is immortal: make vm-test has a later one")
+later = pytest.mark.skipif(not immortal.is_possible(), reason="before Python 3.12 nothing is immortal: make vm-test has it")
+
+
+@later
 def test_what_all_share_is_immortal_after_a_moment(level: IsolationLevel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules, functions, code, classes and values that a zygote has; not what has a finalizer, nor what a plugin makes. The
     wardens that were there before serve no other sandbox, those after do."""
@@ -373,3 +378,33 @@ def _whether_immortal() -> list[bool]:
     function = traceback.print_exception
     each = traceback, function, function.__code__, traceback.TracebackException, os.environ
     return [sys.getrefcount(value) >= immortal.COUNTED for value in (*each, sys.stdout, object())]
+
+
+OF_ALL_KINDS = """
+import gc, sys
+from sandbox.engine import immortal
+
+class Own(type):
+    def __getattribute__(cls, name): raise RuntimeError("not to be asked")
+
+class Odd(metaclass=Own): pass
+
+class Finalized:
+    def __del__(self): print("finalized")
+
+kept, odd, finalized = [[number] for number in range(20_000)] + [str(number) for number in range(20_000)], Odd(), Finalized()
+gc.disable()
+count = sum(1 for _ in immortal.steps(4000))
+assert count >= 10, count
+assert all(sys.getrefcount(each) >= immortal.COUNTED for each in (kept, kept[0], kept[-1], odd, Odd, Finalized))
+assert sys.getrefcount(finalized) < immortal.COUNTED
+del finalized
+gc.enable(); gc.unfreeze(); gc.collect()
+"""
+
+
+@later
+def test_all_is_immortal_but_what_has_a_finalizer_and_no_step_is_long() -> None:
+    """A preloaded module may have anything. And Python ends as ever."""
+    done = subprocess.run([sys.executable, "-c", OF_ALL_KINDS], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "finalized\n", "")
