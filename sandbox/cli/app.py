@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 FAILED = 125
+LONGEST = 200  # characters of arguments that are too many, which may be a whole document
 WHOLE = 1000  # characters of a command's first sentence: no limit
 
 
@@ -63,6 +64,7 @@ def mistake(error: click.ClickException, arguments: Sequence[str]) -> str:
         text = " ".join(error.format_message().split()).rstrip(".").replace(". Choose", ": choose")
         text = text.replace(". Did you mean", ": did you mean").removesuffix("?")
         if text.startswith("Got unexpected extra argument"):
+            text = f"{text[:LONGEST]}..." if len(text) > LONGEST else text
             text += f": leave {'them' if text.startswith('Got unexpected extra arguments') else 'it'} out"
     if isinstance(error, click.NoSuchOption) and is_behind_a_file(error.option_name, arguments):
         text += "; options of the plugin's own come behind --"

@@ -71,6 +71,7 @@ def test_the_list_of_commands_cuts_no_sentence(own: Caller) -> None:
         ),
         (["call", "a plugin.py", "-x"], "no such option '-x'; see psie call --help"),
         (["audit", "verify", "x"], "got unexpected extra argument (x): leave it out; see psie audit verify --help"),
+        (["history", "x" * 9000], f"got unexpected extra argument ({'x' * 169}...: leave it out; see psie history --help"),
         (["history", "x", "y"], "got unexpected extra arguments (x y): leave them out; see psie history --help"),
         (["spec", "gone.py"], "gone.py: there is no such file: check the path"),
         (["run", "--ro", "/gone", "a plugin.py"], "--ro /gone: there is no such file or folder: check the path"),
